@@ -1,0 +1,2683 @@
+#!/usr/bin/env python3
+"""Fill a database table with text embeddings through an Ollama server.
+
+  python embedgen.py --load movies.csv --server hash:       try it, nothing installed
+  python embedgen.py --database shop.db --table products    embed a table of your own
+  python embedgen.py --engine process --workers 10          worker processes
+  python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
+
+Rows that have an embedding of the same text are skipped, so the same command
+run again embeds only what is missing or has changed.
+
+  store.pending() --batches--> engine: up to N conversations --results--> store.save()
+                                 with the server, over HTTP
+
+The sections of this file follow that line: settings, text, wire, one batch's
+conversation, pace, engines, stores, progress and report, the run, main.
+
+Exit codes: 0 all rows have their embedding; 1 finished, but some rows failed;
+2 wrong usage; 3 could not start or could not go on; 130 and 143 stopped by
+SIGINT and SIGTERM; 141 standard output was closed. Whatever happens, what was
+generated is saved.
+
+Needs Python 3.9 or later and nothing else. MIT licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Optional, TextIO, TypeVar, Union
+
+# Modules that only some runs need (asyncio, multiprocessing, http.client, logging, sqlite3 ...)
+# are imported where they are used: --help and a run with nothing to do start in half the time.
+
+__version__ = "0.1.0"
+
+EXIT_DONE, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
+EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGPIPE = 130, 143, 141  # 128 + the signal, as shells have it
+
+T = TypeVar("T")
+
+
+class Stop(Exception):
+    """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
+        super().__init__(message, code)  # both, so that it pickles
+        self.message, self.code = message, code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UsageError(Stop):
+    """The command line, or what it names, is wrong."""
+
+    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
+        super().__init__(message, code)
+
+
+# ============================ settings and command line ============================
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, without the usage before it."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (see --help)")
+
+
+def number(least: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `least` upwards."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+        return int(text)
+
+    return parse
+
+
+def number_or_auto(text: str) -> int | None:
+    """Parse a whole number from 1 upwards, or `auto`, which is None."""
+    return None if text == "auto" else number(1)(text)
+
+
+def seconds(text: str) -> float:
+    """Parse a duration in seconds, above 0 and at most a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds between 0 and 86400")
+    return value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Parse KEY=VALUE; the value is read as JSON where it is JSON (4096, true, 0.5)."""
+    import json
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def create_parser() -> Parser:
+    """Return the parser of the command line; everything is a flag."""
+    parser = Parser(
+        prog="embedgen.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    rows = parser.add_argument_group("what is embedded")
+    add = rows.add_argument
+    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db or a path ending in .db, "
+        ".sqlite or .sqlite3 (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
+    add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
+    add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
+    add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
+    add("--text", metavar="TEMPLATE", help='the text itself, such as "{title} ({year}): {overview}"')
+    add("--where", metavar="SQL", help="only rows that fulfil this condition")
+    add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
+    add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
+    add("--force", action="store_true", help="embed every row again, existing or not")
+    add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
+
+    way = parser.add_argument_group("how")
+    add = way.add_argument
+    add(
+        "--engine",
+        choices=sorted(ENGINES),
+        default="async",
+        help="one event loop, or worker processes (default: async)",
+    )
+    add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
+        help="requests in flight at most; auto adapts to the server (default: auto)")  # fmt: skip
+    add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
+
+    server = parser.add_argument_group("the server")
+    add = server.add_argument
+    add("--server", metavar="URL", help="Ollama, or hash: for the built-in embedder, which finds shared words, not "
+        "meaning (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
+    add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=300.0,
+        help="longest silence of one request (default: 300)",
+    )
+    add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
+    add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
+        help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--noun", metavar="WORD", help="what a row is called in the report (default: from the table's name)")
+    add("--quiet", action="store_true", help="print nothing when all went well")
+    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
+    add("--log-dir", metavar="DIR", help="where the log goes (default: logs/ beside embedgen.py)")
+    add("--verbose", action="store_true", help="log every request")
+    add("--version", action="version", version=f"embedgen {__version__}")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the settings: flags first, then the environment, then the defaults."""
+    options = create_parser().parse_args(argv)
+    if options.columns and options.text:
+        raise UsageError("--columns and --text both say what the text is. Give one of them.")
+    if options.quiet and options.json:
+        raise UsageError("--quiet and --json both say what is printed. Give one of them.")
+    options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
+    options.server = options.server or os.environ.get("OLLAMA_HOST", "").strip(" \t'\"") or "http://localhost:11434"
+    if options.server == "hash:":
+        if options.model not in (None, HashWire.model):
+            raise UsageError(f"--server hash: has one model, {HashWire.model}. Leave out --model.")
+        if options.dimensions not in (None, HashWire.dimensions):
+            raise UsageError(f"--server hash: gives {HashWire.dimensions} dimensions. Leave out --dimensions.")
+        options.model = HashWire.model
+    options.model = options.model or os.environ.get("EMBEDGEN_MODEL") or "nomic-embed-text"
+    # Ollama's names carry :latest or leave it out; both are one model.
+    if options.model.endswith(":latest"):
+        options.model = options.model[: -len(":latest")]
+    return options
+
+
+# =============================== text ===============================
+
+# The default text: label, and the columns that it is taken from, the first that exists.
+LABELS = (
+    ("Title", ("title", "name")),
+    ("Year", ("year",)),
+    ("Genres", ("genres", "genre")),
+    ("Description", ("overview", "plot", "summary", "description")),
+    ("Cast", ("cast",)),
+    ("Language", ("language",)),
+    ("Rating", ("rating",)),
+)
+TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
+
+# Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
+IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies", "brownies", "rookies", "hoodies"}
+
+
+class Recipe(NamedTuple):
+    """How a row becomes a text: literals and columns in turn.
+
+    `parts` are (literal, column) pairs, the literal standing before the column's
+    value, or ending the text where the column is empty (""). If `labelled`, a part
+    whose column is blank is left out and the others are joined by " | ".
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    labelled: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+        return [column for _, column in self.parts if column]
+
+    def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
+        """Return the SQL expression of the text; '' for a row whose columns are all blank.
+
+        `value(column)` must give the SQL of the column's text, NULL where it is blank,
+        and `literal(text)` that of a string. Built in the database so that a text can
+        be hashed and compared there, without being moved.
+        """
+        values = [value(column) for column in self.columns]
+        pieces = []
+        if self.labelled:
+            for position, (label, column) in enumerate(self.parts):
+                piece = f"{literal(label + ': ')} || {value(column)}"
+                if position:
+                    earlier = " OR ".join(f"{v} IS NOT NULL" for v in values[:position])
+                    piece = f"CASE WHEN {earlier} THEN ' | ' ELSE '' END || {piece}"
+                pieces.append(f"COALESCE({piece}, '')")
+            return " || ".join(pieces)
+        for before, column in self.parts:
+            pieces.append(literal(before))
+            if column:
+                pieces.append(f"COALESCE({value(column)}, '')")
+        any_value = " OR ".join(f"{v} IS NOT NULL" for v in values)
+        return f"CASE WHEN {any_value} THEN {' || '.join(pieces)} ELSE '' END"
+
+
+def match(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that is meant by `name`: the same, or the same but for case."""
+    names = list(names)
+    if name in names:
+        return name
+    alike = [other for other in names if other.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def listed(names: Iterable[str], most: int = 30) -> str:
+    """Return names for an error's sentence."""
+    names = list(names)
+    return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "none"
+
+
+def column_of(name: str, columns: Sequence[str], table: str) -> str:
+    """Return the column that is meant by `name`, or raise a UsageError that lists what there is."""
+    column = match(name, columns)
+    if column is None:
+        raise UsageError(f'"{table}" has no column "{name}". It has: {listed(columns)}.')
+    return column
+
+
+def default_recipe(columns: Sequence[str], table: str) -> Recipe:
+    """Return the recipe for a table with the well-known columns."""
+    parts = []
+    for label, candidates in LABELS:
+        found = next((column for name in candidates if (column := match(name, columns))), None)
+        if found:
+            parts.append((label, found))
+    if not TELLING.intersection(label for label, _ in parts):
+        raise UsageError(
+            f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
+            f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
+        )
+    return Recipe(tuple(parts), labelled=True)
+
+
+def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
+    """Return the recipe for --columns a,b: `A: ... | B: ...`; a comma in a name is written "a,b"."""
+    import csv
+
+    names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
+    if not all(names) or not names:
+        raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
+    found = [column_of(name, columns, table) for name in names]
+    return Recipe(tuple((label_of(column), column) for column in found), labelled=True)
+
+
+def label_of(column: str) -> str:
+    """Return a column's label in the text: release_year is `Release year`."""
+    words = column.replace("_", " ").strip() or column
+    return words[:1].upper() + words[1:]
+
+
+def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe:
+    """Return the recipe for --text; braces are doubled to stand for themselves, as in str.format."""
+    import string
+
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(
+            f"--text {template!r} is not a template: {error}. A brace itself is written {{{{ or }}}}."
+        ) from None
+    parts: list[tuple[str, str]] = []
+    for before, name, form, conversion in fields:
+        if form or conversion:
+            raise UsageError(
+                f"--text takes plain {{column}} fields, without the format in {{{name}:{form or conversion}}}."
+            )
+        parts.append((before, column_of(name, columns, table) if name is not None else ""))
+    if not any(column for _, column in parts):
+        raise UsageError(f"--text {template!r} names no column. Put one in braces, such as {{{listed(columns, 1)}}}.")
+    return Recipe(tuple(parts), labelled=False)
+
+
+def singular(word: str) -> str:
+    """Return the singular of an English noun, by rule: movies, movie; stories, story; boxes, box."""
+    low = word.lower()
+    if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
+        return word
+    if low.endswith("ies") and len(low) > 4 and not any(low.endswith(noun) for noun in IE_NOUNS):
+        return word[:-3] + ("Y" if word.isupper() else "y")
+    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses")):
+        return word[:-2]
+    return word[:-1]
+
+
+def plural(word: str) -> str:
+    """Return the plural of an English noun, by rule."""
+    if re.search(r"[^aeiou]y$", word):
+        return word[:-1] + "ies"
+    return word + ("es" if re.search(r"(s|x|ch|sh)$", word) else "s")
+
+
+def digest_of(text: str) -> bytes:
+    """Return the identity of a text: the SHA-256 of its UTF-8 form, 32 bytes."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+# =============================== wire ===============================
+# Bytes in, vectors out: what is sent to a server, and what its answers mean. No I/O here.
+# Ollama's forms are those of its docs/api.md and server/routes.go.
+
+
+class Send(NamedTuple):
+    """One HTTP request; `timeout` is the longest silence and `connect` the longest dialling, in seconds."""
+
+    path: str
+    body: bytes
+    timeout: float
+    connect: float = 10.0
+
+
+class Reply(NamedTuple):
+    """What came of a Send: status 0 and a reason in words where no whole answer came."""
+
+    status: int
+    body: bytes = b""
+    seconds: float = 0.0
+    retry_after: float = 0.0
+    reason: str = ""
+    timed_out: bool = False
+
+
+class Trouble(Exception):
+    """A request did not give vectors; the message is for people."""
+
+
+class Unavailable(Trouble):
+    """The server cannot now, or is not there: worth another try. `answered` if it said so itself."""
+
+    def __init__(self, message: str, answered: bool, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.answered, self.retry_after = answered, retry_after
+
+
+class Silent(Trouble):
+    """No answer within the time."""
+
+
+class Refused(Trouble):
+    """The server will not embed this content."""
+
+
+class Garbled(Trouble):
+    """The answer is not what was asked for, and must not be stored."""
+
+
+class OtherDimensions(Garbled):
+    """The vectors have another length than those already stored."""
+
+
+class Superseded(Trouble):
+    """The server lacks this protocol; the wire has changed to an older one, to be tried at once."""
+
+
+class Server(NamedTuple):
+    """Where a server is. `shown` is its address without secrets."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    authorization: str
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be printed."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+
+def parse_server(text: str) -> Server:
+    """Return the server for a URL or any of OLLAMA_HOST's forms: host, host:port, :port, scheme://host:port/path.
+
+    As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
+    own; an address that means "all interfaces" is this machine to a client.
+    """
+    from urllib.parse import unquote
+
+    scheme, given, rest = text.strip().rpartition("://")
+    scheme = scheme.lower() or "http"
+    if scheme not in ("http", "https"):
+        raise UsageError(f'--server {hide_password(text)} must begin with http:// or https://, or be "hash:".')
+    netloc, slash, path = rest.partition("/")
+    userinfo, _, hostport = netloc.rpartition("@")
+    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", hostport)
+    if bracketed:
+        host, port = bracketed[1], bracketed[2] or ""
+    elif hostport.count(":") > 1:  # a bare IPv6 address
+        host, port = hostport, ""
+    else:
+        host, _, port = hostport.partition(":")
+    default = 11434 if not given else 443 if scheme == "https" else 80
+    if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
+        raise UsageError(f"{port!r} in the server's address is not a port. Give --server http://HOST:PORT.")
+    if re.search(r"[\s?#\\]", host):
+        raise UsageError(f"{host!r} in the server's address is not a host name. Give --server http://HOST:PORT.")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    token = os.environ.get("OLLAMA_API_KEY", "").strip()
+    authorization = f"Bearer {token}" if token else ""
+    if userinfo:
+        import base64
+
+        authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+    if not re.fullmatch(r"[\x20-\x7e]*", authorization):
+        raise UsageError("OLLAMA_API_KEY holds characters that a token cannot have.")
+    return Server(scheme, host, int(port or default), (slash + path).rstrip("/"), authorization)
+
+
+def hide_password(url: str) -> str:
+    """Return the URL without the secret before its @."""
+    return re.sub(r"(://|^)[^/@\s]*@", r"\1***@", url)
+
+
+def pack(numbers: Sequence[float]) -> bytes:
+    """Return a vector as it is stored: float32, little-endian, nothing else."""
+    from array import array
+
+    packed = array("f", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def words_of(body: bytes) -> str:
+    """Return what an error's body says, on one line: `error` is a string on /api, an object on /v1."""
+    import json
+
+    try:
+        error = json.loads(body)["error"]
+        text = error["message"] if isinstance(error, dict) and error.get("message") else error
+    except (ValueError, KeyError, TypeError):
+        text = body.decode("utf-8", "replace")
+    text = " ".join(str(text).split())
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+# A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
+# and these, whatever their status, speak of the content (NaN was a 500 before 0.14).
+DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
+BAD_CONTENT = re.compile(r"\bNaN\b|context length|context size|too long|too large to process")
+
+
+class OllamaWire:
+    """Ollama's own protocol: POST /api/embed, or /api/embeddings on servers before 0.2.6."""
+
+    product = "Ollama"
+    unit_length = True  # /api/embed promises L2-normalised vectors
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
+        self.common: dict[str, Any] = {"model": self.model}
+        if options.dimensions:
+            self.common["dimensions"] = options.dimensions
+        if options.option:  # the same in every request: Ollama reloads the model where they differ
+            self.common["options"] = dict(options.option)
+        self.legacy = False
+        # Vectors must have this length: as asked for, as stored, or as the server's model card says.
+        self.dimensions: int | None = options.dimensions
+        self.certain = options.dimensions is not None  # a model card may be wrong
+
+    @property
+    def most_texts(self) -> int:
+        """Texts that one request can carry."""
+        return 1 if self.legacy else sys.maxsize
+
+    def converse(self, texts: list[str]) -> Conversation:
+        """Return the conversation that embeds `texts`."""
+        return Talk(self).embed(texts)
+
+    def greet(self) -> Conversation:
+        """Return the conversation that checks, before a row is read, that the server has the model."""
+        import json
+
+        body = json.dumps({"model": self.model, "name": self.model}).encode()  # "name" is the older form
+        # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
+        reply = yield Send("/api/show", body, min(self.timeout, 30.0), connect=2.5)
+        assert reply is not None
+        try:
+            self.check(reply)
+            information = json.loads(reply.body).get("model_info") or {}
+        except (Unavailable, Silent) as trouble:
+            raise Stop(f"cannot reach {self.product} at {self.server.shown} ({trouble}). {self.advice()}") from None
+        except (Trouble, ValueError, AttributeError):
+            information = {}  # an older server, or another with Ollama's protocol: it will show
+        if self.dimensions is None:
+            lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
+            self.dimensions = lengths[0] if lengths else None
+        return []
+
+    def advice(self) -> str:
+        """Return what to do about a server that cannot be reached."""
+        return 'Start it with "ollama serve", or give --server URL.'
+
+    def request(self, texts: list[str], timeout: float) -> Send:
+        """Return the request that asks for the vectors of `texts`."""
+        import json
+
+        if self.legacy:
+            body: dict[str, Any] = {**self.common, "prompt": texts[0]}
+            return Send("/api/embeddings", json.dumps(body).encode(), timeout)
+        body = {**self.common, "input": texts, "truncate": True}
+        return Send("/api/embed", json.dumps(body).encode(), timeout)
+
+    def read(self, reply: Reply, texts: list[str]) -> list[bytes]:
+        """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it."""
+        import json
+
+        self.check(reply)
+        try:
+            answer = json.loads(reply.body)
+            vectors = [answer["embedding"]] if self.legacy else answer["embeddings"]
+        except (ValueError, KeyError, TypeError):
+            said = words_of(reply.body)
+            raise Garbled(f"the answer holds no embeddings: {said[:100]!r}") from None
+        if self.legacy:
+            vectors = [normalised(vectors[0])]
+        return gate(vectors, texts, self.unit_length)
+
+    def check(self, reply: Reply) -> None:
+        """Raise what the reply's status means, unless it is 200."""
+        if reply.status == 200:
+            return
+        if reply.status == 0:
+            raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason, answered=False)
+        words = words_of(reply.body)
+        said = f"HTTP {reply.status}: {words}" if words else f"HTTP {reply.status}"
+        if reply.status in (401, 403):
+            raise Stop(f"{self.server.shown} refuses access ({said}). Set OLLAMA_API_KEY to the token.")
+        if reply.status == 404:
+            if "model" in words and "not found" in words:
+                raise Stop(
+                    f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".'
+                )
+            if self.legacy:
+                raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
+            self.legacy = True
+            raise Superseded(said)
+        if "does not support embeddings" in words:
+            raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
+        if BAD_CONTENT.search(words):
+            raise Refused(words)
+        if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
+            raise Unavailable(said, answered=True, retry_after=reply.retry_after)
+        if 300 <= reply.status < 400:
+            raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
+        raise Refused(words or said)
+
+
+def normalised(vector: Any) -> Any:
+    """Return a vector scaled to length 1 (the legacy path does not); what is none is left to the gate."""
+    import math
+
+    try:
+        norm = math.hypot(*vector)
+        return [number / norm for number in vector] if 0 < norm < math.inf else vector
+    except TypeError:
+        return vector
+
+
+def gate(vectors: Any, texts: list[str], unit_length: bool) -> list[bytes]:
+    """Return vectors packed for storage if each is sound, or raise Garbled: HTTP 200 is no proof.
+
+    Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
+    for every text. `unit_length`: the server promises L2 norm 1.
+    """
+    import math
+
+    if not isinstance(vectors, list) or len(vectors) != len(texts):
+        count = len(vectors) if isinstance(vectors, list) else "no"
+        raise Garbled(f"{count} vectors came for {len(texts)} texts")
+    packed = []
+    for vector in vectors:
+        try:
+            norm = math.hypot(*vector)  # NaN and infinity come out as such
+            packed.append(pack(vector))
+        except (TypeError, OverflowError):
+            raise Garbled("a vector holds something that is no number") from None
+        if not 0 < norm < math.inf:
+            raise Garbled("a vector is all zero" if norm == 0 else "a vector holds NaN or infinity")
+        # float32 and a server's printing of it are good to 1e-4; what is off by more was not normalised.
+        if unit_length and abs(norm - 1) > 0.01:
+            raise Garbled(f"a vector has length {norm:.3g} instead of 1")
+    if len({len(vector) for vector in packed}) > 1:
+        raise Garbled("vectors of different dimensions came in one answer")
+    if len(set(packed)) < len(set(map(plain, texts))):
+        raise Garbled("different texts were given one vector")
+    return packed
+
+
+def plain(text: str) -> str:
+    """Return what an uncased tokenizer sees of a text: texts alike in this may share a vector.
+
+    Only the beginning, since a text longer than the context is cut there.
+    """
+    import unicodedata
+
+    decomposed = unicodedata.normalize("NFKD", text[:1000])
+    return "".join(character for character in decomposed.casefold() if character.isalnum())
+
+
+class HashWire:
+    """No server: signed feature hashing of words and word pairs, computed in this process.
+
+    K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
+    It finds shared words, not meaning: for trying the program, not for real search.
+    """
+
+    product = "hash:"
+    model = "hash-256"
+    dimensions = 256
+    certain = True
+    server = Server("hash", "", 0, "", "")
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        pass
+
+    def greet(self) -> Conversation:
+        """There is nobody to greet."""
+        return []
+        yield  # makes it a generator
+
+    def converse(self, texts: list[str]) -> Conversation:
+        """Return a conversation that knows the answers without asking anyone."""
+        return [hash_embedding(text) or "no words in the text" for text in texts]
+        yield  # makes it a generator
+
+
+def hash_embedding(text: str) -> bytes:
+    """Return the vector of 256 float32, or nothing for a text without words."""
+    import hashlib
+    import math
+
+    words = re.findall(r"\w+", text.casefold())
+    vector = [0.0] * HashWire.dimensions
+    features = [(word, float(len(word))) for word in words]
+    features += [(f"{one} {two}", min(len(one), len(two)) / 2) for one, two in zip(words, words[1:])]
+    for feature, weight in features:
+        code = int.from_bytes(hashlib.blake2b(feature.encode("utf-8", "replace"), digest_size=4).digest(), "little")
+        vector[code % HashWire.dimensions] += weight if code >> 31 else -weight
+    norm = math.hypot(*vector)
+    return pack([number / norm for number in vector]) if norm else b""
+
+
+def wire_for(options: argparse.Namespace) -> OllamaWire | HashWire:
+    """Return the wire that speaks to --server."""
+    if options.server == "hash:":
+        return HashWire(HashWire.server, options)
+    return OllamaWire(parse_server(options.server), options)
+
+
+# =============================== one batch's conversation ===============================
+# A generator without I/O or clock: it yields what is to be done and is sent back what came.
+# Whoever drives it, with streams, a blocking connection or a list, it decides the same.
+
+
+class Wait(NamedTuple):
+    """Let this many seconds pass."""
+
+    seconds: float
+
+
+class Exchange(NamedTuple):
+    """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or refused."""
+
+    texts: int
+    seconds: float
+    outcome: str
+    reason: str = ""
+
+
+Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
+Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
+
+PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
+FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
+SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
+TRIES_BEFORE_HALVING = 4  # of a batch that the server keeps answering with errors, some seconds in all
+KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
+
+
+class Talk:
+    """One conversation with a server, about one batch of texts."""
+
+    def __init__(self, wire: OllamaWire, jitter: Callable[[], float] | None = None) -> None:
+        """`jitter` gives numbers from 0 to 1 that spread the waits of many clients."""
+        if jitter is None:
+            import random
+
+            jitter = random.random
+        self.wire, self.jitter, self.timeout = wire, jitter, wire.timeout
+        self.trying = 0.0  # seconds since the last good answer
+        self.waits = 0  # and waits in that time
+
+    def embed(self, texts: list[str]) -> Conversation:
+        """Return the answers for `texts`; raise Stop where the server is away or of no use.
+
+        A batch that is refused, or keeps failing, is halved until the texts at fault stand
+        alone. A single text is failed only when the server, asked for a known-good text,
+        shows that the fault is not its own.
+        """
+        if len(texts) > self.wire.most_texts:
+            return (yield from self.halve(texts))
+        single = len(texts) == 1
+        garbled = silences = tries = 0
+        while True:
+            try:
+                return list((yield from self.ask(texts)))
+            except Superseded:
+                return (yield from self.embed(texts))
+            except Refused as refused:
+                trouble: Trouble = refused
+                suspect = True
+            except Garbled as unusable:
+                trouble = unusable
+                garbled += 1
+                suspect = garbled > 1
+            except Silent as silent:
+                trouble = silent
+                silences += 1
+                suspect = not single or silences >= SILENCES
+                # The server may go on computing what nobody waits for any more: asking again
+                # before it has time for a short text would only lengthen its queue.
+                yield from self.until_sane()
+            except Unavailable as away:
+                trouble = away
+                tries += 1
+                suspect = away.answered and (self.trying >= PATIENCE if single else tries >= TRIES_BEFORE_HALVING)
+            if suspect and not single:
+                return (yield from self.halve(texts))
+            if not suspect:
+                yield from self.pause(trouble)
+            elif (yield from self.until_sane()):
+                return [str(trouble)]
+
+    def halve(self, texts: list[str]) -> Conversation:
+        """Return the answers for each half of `texts`, asked for on its own."""
+        middle = len(texts) // 2
+        first = yield from self.embed(texts[:middle])
+        return first + (yield from self.embed(texts[middle:]))
+
+    def ask(self, texts: list[str], probe: bool = False) -> Generator[Any, Reply | None, list[bytes]]:
+        """Return the vectors of `texts` from one request, or raise the Trouble with it."""
+        reply = yield self.wire.request(texts, self.timeout)
+        assert reply is not None
+        try:
+            vectors = self.wire.read(reply, texts)
+            yield from self.check_dimensions(len(vectors[0]) // 4, probe)
+        except Trouble as trouble:
+            self.trying += reply.seconds
+            if isinstance(trouble, Silent):
+                self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
+            outcome = {Silent: "timeout", Unavailable: "overloaded"}.get(type(trouble), "refused")
+            if not probe:
+                yield Exchange(len(texts), reply.seconds, outcome, str(trouble))
+            raise
+        self.trying = self.waits = 0
+        if not probe:
+            yield Exchange(len(texts), reply.seconds, "ok")
+        return vectors
+
+    def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
+        """Raise OtherDimensions if vectors of that length do not belong with the others."""
+        wire = self.wire
+        if dimensions == wire.dimensions:
+            return
+        if not wire.certain and not probe:
+            # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
+            wire.dimensions = dimensions
+            yield from self.ask([KNOWN_GOOD], probe=True)
+            wire.certain = True
+            return
+        raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
+
+    def until_sane(self) -> Generator[Any, Reply | None, bool]:
+        """Wait until the server embeds a known-good text; return whether it did so at once."""
+        at_once = True
+        while True:
+            try:
+                yield from self.ask([KNOWN_GOOD], probe=True)
+                return at_once
+            except OtherDimensions as error:
+                raise Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.") from None
+            except Superseded:
+                continue
+            except Trouble as trouble:
+                at_once = False
+                yield from self.pause(trouble)
+
+    def pause(self, trouble: Trouble) -> Generator[Any, Reply | None, None]:
+        """Wait before another try: longer each time, jittered, or as long as the server asks for.
+
+        Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
+        """
+        if self.trying >= PATIENCE:
+            raise Stop(
+                f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+                f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
+            )
+        wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
+        wait = max(wait, min(getattr(trouble, "retry_after", 0.0), PATIENCE))
+        self.trying += wait
+        self.waits += 1
+        yield Wait(wait)
+
+
+# =============================== pace ===============================
+
+
+class Pace:
+    """How many requests may be in flight, and how large the next batch is."""
+
+    def __init__(self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0) -> None:
+        self.in_flight = in_flight or 4
+        self.batch_size = batch_size or 16
+        self.reason = ""
+
+    def observe(self, texts: int, seconds: float, outcome: str) -> None:
+        """Learn from one finished request."""
+
+
+# =============================== engines ===============================
+# An engine turns batches into results, in any order, holding a bounded number in flight.
+# Engine.run is that loop; a subclass says how one batch is sent on its way and waited for.
+
+
+class Row(NamedTuple):
+    """One row to embed: its key, its text, and the text's SHA-256."""
+
+    key: Any
+    text: str
+    digest: bytes
+
+
+class Result(NamedTuple):
+    """A batch's rows with their answers, or the exception that ended its conversation."""
+
+    rows: list[Row]
+    answers: Answers | Exception
+
+
+Event = Union[Result, Exchange]
+
+TICK = 0.1  # seconds; how often the run saves, redraws and looks at its signals while nothing comes
+GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
+
+
+class Interrupt:
+    """The wish to end early: set by signals and closed pipes, looked at by the loops."""
+
+    def __init__(self) -> None:
+        self.code = 0  # the exit code that it asks for
+        self.gentle = False  # whether a loop is there to see it; before, a signal ends at once
+
+    def request(self, code: int) -> None:
+        """Ask for an end; the second time, or where no loop would see it, insist."""
+        insist = bool(self.code) or not self.gentle
+        self.code = self.code or code
+        if insist:
+            raise KeyboardInterrupt
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Be a signal's handler."""
+        self.request(128 + number)
+
+
+class Transport:
+    """One connection to a server, kept alive. Subclasses have `open`, `talk` and `close` for it."""
+
+    connected = False
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def open(self, seconds: float) -> None:
+        """Connect within that time."""
+        raise NotImplementedError
+
+    async def talk(self, send: Send) -> Reply:
+        """Send one request over the connection and return the reply.
+
+        Raises ConnectionError or EOFError where nothing of an answer came, any other OSError
+        where it broke off, TimeoutError where it took too long.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Drop the connection, if there is one."""
+
+    async def exchange(self, send: Send) -> Reply:
+        """Return what comes of a request; never raises for what a network can do.
+
+        A kept connection that the server has closed meanwhile is replaced without a word,
+        once: embedding is idempotent.
+        """
+        started = time.monotonic()
+        kept = self.connected
+        while True:
+            try:
+                if not self.connected:
+                    await self.connect(send.connect)
+                reply = await self.talk(send)
+                return reply._replace(seconds=time.monotonic() - started)
+            except (OSError, EOFError, ValueError) as error:
+                self.close()
+                if kept and isinstance(error, (ConnectionError, EOFError)):
+                    kept = False
+                    continue
+                timed_out = isinstance(error, TimeoutError)
+                reason = f"no answer within {send.timeout:g} s" if timed_out else describe(error)
+                return Reply(0, seconds=time.monotonic() - started, reason=reason, timed_out=timed_out)
+
+    async def connect(self, seconds: float) -> None:
+        """Open the connection; taking too long is not the silence of a server that is at work."""
+        try:
+            await self.open(seconds)
+        except TimeoutError:
+            raise ConnectionError(f"no connection within {seconds:g} s") from None
+        self.connected = True
+
+
+def describe(error: Exception) -> str:
+    """Return a network error in words."""
+    name = type(error).__name__
+    if name == "gaierror":
+        return "the host's name cannot be resolved"
+    if name == "SSLCertVerificationError":
+        return f"the certificate is not trusted: {getattr(error, 'verify_message', error)}"
+    if isinstance(error, EOFError):
+        return "the connection was closed without an answer"
+    text = getattr(error, "strerror", None) or str(error) or name
+    return text[:1].lower() + text[1:]
+
+
+def headers_for(server: Server) -> dict[str, str]:
+    """Return the headers of every request."""
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "User-Agent": f"embedgen/{__version__}",
+    }
+    if server.authorization:
+        headers["Authorization"] = server.authorization
+    return headers
+
+
+def retry_after(value: str) -> float:
+    """Return the seconds of a Retry-After header; its form as a date is not worth a parser and counts as none."""
+    return float(value) if re.fullmatch(r"\d{1,6}", value.strip(), re.ASCII) else 0.0
+
+
+class BlockingTransport(Transport):
+    """A connection by http.client, for worker processes; its coroutines never wait for one another."""
+
+    async def open(self, seconds: float) -> None:
+        import http.client
+
+        server = self.server
+        kind = http.client.HTTPSConnection if server.scheme == "https" else http.client.HTTPConnection
+        self.connection = kind(server.host, server.port, timeout=seconds)
+        with builtin_timeout():
+            self.connection.connect()
+
+    async def talk(self, send: Send) -> Reply:
+        import http.client
+
+        with builtin_timeout():
+            self.connection.sock.settimeout(send.timeout)
+            self.connection.request("POST", self.server.path + send.path, send.body, headers_for(self.server))
+            try:
+                response = self.connection.getresponse()
+            except http.client.RemoteDisconnected:
+                raise EOFError from None
+            except http.client.HTTPException as error:
+                raise OSError(f"malformed answer: {error!r}") from None
+            try:
+                body = response.read()
+            except (http.client.HTTPException, ConnectionError):
+                raise OSError("the answer was cut off") from None
+        if response.will_close:
+            self.close()
+        return Reply(response.status, body, retry_after=retry_after(response.headers.get("Retry-After", "")))
+
+    def close(self) -> None:
+        if self.connected:
+            self.connected = False
+            self.connection.close()
+
+    async def pause(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(seconds)
+
+
+class builtin_timeout:
+    """Translates the timeouts of older Pythons (socket's before 3.10, asyncio's before 3.11) to TimeoutError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None and kind.__name__ in ("timeout", "TimeoutError") and kind is not TimeoutError:
+            raise TimeoutError(str(error)) from None
+
+
+class StreamTransport(Transport):
+    """A connection by asyncio streams, with as much HTTP/1.1 as a client of an API needs (RFC 9112)."""
+
+    async def open(self, seconds: float) -> None:
+        import asyncio
+
+        server = self.server
+        context = None
+        if server.scheme == "https":
+            import ssl
+
+            context = ssl.create_default_context()
+        with builtin_timeout():
+            self.reader, self.writer = await asyncio.wait_for(
+                asyncio.open_connection(server.host, server.port, ssl=context), seconds
+            )
+        headers = {"Host": server.shown.split("/")[2], **headers_for(server)}
+        self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+    async def talk(self, send: Send) -> Reply:
+        head = f"POST {self.server.path}{send.path} HTTP/1.1\r\n{self.headers}Content-Length: {len(send.body)}\r\n\r\n"
+        self.writer.write(head.encode("latin-1") + send.body)
+        await self.within(send.timeout, self.writer.drain())
+        status = 100
+        while 100 <= status < 200:  # interim answers
+            lines = (await self.head(send.timeout)).decode("latin-1").split("\r\n")
+            version, code = (lines[0].split() + ["", ""])[:2]
+            if not version.startswith("HTTP/1.") or not code.isdigit():
+                raise OSError(f"malformed answer: {lines[0][:80]!r}")
+            status = int(code)
+        fields = (line.partition(":") for line in lines[1:] if line)
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        try:
+            body = await self.body(send.timeout, headers)
+        except (EOFError, ConnectionError, ValueError):
+            raise OSError("the answer was cut off") from None
+        keep = headers.get("connection", "").lower()
+        if keep == "close" or (version == "HTTP/1.0" and keep != "keep-alive") or not self.framed(headers):
+            self.close()
+        return Reply(status, body, retry_after=retry_after(headers.get("retry-after", "")))
+
+    async def head(self, timeout: float) -> bytes:
+        """Return an answer up to the end of its headers."""
+        import asyncio
+
+        try:
+            return await self.within(timeout, self.reader.readuntil(b"\r\n\r\n"))
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise OSError("the answer was cut off") from None
+            raise
+        except asyncio.LimitOverrunError:
+            raise OSError("malformed answer: endless headers") from None
+
+    @staticmethod
+    def framed(headers: dict[str, str]) -> bool:
+        """Whether the body's end shows without the connection being closed."""
+        return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()
+
+    async def body(self, timeout: float, headers: dict[str, str]) -> bytes:
+        """Return the body that follows the headers; EOFError or ValueError if it is not whole."""
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            pieces = []
+            while size := int((await self.within(timeout, self.reader.readuntil(b"\r\n"))).partition(b";")[0], 16):
+                pieces.append(await self.exactly(timeout, size))
+                await self.exactly(timeout, 2)
+            while await self.within(timeout, self.reader.readuntil(b"\r\n")) != b"\r\n":
+                pass  # trailers
+            return b"".join(pieces)
+        if "content-length" in headers:
+            return await self.exactly(timeout, int(headers["content-length"]))
+        pieces = []
+        while piece := await self.within(timeout, self.reader.read(65536)):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def exactly(self, timeout: float, size: int) -> bytes:
+        """Return that many bytes; `timeout` is the longest silence between any two of them."""
+        pieces = []
+        while size:
+            piece = await self.within(timeout, self.reader.read(min(size, 65536)))
+            if not piece:
+                raise EOFError
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    async def within(self, timeout: float, awaitable: Coroutine[Any, Any, T]) -> T:
+        """Return what the awaitable gives, or raise TimeoutError."""
+        import asyncio
+
+        with builtin_timeout():
+            return await asyncio.wait_for(awaitable, timeout)
+
+    def close(self) -> None:
+        if self.connected:
+            self.connected = False
+            self.writer.transport.abort()  # without ceremony: nothing is left to be sent
+
+    async def pause(self, seconds: float) -> None:
+        """Let time pass."""
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
+
+async def drive(
+    conversation: Conversation, transport: BlockingTransport | StreamTransport, tell: Callable[[Exchange], None]
+) -> Answers:
+    """Carry out a conversation's steps and return its answers; each Exchange is passed on to `tell`."""
+    reply: Reply | None = None
+    try:
+        while True:
+            step = conversation.send(reply)
+            reply = None
+            if isinstance(step, Send):
+                reply = await transport.exchange(step)
+            elif isinstance(step, Wait):
+                await transport.pause(step.seconds)
+            else:
+                tell(step)
+    except StopIteration as end:
+        answers: Answers = end.value
+        return answers
+
+
+def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that never waits, as those over a BlockingTransport."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise RuntimeError("a coroutine waited where nothing can wake it")
+
+
+class Engine:
+    """Turns batches into results with a bounded number in flight. Subclasses submit, wait and close."""
+
+    log_name = ""
+
+    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
+        self.wire, self.pace, self.interrupt = wire, pace, interrupt
+        self.failure: Exception | None = None
+
+    def greet(self) -> None:
+        """Check that the server can do the work; raise Stop if not."""
+        raise NotImplementedError
+
+    def submit(self, rows: list[Row]) -> None:
+        """Send one batch on its way."""
+        raise NotImplementedError
+
+    def wait(self, seconds: float) -> list[Event]:
+        """Return what has happened, after that time at the latest; a Result for each batch submitted."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End what is still under way and free everything; nothing is left running."""
+        raise NotImplementedError
+
+    def run(self, batches: Iterator[list[Row]]) -> Iterator[Result | Exchange | None]:
+        """Yield a Result for each batch, in any order, every Exchange, and None each TICK at the latest.
+
+        Nothing is taken from `batches` before there is room for it. After an interrupt, or
+        a conversation that raised, no more is taken and what is in flight has GRACE seconds
+        to end; then the exception, if there was one, is raised.
+        """
+        flying, more, deadline = 0, True, None
+        while True:
+            stopping = bool(self.interrupt.code or self.failure)
+            while more and not stopping and flying < self.pace.in_flight:
+                rows = next(batches, None)
+                if rows is None:
+                    more = False
+                else:
+                    self.submit(rows)
+                    flying += 1
+            if not flying:
+                break
+            if stopping:
+                deadline = deadline or time.monotonic() + GRACE
+                if time.monotonic() >= deadline:
+                    break
+            for event in self.wait(TICK):
+                if isinstance(event, Exchange):
+                    self.pace.observe(event.texts, event.seconds, event.outcome)
+                    yield event
+                    continue
+                flying -= 1
+                if isinstance(event.answers, Exception):
+                    self.failure = self.failure or event.answers
+                else:
+                    yield event
+            yield None
+        if self.failure:
+            raise self.failure
+
+
+class AsyncEngine(Engine):
+    """Conversations as tasks of one event loop, which runs whenever the run waits for results."""
+
+    log_name = "generate_embeddings_async.log"
+
+    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
+        import asyncio
+
+        super().__init__(wire, pace, interrupt)
+        self.loop = asyncio.new_event_loop()
+        self.idle: list[StreamTransport] = []
+        self.tasks: set[Any] = set()
+        self.events: list[Event] = []
+
+    def greet(self) -> None:
+        self.loop.run_until_complete(self.converse(self.wire.greet()))
+
+    async def converse(self, conversation: Conversation) -> Answers:
+        """Drive one conversation over a connection that no other uses meanwhile."""
+        transport = self.idle.pop() if self.idle else StreamTransport(self.wire.server)
+        try:
+            return await drive(conversation, transport, self.deliver)
+        except BaseException:
+            transport.close()  # what is on its way over it belongs to nobody now
+            raise
+        finally:
+            self.idle.append(transport)
+
+    def deliver(self, event: Event) -> None:
+        """Hand an event to the run, and let it have its turn."""
+        self.events.append(event)
+        self.loop.stop()
+
+    def submit(self, rows: list[Row]) -> None:
+        async def embed() -> None:
+            try:
+                answers: Answers | Exception = await self.converse(self.wire.converse([row.text for row in rows]))
+            except Exception as error:
+                answers = error
+            self.deliver(Result(rows, answers))
+
+        task = self.loop.create_task(embed())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def wait(self, seconds: float) -> list[Event]:
+        if not self.events:
+            timer = self.loop.call_later(seconds, self.loop.stop)
+            self.loop.run_forever()
+            timer.cancel()
+        events, self.events = self.events, []
+        return events
+
+    def close(self) -> None:
+        import asyncio
+
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
+        for transport in self.idle:
+            transport.close()
+        self.loop.run_until_complete(asyncio.sleep(0))  # lets the closed transports say goodbye to the loop
+        self.loop.close()
+
+
+# Forked workers share the parent's memory, which makes ten of them cost little; where forking
+# is unsafe (macOS) or absent (Windows) they are spawned.
+START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
+DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: something kills them all
+
+
+class Worker:
+    """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
+
+    def __init__(self, context: Any, name: str, wire: OllamaWire | HashWire, kin: Sequence[Worker]) -> None:
+        """`kin` are the workers that live already."""
+        self.pipe, child = context.Pipe()
+        # A forked child inherits the parent's ends of all pipes. As long as one copy is open,
+        # no worker would see that the parent has died.
+        inherited = [worker.pipe for worker in kin] + [self.pipe] if START_METHOD == "fork" else []
+        self.process = context.Process(target=work, args=(child, wire, inherited), name=name, daemon=True)
+        self.process.start()
+        child.close()
+        self.rows: list[Row] | None = None
+
+    def submit(self, rows: list[Row]) -> None:
+        """Give it a batch. If it is dead, that shows when it is waited for."""
+        self.rows = rows
+        try:
+            self.pipe.send([row.text for row in rows])
+        except OSError:
+            pass
+
+    def receive(self) -> Any:
+        """Return what it says, or None if it has died."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> None:
+        """Let it go: it ends when its pipe is closed; if it does not within a second, it is killed."""
+        self.pipe.close()
+        self.process.join(1.0)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> None:
+    """Be a worker process: embed the texts that come over the pipe, until it is closed."""
+    import signal
+    import threading
+
+    # Ctrl-C in a terminal, and systemd, signal the whole group; the parent alone decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for other in inherited:
+        other.close()
+    import queue
+
+    inbox: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(pipe, inbox.put), daemon=True).start()
+    transport = BlockingTransport(wire.server)
+    while True:
+        texts = inbox.get()
+        try:
+            answers: Answers | Exception = run_now(drive(wire.converse(texts), transport, pipe.send))
+        except Stop as stop:
+            answers = stop
+        except OSError:
+            os._exit(0)  # the parent has closed the pipe
+        except Exception:
+            import traceback
+
+            answers = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+        pipe.send(answers)
+
+
+def listen(pipe: Any, put: Callable[[list[str]], None]) -> None:
+    """Pass on what the parent sends; end this process when the parent has closed the pipe or died."""
+    try:
+        while True:
+            put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # at once, even in the middle of a request
+
+
+class ProcessEngine(Engine):
+    """Conversations in worker processes, which are started as they are needed and replaced if they die."""
+
+    log_name = "generate_embeddings.log"
+
+    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
+        import multiprocessing
+
+        super().__init__(wire, pace, interrupt)
+        self.context = multiprocessing.get_context(START_METHOD)
+        self.workers: list[Worker] = []
+        self.started = self.deaths = 0
+
+    def greet(self) -> None:
+        transport = BlockingTransport(self.wire.server)
+        try:
+            run_now(drive(self.wire.greet(), transport, lambda exchange: None))
+        finally:
+            transport.close()
+
+    def submit(self, rows: list[Row]) -> None:
+        idle = next((worker for worker in self.workers if worker.rows is None), None)
+        if idle is None:
+            self.started += 1
+            idle = Worker(self.context, f"Worker-{self.started}", self.wire, self.workers)
+            self.workers.append(idle)
+        idle.submit(rows)
+
+    def wait(self, seconds: float) -> list[Event]:
+        from multiprocessing.connection import wait
+
+        events: list[Event] = []
+        busy = {worker.pipe: worker for worker in self.workers if worker.rows is not None}
+        for pipe in wait(list(busy), seconds):
+            worker = busy[pipe]
+            said, rows = worker.receive(), worker.rows
+            assert rows is not None
+            if said is None:
+                self.bury(worker)
+                if self.deaths <= DEATHS_IN_A_ROW:
+                    self.submit(rows)
+                else:
+                    events.append(Result(rows, Stop("worker processes keep dying. Is the machine out of memory?")))
+            elif isinstance(said, Exchange):
+                events.append(said)
+            else:
+                worker.rows, self.deaths = None, 0
+                events.append(Result(rows, said))
+        return events
+
+    def bury(self, dead: Worker) -> None:
+        """Forget a worker that has died; the next batch submitted starts another."""
+        dead.end()
+        self.workers.remove(dead)
+        self.deaths += 1
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.pipe.close()  # all first, so that they end side by side
+        for worker in self.workers:
+            worker.end()
+
+
+ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngine}
+
+
+# =============================== files to load ===============================
+
+Record = tuple[int, dict[str, Any]]  # line number, and the row by column
+JSON_PIECE = 1 << 18  # characters read at a time
+JSON_MOST = 1 << 26  # characters of one object; a longer one is rather a missing bracket
+
+
+def read_file(path: str) -> Iterator[Record]:
+    """Yield the rows of a .csv, .tsv, .json or .jsonl file, one by one; values are strings or JSON's, None for empty.
+
+    Raises UsageError, with the line number, for what is not such a file.
+    """
+    reader = READERS.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise UsageError(f"--load {path}: only {listed(READERS)} files can be loaded.")
+    try:
+        # Bytes that are no UTF-8 become lone surrogates, which `clean` finds in their line.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for line, row in reader(file, path):
+                try:
+                    yield line, {column: clean(value) for column, value in row.items()}
+                except UnicodeEncodeError:
+                    raise UsageError(f"{path}, line {line}: not valid UTF-8. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"--load {path}: {describe(error)}.") from None
+
+
+def clean(value: Any) -> Any:
+    """Return a value as a database can hold it; UnicodeEncodeError for text that is no Unicode."""
+    import json
+
+    if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+        value = ", ".join(map(str, value))
+    elif isinstance(value, (list, dict)):
+        value = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    return value if value != "" else None
+
+
+def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
+    """Yield the rows of a CSV file (RFC 4180) with a header line."""
+    import csv
+
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a text may have
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for fields in reader:
+            if not header:
+                header = fields
+                if not all(header) or len(set(header)) < len(header):
+                    raise UsageError(f"{path}, line {line}: the header must name every column, each once.")
+            elif fields and len(fields) != len(header):
+                raise UsageError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}.")
+            elif fields:
+                yield line, {name: field if field else None for name, field in zip(header, fields)}
+            line = reader.line_num + 1  # where the next row begins; one with quoted newlines has several lines
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {line}: {error}.") from None
+    if not header:
+        raise UsageError(f"--load {path}: the file is empty.")
+
+
+def read_tsv(file: TextIO, path: str) -> Iterator[Record]:
+    """Yield the rows of a file with tabs between its fields."""
+    return read_csv(file, path, delimiter="\t")
+
+
+def read_jsonl(file: TextIO, path: str) -> Iterator[Record]:
+    """Yield the objects of a file with one to a line."""
+    import json
+
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            try:
+                yield line, an_object(json.loads(text), path, line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {line}: not JSON: {error}.") from None
+
+
+def read_json(file: TextIO, path: str) -> Iterator[Record]:
+    """Yield the objects of one JSON array, read piece by piece: the file may be larger than memory."""
+    import json
+
+    decoder = json.JSONDecoder()
+    text, position, line = "", 0, 1
+    expected, ended = "[", False  # what must come next: the bracket, a comma (or the end), an object
+
+    def fail(problem: str) -> UsageError:
+        return UsageError(f"{path}, line {line}: {problem}. The file must hold one array of objects.")
+
+    while True:
+        blank = re.compile(r"\s*").match(text, position)
+        assert blank is not None
+        line += text.count("\n", position, blank.end())
+        position = blank.end()
+        if position < len(text) and expected in "[,":
+            if text[position] == "]" and expected == ",":
+                if text[position + 1 :].strip() or file.read().strip():
+                    raise fail("something follows the array")
+                return
+            if text[position] != expected:
+                raise fail(f"{text[position]!r} stands where {expected!r} should")
+            expected, position = ("object or ]" if expected == "[" else "object"), position + 1
+            continue
+        if position < len(text) and expected == "object or ]" and text[position] == "]":
+            expected = ","
+            continue
+        if position < len(text):
+            try:
+                value, end = decoder.raw_decode(text, position)
+                yield line, an_object(value, path, line)
+                line += text.count("\n", position, end)
+                expected, position = ",", end
+                continue
+            except json.JSONDecodeError as error:
+                if ended or len(text) - position > JSON_MOST:
+                    line += text.count("\n", position, error.pos)
+                    raise fail(f"not JSON: {error.msg}") from None
+        if ended:
+            raise fail("the file ends too early")
+        piece = file.read(JSON_PIECE)
+        text, position, ended = text[position:] + piece, 0, not piece
+
+
+def an_object(value: Any, path: str, line: int) -> dict[str, Any]:
+    """Return the value if it is a JSON object."""
+    if not isinstance(value, dict) or not all(value):
+        raise UsageError(f"{path}, line {line}: an object with a name for every value was expected.")
+    return value
+
+
+READERS: dict[str, Callable[[TextIO, str], Iterator[Record]]] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+}
+
+TYPES = ("INTEGER", "REAL", "TEXT")  # each can hold the ones before it
+
+
+def type_of(value: Any, typed: bool) -> int:
+    """Return the index in TYPES of the narrowest type for a value; a string is a number only if `typed` is false."""
+    if isinstance(value, int):
+        return 0
+    if isinstance(value, float):
+        return 1
+    # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
+    if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
+        return 0
+    if not typed and re.fullmatch(r"-?(0|[1-9]\d*)\.\d+([eE][-+]?\d+)?", value, re.ASCII):
+        return 1
+    return 2
+
+
+def column_types(path: str) -> dict[str, str]:
+    """Return the columns of a file, with the type that holds all their values; reads the whole file."""
+    typed = path.lower().endswith((".json", ".jsonl"))
+    found: dict[str, int] = {}
+    for _, row in read_file(path):
+        for column, value in row.items():
+            found[column] = max(found.get(column, -1), type_of(value, typed) if value is not None else -1)
+    return {column: TYPES[index] for column, index in found.items()}
+
+
+# =============================== stores ===============================
+# A store yields the rows to embed and saves what came of them. What is said to every database
+# in the same words is in Store; what only one of them says is in its subclass.
+
+PAGE_ROWS = 512  # rows read at a time, and
+PAGE_BYTES = 1 << 20  # bytes of text after which a page ends early: memory stays flat whatever the rows
+LOCK_PATIENCE = 60.0  # seconds to wait for a locked database
+
+
+class Store:
+    """The table to read and the table to fill."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.force: bool = options.force
+        self.model: str = options.model
+
+    # What a subclass has for its database:
+
+    def load(self, path: str) -> int:
+        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Find the tables and columns, and check everything that can be checked without a server."""
+        raise NotImplementedError
+
+    def count(self) -> tuple[int, int]:
+        """Return how many rows there are, and how many of them have their embedding."""
+        raise NotImplementedError
+
+    def create_target(self, dimensions: int | None) -> None:
+        """Create the target unless it exists."""
+        raise NotImplementedError
+
+    def stored_dimensions(self) -> int | None:
+        """Return the length of the vectors that new ones must compare with, None if there are none."""
+        raise NotImplementedError
+
+    def pending(self, after: Any = None) -> Iterator[Row]:
+        """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force."""
+        raise NotImplementedError
+
+    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+        """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the database."""
+        raise NotImplementedError
+
+    # What is the same for all:
+
+    def recipe(self, columns: list[str], table: str) -> Recipe:
+        """Return how a text is made, as the flags or the columns have it."""
+        if self.options.text:
+            return template_recipe(self.options.text, columns, table)
+        if self.options.columns:
+            return columns_recipe(self.options.columns, columns, table)
+        return default_recipe(columns, table)
+
+    def key_name(self, columns: list[str], primary: list[str], table: str) -> str:
+        """Return the key column: as given, the primary key, or the column id."""
+        if self.options.id:
+            return column_of(self.options.id, columns, table)
+        if len(primary) == 1:
+            return primary[0]
+        key = match("id", columns) if not primary else None
+        if key is None:
+            has = f"the key {listed(primary)}, more than one column" if primary else "no primary key and no column id"
+            raise UsageError(
+                f'"{table}" has {has}. Say which column tells its rows apart, with --id COLUMN: {listed(columns)}.'
+            )
+        return key
+
+    def check_model(self, other: str | None, target: str) -> None:
+        """Raise UsageError if the target holds vectors of another model."""
+        if other is not None and not self.force:
+            raise UsageError(
+                f'"{target}" holds vectors of the model "{other}", which do not compare with those of "{self.model}". '
+                f"Give --target NAME for a second table, or --force to replace them."
+            )
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL has it; whatever stands in it, it is a name and nothing else."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Return a text as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+class SQLiteStore(Store):
+    """A table in an SQLite file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        import sqlite3
+
+        self.sqlite3 = sqlite3
+        self.path = sqlite_path(options.database)
+        self.check_file()
+        self.is_new = not os.path.exists(self.path)
+        # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
+        self.connection = sqlite3.connect(self.path, timeout=0.5, isolation_level=None)
+        self.encoding = "utf-8"
+        self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
+        # Does nothing, but gives Python a turn in long statements, so that Ctrl-C is heard.
+        self.connection.set_progress_handler(lambda: 0, 200_000)
+        self.lock = self.take_lock()
+        self.encoding = self.value("PRAGMA encoding")
+
+    def check_file(self) -> None:
+        """Raise Stop for a database that is not there; only --load makes a new one."""
+        folder = os.path.dirname(self.path) or "."
+        if os.path.exists(self.path) or (self.options.load and os.path.isdir(folder)):
+            return
+        there = (
+            [name for name in sorted(os.listdir(folder)) if name.endswith(SQLITE_ENDINGS)]
+            if os.path.isdir(folder)
+            else []
+        )
+        raise Stop(
+            f"there is no database {self.path} (databases in {folder}: {listed(there)}). "
+            f"Give --database URL, or --load FILE to make one."
+        )
+
+    def take_lock(self) -> Any:
+        """Refuse a second run on the same database.
+
+        An empty database beside it is locked through SQLite itself: works on every system,
+        ends with the process however that ends, and is not inherited by forked workers.
+        """
+        lock = self.sqlite3.connect(os.path.realpath(self.path) + ".embedgen-lock", timeout=0, isolation_level=None)
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except self.sqlite3.OperationalError as error:
+            lock.close()
+            if "locked" in str(error):
+                raise Stop(f"another run is under way on {self.path}. Wait for its end, or stop it.") from None
+            raise self.translated(error) from None
+        return lock
+
+    def close(self) -> None:
+        self.connection.close()
+        if self.is_new and os.path.exists(self.path) and not os.path.getsize(self.path):
+            os.remove(self.path)  # made by connecting; the file that was to be loaded had an error
+        self.lock.close()
+
+    def sha256(self, raw: bytes) -> bytes:
+        """Return the identity of a text as it stands in the database; the SQL function of that name."""
+        return digest_of(raw.decode(self.encoding, "replace"))
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Return what the action returns; try for a minute while the database is locked by somebody else."""
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                return action()
+            except self.sqlite3.Error as error:
+                if not is_locked(error) or time.monotonic() >= deadline:
+                    raise self.translated(error) from error
+
+    def translated(self, error: Exception) -> BaseException:
+        """Return the exception to raise for one of SQLite's."""
+        text = str(error)
+        if text == "interrupted" or "user-defined function raised" in text:
+            return KeyboardInterrupt()
+        if is_locked(error):
+            return Stop(
+                f"{self.path} has been locked by another program for {LOCK_PATIENCE:.0f} s. Close it, and run again."
+            )
+        if "full" in text:
+            return Stop(f"the disk is full, or {self.path} may not grow. Make room, and run the same command again.")
+        if "readonly" in text or "unable to open" in text:
+            return Stop(f"{self.path} cannot be written ({text}). Check its permissions and those of its folder.")
+        if "not a database" in text or "malformed" in text:
+            return Stop(f"{self.path} is not a sound SQLite database ({text}). Give --database URL.")
+        return Stop(f"SQLite says of {self.path}: {text}.")
+
+    def rows(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement that gives few."""
+        return self.patiently(lambda: self.connection.execute(sql, parameters).fetchall())
+
+    def value(self, sql: str, *parameters: Any) -> Any:
+        """Return the first column of the first row, None if there is none."""
+        return next(
+            (row[0] for row in self.rows(sql + " LIMIT 1" if sql.startswith("SELECT") else sql, *parameters)), None
+        )
+
+    def find(self, name: str) -> tuple[str, str, str] | None:
+        """Return (schema, name, type) of a table or view, as name or schema.name; None if there is none."""
+        schema, _, rest = name.partition(".")
+        schemas = {row[1] for row in self.rows("PRAGMA database_list")}
+        for candidate_schema, candidate in (("main", name), (schema, rest)):
+            if candidate_schema in schemas and candidate:
+                found = self.rows(
+                    f"SELECT name, type FROM {quoted(candidate_schema)}.sqlite_master "
+                    "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE",
+                    candidate,
+                )
+                if found:
+                    return candidate_schema, found[0][0], found[0][1]
+        return None
+
+    def columns(self, schema: str, table: str) -> dict[str, tuple[str, int]]:
+        """Return (declared type, place in the primary key or 0) of each column that can be read."""
+        found = self.rows("SELECT name, type, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1", table, schema)
+        return {name: (declared, place) for name, declared, place in found}
+
+    def is_unique(self, schema: str, table: str, column: str) -> bool:
+        """Whether the column alone is declared to tell rows apart."""
+        described = self.columns(schema, table)
+        if [name for name, (_, place) in described.items() if place] == [column]:
+            return True
+        indexes = self.rows('SELECT name FROM pragma_index_list(?, ?) WHERE "unique" AND NOT partial', table, schema)
+        return any([row[0] for row in self.rows("SELECT name FROM pragma_index_info(?, ?)", index, schema)] == [column]
+                   for (index,) in indexes)  # fmt: skip
+
+    def prepare(self) -> None:
+        options = self.options
+        found = self.find(options.table)
+        if found is None:
+            tables = self.rows(
+                "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'"
+            )
+            names = listed(name for (name,) in tables)
+            raise UsageError(f'{self.path} has no table "{options.table}". It has: {names}. Give --table NAME.')
+        schema, table, kind = found
+        described = self.columns(schema, table)
+        columns = list(described)
+        primary = [name for name, (_, place) in described.items() if place]
+        self.key = self.key_name(columns, primary, table)
+        self.key_type = affinity(described[self.key][0])
+        self.text = f"CAST({self.recipe(columns, table).sql(blank_is_null, literal)} AS BLOB)"
+        self.table, self.schema = table, schema
+        self.relation = f"{quoted(schema)}.{quoted(table)}"
+        # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
+        self.source = f"(SELECT * FROM {self.relation} WHERE ({options.where}\n))" if options.where else self.relation
+        self.referable = kind == "table" and self.is_unique(schema, table, self.key)
+        self.check_where()
+        self.check_key()
+        self.find_target()
+
+    def check_where(self) -> None:
+        """Raise UsageError if --where is no condition."""
+        if self.options.where:
+            try:
+                self.connection.execute(f"SELECT 1 FROM {self.source} LIMIT 0").fetchall()
+            except (self.sqlite3.Error, self.sqlite3.Warning) as error:
+                raise UsageError(
+                    f"--where {self.options.where!r} is not a condition on {self.table}: {error}."
+                ) from None
+
+    def check_key(self) -> None:
+        """Raise UsageError if the key does not tell the rows apart."""
+        key = quoted(self.key)
+        if self.value(f"SELECT 1 FROM {self.source} WHERE {key} IS NULL"):
+            raise UsageError(
+                f'"{self.table}" has rows without a value in its key "{self.key}". Give --id COLUMN, or --where.'
+            )
+        if not self.referable:
+            twice = self.value(f"SELECT {key} FROM {self.source} GROUP BY 1 HAVING count(*) > 1")
+            if twice is not None:
+                raise UsageError(
+                    f'"{self.key}" does not tell the rows of "{self.table}" apart: {twice!r} stands in several. '
+                    "Give --id COLUMN."
+                )
+
+    def find_target(self) -> None:
+        """Find the table that receives the vectors, and what can be stored in it."""
+        name = self.options.target or f"{singular(self.table)}_embeddings"
+        found = self.find(name)
+        self.target_columns = {
+            "embedding": "embedding",
+            "model": "model",
+            "text_sha256": "text_sha256",
+            "updated_at": "updated_at",
+        }
+        self.target_key = f"{singular(self.table)}_id"
+        schema = self.schema
+        if self.options.target and not found:
+            before, _, rest = name.partition(".")
+            schema, name = (
+                (before, rest)
+                if rest and before in {row[1] for row in self.rows("PRAGMA database_list")}
+                else (schema, name)
+            )
+        self.target_name, self.target_schema, self.has_target = name, schema, found is not None
+        if found:
+            schema, name, kind = found
+            if (schema, name) == (self.schema, self.table) or kind != "table":
+                raise UsageError(
+                    f'--target "{name}" is {"a view" if kind == "view" else "the table to read"}. Give another name.'
+                )
+            self.use_target(schema, name)
+        self.target = f"{quoted(self.target_schema)}.{quoted(self.target_name)}"
+        if found:
+            model = self.target_columns.get("model")
+            if model:
+                self.check_model(
+                    self.value(f"SELECT {quoted(model)} FROM {self.target} WHERE {quoted(model)} <> ?", self.model),
+                    name,
+                )
+
+    def use_target(self, schema: str, name: str) -> None:
+        """Take an existing target as it is: its own names for the key and for what it has of our columns."""
+        self.target_schema, self.target_name = schema, name
+        described = self.columns(schema, name)
+        columns = list(described)
+        self.target_columns = {ours: theirs for ours in self.target_columns if (theirs := match(ours, columns))}
+        if "embedding" not in self.target_columns:
+            raise UsageError(
+                f'"{name}" has no column "embedding" to fill. It has: {listed(columns)}. Give --target NAME.'
+            )
+        others = [column for column in columns if column not in self.target_columns.values()]
+        primary = [column for column, (_, place) in described.items() if place]
+        named = match(self.target_key, others)
+        candidates = primary if len(primary) == 1 else [named] if named else others
+        if len(candidates) != 1 or not self.is_unique(schema, name, candidates[0]):
+            raise UsageError(
+                f'"{name}" has no key to store vectors under: one column with a primary key or unique index is needed. '
+                f"It has: {listed(columns)}. Give --target NAME."
+            )
+        self.target_key = candidates[0]
+
+    def stored_dimensions(self) -> int | None:
+        if not self.has_target or self.force:
+            return None
+        column = quoted(self.target_columns["embedding"])
+        size = self.value(f"SELECT length({column}) FROM {self.target} WHERE {column} IS NOT NULL")
+        return size // 4 if size else None
+
+    def create_target(self, dimensions: int | None) -> None:
+        if self.has_target:
+            return
+        references = ""
+        # A foreign key cannot reach into another schema, and needs a declared key at the other end.
+        if self.referable and self.schema == self.target_schema:
+            references = f" REFERENCES {quoted(self.table)}({quoted(self.key)}) ON DELETE CASCADE"
+        self.rows(
+            f"CREATE TABLE {self.target}({quoted(self.target_key)} {self.key_type} PRIMARY KEY{references}, "
+            "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL)"
+        )
+        self.has_target = True
+
+    def joined(self) -> tuple[str, str]:
+        """Return the FROM clause of the rows with their embeddings, and the condition that one exists."""
+        if self.force or not self.has_target:
+            return f"{self.source} AS s", "0"
+        exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        if "text_sha256" in self.target_columns:
+            exists += f" AND e.{quoted(self.target_columns['text_sha256'])} IS embedgen_sha256({self.text})"
+        return (
+            f"{self.source} AS s LEFT JOIN {self.target} AS e ON e.{quoted(self.target_key)} = s.{quoted(self.key)}",
+            exists,
+        )
+
+    def count(self) -> tuple[int, int]:
+        tables, exists = self.joined()
+        total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
+        return total, existing
+
+    def pending(self, after: Any = None) -> Iterator[Row]:
+        more = True
+        while more:
+            # By pages, so that no statement is open, and no lock held, while requests are under way.
+            page, more = self.page(after)
+            for after, raw in page:
+                text = raw.decode(self.encoding, "replace")
+                yield Row(after, text, digest_of(text))
+
+    def page(self, after: Any) -> tuple[list[tuple[Any, bytes]], bool]:
+        """Return (key, text) of pending rows that follow a key, as many as a page takes, and whether there may be more."""
+        tables, exists = self.joined()
+        key = f"s.{quoted(self.key)}"
+        above, parameters = (f"{key} > ? AND", (after,)) if after is not None else ("", ())
+        sql = f"SELECT {key}, {self.text} FROM {tables} WHERE {above} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
+
+        def read() -> tuple[list[tuple[Any, bytes]], bool]:
+            page, size = [], 0
+            with contextlib.closing(self.connection.execute(sql, parameters)) as cursor:
+                for row in cursor:
+                    page.append(row)
+                    size += len(row[1])
+                    if size >= PAGE_BYTES:
+                        return page, True
+            return page, len(page) == PAGE_ROWS
+
+        return self.patiently(read)
+
+    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+        names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        columns = [quoted(self.target_columns[name]) for name in names]
+        key = quoted(self.target_key)
+        values = ", ".join(f"?{place}" for place in range(1, len(columns) + 2))
+        sql = (
+            f"INSERT INTO {self.target} ({', '.join([key, *columns])}) SELECT {values} "
+            f"WHERE EXISTS (SELECT 1 FROM {self.relation} WHERE {quoted(self.key)} = ?1) "
+            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
+        )
+        parameters = []
+        for row, vector in vectors:
+            known = {"embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now}
+            parameters.append((row.key, *(known[name] for name in names)))
+        return self.transaction(lambda: self.connection.executemany(sql, parameters).rowcount)
+
+    def transaction(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, done as a whole or not at all."""
+
+        def whole() -> T:
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                result = action()
+                self.connection.execute("COMMIT")
+                return result
+            except BaseException:
+                if self.connection.in_transaction:  # SQLite itself rolls back on some errors, a full disk for one
+                    self.connection.execute("ROLLBACK")
+                raise
+
+        return self.patiently(whole)
+
+    def load(self, path: str) -> int:
+        types = column_types(path)
+        columns = list(types)
+        found = self.find(self.options.table)
+        schema, table = found[:2] if found else ("main", self.options.table)
+        described = self.columns(schema, table) if found else {}
+        if found:
+            columns = [column_of(column, list(described), table) for column in columns]
+        elif not columns:
+            raise UsageError(f"--load {path}: the file has no rows.")
+        primary = [name for name, (_, place) in described.items() if place]
+        key = self.key_name(columns, [name for name in primary if name in columns], path)
+        if found and not self.is_unique(schema, table, key):
+            raise UsageError(f'"{table}" cannot be loaded into: its key "{key}" needs a primary key or unique index.')
+        relation = f"{quoted(schema)}.{quoted(table)}"
+        declared = (f"{quoted(c)} {types[c]}{' PRIMARY KEY NOT NULL' if c == key else ''}" for c in types)
+        create = f"CREATE TABLE {relation} ({', '.join(declared)})"
+        others = [quoted(column) for column in columns if column != key]
+        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
+        insert = (
+            f"INSERT INTO {relation} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))}) "
+            f"ON CONFLICT ({quoted(key)}) DO {update}"
+        )
+        place = columns.index(key)
+
+        def values() -> Iterator[list[Any]]:
+            for line, row in read_file(path):
+                given = [row.get(column) for column in types]
+                if given[place] is None:
+                    raise UsageError(f'{path}, line {line}: no value in the key "{key}".')
+                yield given
+
+        def insert_all() -> int:
+            if not found:
+                self.connection.execute(create)
+            return max(self.connection.executemany(insert, values()).rowcount, 0)
+
+        return self.transaction(insert_all)
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether SQLite says that somebody else is at work on the database."""
+    return "locked" in str(error) or "busy" in str(error)
+
+
+def affinity(declared: str) -> str:
+    """Return the key type for a column's declared type, by SQLite's rule (https://sqlite.org/datatype3.html, 3.1)."""
+    upper = declared.upper()
+    if "INT" in upper:
+        return "INTEGER"
+    if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+        return "TEXT"
+    return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
+
+
+def blank_is_null(column: str) -> str:
+    """Return the SQL of a column's value, NULL where it is blank."""
+    name = f"s.{quoted(column)}"
+    return f"CASE WHEN trim({name}, char(9, 10, 11, 12, 13, 32)) <> '' THEN {name} END"
+
+
+SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
+
+
+def sqlite_path(url: str) -> str:
+    """Return the file's path: sqlite:///relative.db, sqlite:////absolute.db, or a bare path."""
+    if url.startswith("sqlite:///"):
+        return url[len("sqlite:///") :]
+    return url
+
+
+def open_store(options: argparse.Namespace) -> Store:
+    """Return the store for --database."""
+    url = options.database
+    if (url.startswith("sqlite:///") and len(url) > len("sqlite:///")) or (
+        "://" not in url and url.lower().endswith(SQLITE_ENDINGS)
+    ):
+        return SQLiteStore(options)
+    raise UsageError(
+        f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
+        f"sqlite:////absolute.db or a path ending in {', '.join(SQLITE_ENDINGS)}."
+    )
+
+
+# =============================== progress and report ===============================
+
+
+class Counts:
+    """What has become of the rows; generated + skipped + failed is the total."""
+
+    def __init__(self, rows: int, existing: int, limit: int | None) -> None:
+        self.skipped, self.to_do, self.limit = existing, rows - existing, limit
+        self.generated = self.failed = 0
+        self.reasons: dict[str, int] = {}
+
+    @property
+    def done(self) -> int:
+        """Rows that are decided."""
+        return self.generated + self.skipped + self.failed
+
+    @property
+    def total(self) -> int:
+        """Rows that this run is about; a failed row does not use up the limit."""
+        expected = self.to_do if self.limit is None else min(self.to_do, self.limit + self.failed)
+        return max(self.skipped + expected, self.done)
+
+    def fail(self, reason: str) -> None:
+        """Count a failed row."""
+        self.failed += 1
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+RULE = "=" * 60
+PIPE_BAR = 8  # cells of the bar where there is no terminal to fit it to
+REDRAW, PIPE_INTERVAL = 0.1, 30.0  # seconds between two progress lines, on a terminal and elsewhere
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+# For terminals that cannot show them; all else that they cannot show becomes a question mark.
+LEGIBLE = {"✓": "+", "⊘": "-", "✗": "x", **dict.fromkeys(EIGHTHS[1:], "#")}
+
+
+def bar(share: float, cells: int) -> str:
+    """Return a bar of that many cells, filled to the share, in steps of an eighth of a cell."""
+    full, eighth = divmod(int(share * cells * 8), 8)
+    return ("█" * full + (EIGHTHS[eighth] if full < cells else "")).ljust(cells)[:cells]
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 00:10 or 1:02:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"
+
+
+def width_of(text: str) -> int:
+    """Return the terminal cells that a text takes."""
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
+    """Return the progress line, fitted to a terminal of that many columns, or with the bar of a pipe.
+
+    The time left is reckoned from the rows that were really worked on.
+    """
+    worked = counts.generated + counts.failed
+    share = counts.done / counts.total if counts.total else 1.0
+    left = counts.total - counts.done
+    eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
+    tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
+    figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
+    percent = f"{int(share * 100):3}%"
+    head = "Generating embeddings: "
+    if columns is None:
+        return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
+    room = columns - 1  # a full last column would scroll some terminals
+    cells = room - len(f"{head}{percent}|| {figures}")
+    if cells >= 4:
+        return f"{head}{percent}|{bar(share, cells)}| {figures}"
+    for line in (
+        f"{head}{percent} {figures}",
+        f"{percent.strip()} {figures}",
+        f"{counts.done}/{counts.total} {tally}",
+        tally,
+    ):
+        if len(line) <= room:
+            return line
+    return percent.strip()[:room]
+
+
+class Console:
+    """Standard output: survives encodings, closed pipes and full devices."""
+
+    def __init__(self, out: TextIO | None, interrupt: Interrupt) -> None:
+        self.out, self.interrupt = out, interrupt
+        self.drawn = 0  # cells of the line that is to be redrawn in place
+        if out is not None and hasattr(out, "reconfigure"):
+            import codecs
+
+            codecs.register_error("legible", self.legible)
+            out.reconfigure(errors="legible")
+
+    @staticmethod
+    def legible(error: UnicodeError) -> tuple[str, int]:
+        """Return something that the encoding can show instead of what it cannot; a codec's error handler."""
+        assert isinstance(error, UnicodeEncodeError)
+        missing = error.object[error.start : error.end]
+        return "".join(LEGIBLE.get(character, "?") for character in missing), error.end
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a line can be redrawn in place."""
+        return self.out is not None and self.out.isatty()
+
+    @property
+    def columns(self) -> int | None:
+        """The terminal's width now, None where there is no terminal."""
+        if not self.is_terminal:
+            return None
+        try:
+            assert self.out is not None
+            return os.get_terminal_size(self.out.fileno()).columns or 80
+        except OSError:
+            return 80
+
+    def write(self, text: str) -> None:
+        """Write at once, or lose it: what happens to the output must not touch the work, except that a
+        reader who has gone away wants no more of it."""
+        if self.out is None:
+            return
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except BrokenPipeError:
+            self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
+            self.abandon()
+        except (OSError, ValueError) as error:
+            self.abandon()
+            complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
+
+    def abandon(self) -> None:
+        """Write no more; and let Python's own flush at the exit go nowhere."""
+        out, self.out = self.out, None
+        try:
+            assert out is not None
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, out.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError):
+            pass  # it was no file to begin with
+
+    def line(self, text: str = "") -> None:
+        """Print one line, below the one that was being redrawn."""
+        self.write(("\n" if self.drawn else "") + text + "\n")
+        self.drawn = 0
+
+    def redraw(self, text: str) -> None:
+        """Put the text in place of the last one."""
+        width = width_of(text)
+        self.write("\r" + text + " " * (self.drawn - width))
+        self.drawn = width
+
+
+def complain(text: str) -> None:
+    """Write one line to standard error, if there is one."""
+    try:
+        if sys.stderr is not None:
+            print(text.encode("utf-8", "replace").decode("utf-8"), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass  # there is nowhere left to say it
+
+
+class Report:
+    """What a run prints: the head, the progress, the summary, or one JSON object."""
+
+    def __init__(self, console: Console, options: argparse.Namespace, table: str, log_path: str) -> None:
+        self.console, self.options, self.log_path = console, options, log_path
+        noun = options.noun or singular(table.replace("_", " ").strip())
+        self.nouns = (plural(noun) if options.noun else table.replace("_", " ").strip()).lower()
+        self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding Generator"
+        self.started = self.shown = time.monotonic()
+        self.worked_from = self.started
+        self.talkative = not (options.quiet or options.json)
+
+    def start(self, counts: Counts) -> None:
+        """Print what is going to be done."""
+        self.worked_from = self.shown = time.monotonic()
+        if not self.talkative:
+            return
+        say = self.console.line
+        for text in (RULE, f"🧠 {self.title}", RULE, f"📊 Total {self.nouns} to process: {counts.total}"):
+            say(text)
+        say(f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}")
+        say(f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}")
+        say(f"📝 Detailed logs: {self.log_path}")
+        say()
+
+    def update(self, counts: Counts) -> None:
+        """Show the progress, if it is time to."""
+        now = time.monotonic()
+        if not self.talkative or now - self.shown < (REDRAW if self.console.is_terminal else PIPE_INTERVAL):
+            return
+        self.shown = now
+        self.show(counts, now)
+
+    def show(self, counts: Counts, now: float) -> None:
+        """Show the progress."""
+        text = progress_line(counts, now - self.worked_from, self.console.columns)
+        if self.console.is_terminal:
+            self.console.redraw(text)
+        else:
+            self.console.line(text)
+
+    def finish(self, counts: Counts, code: int) -> None:
+        """Print what was done, or how far it came."""
+        now = time.monotonic()
+        # Rounded first, so that the speed is what a reader gets from the figures printed.
+        elapsed = round(now - self.started, 2) or now - self.started
+        speed = counts.generated / elapsed if elapsed else 0.0
+        if self.options.json:
+            self.finish_json(counts, elapsed, speed, code)
+            return
+        if self.talkative:
+            self.show(counts, now)
+            self.console.line()
+            self.console.line("💾 Saving embeddings to database...")
+            self.console.line()
+        elif code == EXIT_DONE:
+            return
+        complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
+        say = self.console.line
+        say(RULE)
+        say(f"✅ {self.title} Completed" if complete else f"⏹️  {self.title} Stopped")
+        say(RULE)
+        say(f"📊 Total {self.nouns} processed: {counts.done}")
+        say(f"   ✓  Successfully generated: {counts.generated}")
+        say(f"   ⊘  Skipped (already exist): {counts.skipped}")
+        say(f"   ✗  Failed: {counts.failed}")
+        say(f"⏱️  Time elapsed: {elapsed:.2f} seconds")
+        say(f"⚡ Average speed: {speed:.2f} embeddings/second")
+        say(RULE)
+
+    def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int) -> None:
+        """Print one JSON object."""
+        import json
+
+        summary = {
+            "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
+            "left": counts.total - counts.done, "seconds": round(elapsed, 2), "rate": round(speed, 2),
+            "exit_code": code, "failures": counts.reasons, "model": self.options.model, "log": self.log_path,
+        }  # fmt: skip
+        self.console.line(json.dumps(summary, ensure_ascii=True))
+
+
+LOG_BYTES, LOG_FILES = 10_000_000, 3  # a log is put aside at this size, and so many old ones are kept
+WARNINGS_OF_A_KIND = 20  # warnings with one reason; further ones are info, and summed up at the end
+
+
+class Log:
+    """The log of a run: a file, rotated by size; without one if it cannot be written."""
+
+    def __init__(self, options: argparse.Namespace, name: str) -> None:
+        import logging
+        import logging.handlers
+
+        folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
+        path = os.path.join(folder, name)
+        relative = os.path.relpath(path) if os.path.splitdrive(path)[0] == os.path.splitdrive(os.getcwd())[0] else path
+        self.shown = path if relative.startswith(os.pardir) else relative
+        self.seen: dict[str, int] = {}
+        self.logger = logging.Logger("embedgen", logging.DEBUG if options.verbose else logging.INFO)
+        self.logger.addHandler(logging.NullHandler())
+        try:
+            os.makedirs(folder, exist_ok=True)
+            handler = logging.handlers.RotatingFileHandler(
+                path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
+            )
+        except OSError as error:
+            complain(f"warning: cannot write the log {self.shown} ({describe(error)}); going on without it")
+            return
+        handler.setFormatter(logging.Formatter("%(asctime)s - %(processName)s - %(levelname)s - %(message)s"))
+        handler.handleError = self.give_up  # type: ignore[method-assign]
+        self.logger.addHandler(handler)
+
+    def give_up(self, record: Any) -> None:
+        """Go on without the log when it cannot be written any more; the handler's own way is a traceback."""
+        error = sys.exc_info()[1]
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+        complain(f"warning: cannot write the log {self.shown} ({error}); going on without it")
+
+    def info(self, text: str) -> None:
+        """Log what happened."""
+        self.logger.info("%s", one_line(text))
+
+    def debug(self, text: str) -> None:
+        """Log what only --verbose wants."""
+        self.logger.debug("%s", one_line(text))
+
+    def warn(self, text: str, reason: str) -> None:
+        """Log what went wrong; as a warning only the first few times for one reason."""
+        import logging
+
+        self.seen[reason] = self.seen.get(reason, 0) + 1
+        level = logging.WARNING if self.seen[reason] <= WARNINGS_OF_A_KIND else logging.INFO
+        self.logger.log(level, "%s", one_line(text))
+
+    def sum_up(self) -> None:
+        """Log how often each reason came up beyond the warnings written."""
+        for reason, times in self.seen.items():
+            if times > WARNINGS_OF_A_KIND:
+                self.logger.warning("%s", one_line(f"{times} times in all: {reason}"))
+
+    def error(self, text: str, traceback: bool = False) -> None:
+        """Log why the run ends."""
+        self.logger.error("%s", one_line(text), exc_info=traceback)
+
+    def close(self) -> None:
+        """Close the file."""
+        for handler in self.logger.handlers:
+            handler.close()
+
+
+def one_line(text: str) -> str:
+    """Return a text without line breaks and control characters: one event, one line."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+# =============================== the run ===============================
+
+MOST_CHARACTERS = 1_000_000  # of one request's texts together; one text alone may be longer
+UNSAVED_ROWS, UNSAVED_SECONDS = 1000, 1.0  # finished work is saved when there is so much of it, or it is so old
+
+
+class Run:
+    """One run over the table: the loop that both engines and all stores share."""
+
+    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report, log: Log) -> None:
+        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, log
+        self.unsaved: list[tuple[Row, bytes]] = []
+        self.oldest = 0.0  # when the first of them came
+        self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
+        self.last_key: Any = None
+        self.more = True  # whether the table may hold rows that were not looked at
+
+    def work(self) -> None:
+        """Embed what is pending. Whatever ends it, what was finished is saved."""
+        try:
+            while self.more and self.room():
+                # A second round only where rows of the first have failed and left room in the limit.
+                for event in self.engine.run(self.batches()):
+                    if isinstance(event, Result):
+                        self.take(event)
+                    elif isinstance(event, Exchange):
+                        self.note(event)
+                    self.save_if_due()
+                    self.report.update(self.counts)
+                if self.engine.interrupt.code:
+                    return
+        finally:
+            self.save()
+
+    def room(self) -> int:
+        """Return how many more rows may be handed out."""
+        return sys.maxsize if self.counts.limit is None else self.counts.limit - self.handed_out
+
+    def batches(self) -> Iterator[list[Row]]:
+        """Yield batches of pending rows, each as large as the pace has it when it is taken."""
+        batch: list[Row] = []
+        size = 0
+        for row in self.store.pending(self.last_key):
+            self.last_key = row.key
+            if not row.text.strip():
+                self.fail(row, "no text")
+                continue
+            if batch and size + len(row.text) > MOST_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+            self.handed_out += 1
+            batch.append(row)
+            size += len(row.text)
+            if len(batch) >= self.engine.pace.batch_size or not self.room():
+                yield batch
+                batch, size = [], 0
+                if not self.room():
+                    return
+        self.more = False
+        if batch:
+            yield batch
+
+    def take(self, result: Result) -> None:
+        """Count and log the rows that failed, and keep the others to be saved."""
+        assert not isinstance(result.answers, Exception)
+        if not self.unsaved:
+            self.oldest = time.monotonic()
+        for row, answer in zip(result.rows, result.answers):
+            if isinstance(answer, bytes):
+                self.unsaved.append((row, answer))
+            else:
+                self.handed_out -= 1
+                self.fail(row, answer)
+
+    def fail(self, row: Row, reason: str) -> None:
+        """Count and log a row that gets no embedding."""
+        self.counts.fail(reason)
+        self.log.warn(f"{row.key!r} failed: {reason}", reason)
+
+    def note(self, exchange: Exchange) -> None:
+        """Log one request."""
+        text = f"{exchange.texts} texts in {exchange.seconds:.2f} s: {exchange.outcome} {exchange.reason}".rstrip()
+        if exchange.outcome == "ok":
+            self.log.debug(text)
+        else:
+            self.log.warn(text, exchange.reason)
+
+    def save_if_due(self) -> None:
+        """Save what is finished, often enough that little is lost and seldom enough that it costs little."""
+        if len(self.unsaved) >= UNSAVED_ROWS or (self.unsaved and time.monotonic() - self.oldest >= UNSAVED_SECONDS):
+            self.save()
+
+    def save(self) -> None:
+        """Save what is finished; only then is it counted."""
+        if self.unsaved:
+            saved = self.store.save(self.unsaved)
+            self.counts.generated += saved
+            self.counts.to_do -= len(self.unsaved) - saved  # rows that were deleted meanwhile
+            self.unsaved = []
+
+
+def generate(options: argparse.Namespace, store: Store, log: Log, console: Console, interrupt: Interrupt) -> int:
+    """Do the main job and return the exit code."""
+    report = Report(console, options, options.table.rpartition(".")[2], log.shown)
+    if options.load:
+        log.info(f"loaded {store.load(options.load)} rows from {options.load}")
+    store.prepare()
+    wire = wire_for(options)
+    counts = Counts(*store.count(), options.limit)
+    log.info(
+        f"{options.engine} engine, {hide_password(options.database)}, table {options.table}, model {options.model} "
+        f"at {wire.server.shown}: {counts.total} rows, {counts.skipped} with their embedding"
+    )
+    if counts.total > counts.done:
+        embed(options, store, wire, counts, report, log, interrupt)
+    else:
+        report.start(counts)
+    code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
+    report.finish(counts, code)
+    log.sum_up()
+    log.info(f"{counts.generated} generated, {counts.skipped} skipped, {counts.failed} failed; exit code {code}")
+    return code
+
+
+def embed(
+    options: argparse.Namespace,
+    store: Store,
+    wire: OllamaWire | HashWire,
+    counts: Counts,
+    report: Report,
+    log: Log,
+    interrupt: Interrupt,
+) -> None:
+    """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
+    stored = store.stored_dimensions()
+    if stored:
+        wire.dimensions, wire.certain = stored, True
+    engine = ENGINES[options.engine](wire, Pace(options.in_flight, options.batch_size, options.timeout), interrupt)
+    try:
+        engine.greet()
+        store.create_target(wire.dimensions)
+        report.start(counts)
+        interrupt.gentle = True
+        Run(store, engine, counts, report, log).work()
+    except Stop as stop:
+        interrupt.gentle = False
+        if counts.generated or counts.failed:
+            report.finish(counts, stop.code)
+        left = counts.total - counts.done
+        raise Stop(f"{stop.message} What was generated is saved; {left} {report.nouns} are left.", stop.code) from stop
+    finally:
+        engine.close()
+
+
+# =============================== main ===============================
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    import signal
+
+    interrupt = Interrupt()
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup or in the background
+            previous[number] = signal.signal(number, interrupt.on_signal)
+    log: Log | None = None
+    try:
+        options = parse_arguments(argv)
+        console = Console(sys.stdout, interrupt)
+        store = open_store(options)
+        try:
+            log = Log(options, ENGINES[options.engine].log_name)
+            return generate(options, store, log, console, interrupt)
+        finally:
+            store.close()
+    except Stop as stop:
+        if log:
+            log.error(stop.message, traceback=stop.__cause__ is not None)
+        complain(f"error: {stop}")
+        return stop.code
+    except KeyboardInterrupt:
+        return interrupt.code or EXIT_SIGINT
+    except Exception as error:
+        if log is None:
+            raise
+        log.error(f"{type(error).__name__}: {error}", traceback=True)
+        complain(
+            f"error: {type(error).__name__}: {error}. This is a fault of embedgen itself; the log {log.shown} has more."
+        )
+        return EXIT_STOPPED
+    finally:
+        if log:
+            log.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
