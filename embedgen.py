@@ -322,6 +322,8 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
         ) from None
     parts: list[tuple[str, str]] = []
     for before, name, form, conversion in fields:
+        if name == "":
+            raise UsageError(f"--text {template!r} has an empty field. Put a column's name between the braces.")
         if form or conversion:
             raise UsageError(
                 f"--text takes plain {{column}} fields, without the format in {{{name}:{form or conversion}}}."
@@ -539,7 +541,7 @@ class OllamaWire:
         reply = yield Send("/api/show", body, min(self.timeout, 30.0), connect=2.5)
         assert reply is not None
         try:
-            self.check(reply)
+            self.check(reply, "/api/show")
             information = json.loads(reply.body).get("model_info") or {}
         except (Unavailable, Silent) as trouble:
             raise Stop(f"cannot reach {self.product} at {self.server.shown} ({trouble}). {self.advice()}") from None
@@ -564,22 +566,26 @@ class OllamaWire:
         body = {**self.common, "input": texts, "truncate": True}
         return Send("/api/embed", json.dumps(body).encode(), timeout)
 
-    def read(self, reply: Reply, texts: list[str]) -> list[bytes]:
-        """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it."""
+    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
+        """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it.
+
+        `path` is where the request went: another conversation may have changed the protocol meanwhile.
+        """
         import json
 
-        self.check(reply)
+        self.check(reply, path)
+        legacy = path == "/api/embeddings"
         try:
             answer = json.loads(reply.body)
-            vectors = [answer["embedding"]] if self.legacy else answer["embeddings"]
+            vectors = [answer["embedding"]] if legacy else answer["embeddings"]
         except (ValueError, KeyError, TypeError):
             said = words_of(reply.body)
             raise Garbled(f"the answer holds no embeddings: {said[:100]!r}") from None
-        if self.legacy:
+        if legacy:
             vectors = [normalised(vectors[0])]
         return gate(vectors, texts, self.unit_length)
 
-    def check(self, reply: Reply) -> None:
+    def check(self, reply: Reply, path: str) -> None:
         """Raise what the reply's status means, unless it is 200."""
         if reply.status == 200:
             return
@@ -594,7 +600,7 @@ class OllamaWire:
                 raise Stop(
                     f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".'
                 )
-            if self.legacy:
+            if path == "/api/embeddings":
                 raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
             self.legacy = True
             raise Superseded(said)
@@ -777,6 +783,8 @@ class Talk:
                 trouble = unusable
                 garbled += 1
                 suspect = garbled > 1
+                if isinstance(unusable, OtherDimensions):
+                    yield from self.until_sane()  # raises Stop if all vectors of this server are like that
             except Silent as silent:
                 trouble = silent
                 silences += 1
@@ -803,11 +811,14 @@ class Talk:
 
     def ask(self, texts: list[str], probe: bool = False) -> Generator[Any, Reply | None, list[bytes]]:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
-        reply = yield self.wire.request(texts, self.timeout)
+        request = self.wire.request(texts, self.timeout)
+        reply = yield request
         assert reply is not None
         try:
-            vectors = self.wire.read(reply, texts)
+            vectors = self.wire.read(request.path, reply, texts)
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
+        except Superseded:
+            raise
         except Trouble as trouble:
             self.trying += reply.seconds
             if isinstance(trouble, Silent):
@@ -1980,8 +1991,8 @@ class SQLiteStore(Store):
         if not self.has_target or self.force:
             return None
         column = quoted(self.target_columns["embedding"])
-        size = self.value(f"SELECT length({column}) FROM {self.target} WHERE {column} IS NOT NULL")
-        return size // 4 if size else None
+        size = self.value(f"SELECT length({column}) FROM {self.target} WHERE typeof({column}) = 'blob'")
+        return size // 4 if size and size % 4 == 0 else None
 
     def create_target(self, dimensions: int | None) -> None:
         if self.has_target:
@@ -2023,7 +2034,7 @@ class SQLiteStore(Store):
                 yield Row(after, text, digest_of(text))
 
     def page(self, after: Any) -> tuple[list[tuple[Any, bytes]], bool]:
-        """Return (key, text) of pending rows that follow a key, as many as a page takes, and whether there may be more."""
+        """Return (key, text) of the pending rows that follow a key, a page of them, and whether there may be more."""
         tables, exists = self.joined()
         key = f"s.{quoted(self.key)}"
         above, parameters = (f"{key} > ? AND", (after,)) if after is not None else ("", ())
@@ -2616,19 +2627,25 @@ def embed(
 ) -> None:
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
     stored = store.stored_dimensions()
+    if stored and options.dimensions not in (None, stored):
+        raise UsageError(
+            f"the stored vectors have {stored} dimensions, --dimensions {options.dimensions} would not compare with them. "
+            "Give --target NAME for a second table, or --force to replace them."
+        )
     if stored:
         wire.dimensions, wire.certain = stored, True
+    started = False
     engine = ENGINES[options.engine](wire, Pace(options.in_flight, options.batch_size, options.timeout), interrupt)
     try:
         engine.greet()
         store.create_target(wire.dimensions)
         report.start(counts)
-        interrupt.gentle = True
+        started = interrupt.gentle = True
         Run(store, engine, counts, report, log).work()
     except Stop as stop:
-        interrupt.gentle = False
-        if counts.generated or counts.failed:
-            report.finish(counts, stop.code)
+        if not started:
+            raise
+        report.finish(counts, stop.code)
         left = counts.total - counts.done
         raise Stop(f"{stop.message} What was generated is saved; {left} {report.nouns} are left.", stop.code) from stop
     finally:

@@ -1,0 +1,233 @@
+"""What the tests share: running the program as its user does, and looking at what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import embedgen
+from tests.ollama import Ollama, blob
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "embedgen.py"
+MOVIES = ROOT / "tests" / "data" / "movies.csv"
+ENGINES = ("async", "process")
+
+# Set in continuous integration: the sizes that the promises name, where the suite takes smaller ones.
+FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
+
+# How worker processes are started: the program's own choice, or fork or spawn.
+START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
+LAUNCHER = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import embedgen; "
+    f"embedgen.START_METHOD = {START_METHOD!r}; sys.exit(embedgen.main())"
+)
+
+
+if START_METHOD:
+    embedgen.START_METHOD = START_METHOD
+
+
+def command(*arguments: object) -> list[str]:
+    """Return the command line that runs the program."""
+    program = ["-c", LAUNCHER] if START_METHOD else [str(PROGRAM)]
+    return [sys.executable, *program, *map(str, arguments)]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment without what the program would read, and with `extra`."""
+    ours = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, **(extra or {})}
+
+
+def captured() -> io.TextIOWrapper:
+    """Return a stream such as standard output is, into memory."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+
+
+def text_of(stream: io.TextIOWrapper) -> str:
+    """Return what was written to a captured stream."""
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode("utf-8")
+
+
+class Finished(NamedTuple):
+    """How a run of the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def tally(self) -> tuple[int, int, int]:
+        """The summary's ✓, ⊘ and ✗."""
+        found = [re.search(rf"   {mark}  .*: (\d+)", self.out) for mark in "✓⊘✗"]
+        assert all(found), self.out + self.err
+        good, skipped, failed = (int(match[1]) for match in found if match)
+        return good, skipped, failed
+
+
+class Case(unittest.TestCase):
+    """A test with a folder of its own, in which the program runs, and a double of Ollama."""
+
+    ollama: Ollama
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.ollama = Ollama()
+        cls.addClassCleanup(cls.ollama.close)
+
+    def setUp(self) -> None:
+        self.ollama.reset()
+        self.folder = Path(tempfile.mkdtemp(prefix="embedgen-test-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.database = self.folder / "movies.db"
+
+    # Running the program
+
+    def arguments(self, *given: object) -> list[str]:
+        """Return a command line, with the double as the server unless another is given."""
+        flags = [] if "--server" in given else ["--server", self.ollama.url]
+        return command("--log-dir", self.folder / "logs", *flags, *given)
+
+    def run_program(
+        self, *given: object, env: Mapping[str, str] | None = None, real: bool = False, timeout: float = 120, **more: Any
+    ) -> Finished:
+        """Run the program to its end: in this process, which is quick, or a `real` one of its own."""
+        if not real:
+            return self.run_here(*given, env=env)
+        done = subprocess.run(
+            self.arguments(*given),
+            cwd=self.folder,
+            env=environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=timeout,
+            **more,
+        )
+        return Finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+    def run_here(self, *given: object, env: Mapping[str, str] | None = None) -> Finished:
+        """Run the program in this process."""
+        arguments = self.arguments(*given)
+        here, out, err = os.getcwd(), captured(), captured()
+        os.chdir(self.folder)
+        try:
+            with mock.patch.dict(os.environ, environment(env), clear=True):
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = embedgen.main(arguments[arguments.index("--log-dir") :])
+        finally:
+            os.chdir(here)
+        return Finished(code, text_of(out), text_of(err))
+
+    def start_program(self, *given: object, **more: Any) -> subprocess.Popen[bytes]:
+        """Start the program, in a process group of its own, and return at once."""
+        more.setdefault("stdout", subprocess.PIPE)
+        more.setdefault("stderr", subprocess.PIPE)
+        process = subprocess.Popen(
+            self.arguments(*given),
+            cwd=self.folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **more,
+        )
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill what is left of a process group, and close its pipes."""
+        if hasattr(os, "killpg"):
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        process.kill()
+        process.communicate()
+
+    def succeed(self, *given: object, **more: Any) -> Finished:
+        """Run the program; it must end with 0 and say nothing on standard error."""
+        done = self.run_program(*given, **more)
+        self.assertEqual((done.code, done.err), (0, ""), done.out)
+        return done
+
+    def refuse(self, code: int, *given: object, words: Sequence[str] = (), **more: Any) -> str:
+        """Run the program; it must end with this code and one sentence that has these words in it."""
+        done = self.run_program(*given, **more)
+        self.assertEqual(done.code, code, done.err + done.out)
+        self.assertNotIn("Traceback", done.err)
+        self.assertRegex(done.err, r"\Aerror: .*\n\Z")
+        for word in words:
+            self.assertIn(word, done.err)
+        return done.err
+
+    def log(self) -> str:
+        """Return what the program has logged, with both engines."""
+        return "".join(path.read_text("utf-8") for path in sorted((self.folder / "logs").glob("*.log*")))
+
+    # The database
+
+    def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
+        """Execute a statement, once or for each of `parameters`, and return its rows."""
+        connection = sqlite3.connect(self.database)
+        try:
+            with connection:
+                if parameters is not None:
+                    connection.executemany(sql, parameters)
+                    return []
+                return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def make_movies(self, count: int, title: Callable[[int], str] = "Film {}".format) -> None:
+        """Make the table movies, with the keys from 1 to `count`."""
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview TEXT)")
+        rows = [(key, title(key), f"What happens in {key}.") for key in range(1, count + 1)]
+        self.execute("INSERT INTO movies VALUES (?, ?, ?)", rows)
+
+    def expected(self) -> dict[Any, bytes]:
+        """Return the vector that each row of movies must have."""
+        return {
+            key: blob(f"Title: {title} | Description: {overview}")
+            for key, title, overview in self.execute("SELECT id, title, overview FROM movies")
+        }
+
+    def stored(self, target: str = "movie_embeddings", key: str = "movie_id") -> dict[Any, bytes]:
+        """Return the vectors in a target."""
+        return dict(self.execute(f'SELECT "{key}", embedding FROM "{target}"'))
+
+    def assert_complete(self, but: Iterable[int] = ()) -> None:
+        """Every row of movies must have its own vector, but for some that must have none."""
+        expected, stored, but = self.expected(), self.stored(), set(but)
+        self.assertEqual(set(expected) - but, set(stored))
+        wrong = [key for key in stored if stored[key] != expected[key]]
+        self.assertEqual(wrong, [])
+        self.assertEqual(self.execute("PRAGMA integrity_check"), [("ok",)])
+
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+        """Wait until something is the case; the time only bounds a test that fails."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"not within {seconds} s: {what}")

@@ -1,0 +1,382 @@
+"""The main job, as its user sees it: rows in, vectors out, by either engine."""
+
+from __future__ import annotations
+
+import re
+import unittest
+
+from tests.support import ENGINES, FULL, MOVIES, Case
+
+# The report that both engines print, with the parts that differ between runs taken out.
+REPORT = """\
+============================================================
+🧠 Movie Embedding Generator
+============================================================
+📊 Total movies to process: 100
+⚡ Workers/Concurrent: 10
+🔄 Skip existing: Yes
+📝 Detailed logs: LOG
+
+Generating embeddings: 100%|████████| 100/100 [TIME<00:00, ✓=50, ⊘=45, ✗=5]
+
+💾 Saving embeddings to database...
+
+============================================================
+✅ Movie Embedding Generator Completed
+============================================================
+📊 Total movies processed: 100
+   ✓  Successfully generated: 50
+   ⊘  Skipped (already exist): 45
+   ✗  Failed: 5
+⏱️  Time elapsed: SECONDS seconds
+⚡ Average speed: SPEED embeddings/second
+============================================================
+"""
+
+
+def masked(out: str) -> str:
+    """Return a report without its times, its speed and the log's name."""
+    out = re.sub(r"(?m)^(📝 Detailed logs: ).*$", r"\1LOG", out)
+    out = re.sub(r"\[\d\d:\d\d<", "[TIME<", out)
+    out = re.sub(r"elapsed: \d+\.\d\d ", "elapsed: SECONDS ", out)
+    return re.sub(r"speed: \d+\.\d\d ", "speed: SPEED ", out)
+
+
+class MainJob(Case):
+    def test_both_engines_print_the_report_of_fifty_skipped_and_refused(self) -> None:
+        outputs = {}
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(100, lambda key: f"Film {key}" if key % 20 else f"Poison {key}")
+                self.succeed("--where", "id % 20 BETWEEN 1 AND 9")
+                refusal = {"contains": "Poison", "status": 400, "error": "embedding contains NaN or Inf values"}
+                self.ollama.configure(refuse=[refusal])
+                done = self.run_program("--engine", engine, "--workers", 10, real=True)
+                self.assertEqual((done.code, done.err), (1, ""))
+                outputs[engine] = masked(done.out)
+                self.assertEqual(outputs[engine], REPORT)
+                self.assert_complete(but=[20, 40, 60, 80, 100])
+        self.assertEqual(outputs["async"], outputs["process"])
+
+    def test_each_refused_row_is_one_line_in_the_log_with_the_servers_words(self) -> None:
+        words = "embedding contains NaN or Inf values"
+        for engine, name in zip(ENGINES, ("generate_embeddings_async.log", "generate_embeddings.log")):
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(30, lambda key: "Poison" if key in (7, 8) else "Good")
+                self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": words}])
+                self.assertEqual(self.run_program("--engine", engine).tally, (28, 0, 2))
+                lines = (self.folder / "logs" / name).read_text("utf-8").splitlines()
+                failed = [line for line in lines if " failed: " in line]
+                self.assertEqual([line.partition(" - WARNING - ")[2] for line in failed],
+                                 [f"7 failed: {words}", f"8 failed: {words}"])  # fmt: skip
+                for line in lines:
+                    self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - \w+ - [A-Z]+ - .")
+
+    def test_every_vector_belongs_to_its_row(self) -> None:
+        rows = 10_000 if FULL else 300
+        self.make_movies(rows)
+        # As many requests at once as there are, each late by chance: answers come out of order.
+        self.ollama.configure(shuffle=0.01)
+        for engine in ENGINES:
+            for concurrency in (1, 10, 64):
+                for batch_size in (1, 7, 128):
+                    if (concurrency, batch_size) == (1, 1) and not FULL:
+                        continue  # one after the other, out of order only in name; and slow
+                    with self.subTest(engine=engine, concurrency=concurrency, batch_size=batch_size):
+                        self.execute("DROP TABLE IF EXISTS movie_embeddings")
+                        flags = ("--engine", engine, "--concurrent", concurrency, "--batch-size", batch_size)
+                        self.assertEqual(self.succeed(*flags).tally, (rows, 0, 0))
+                        self.assert_complete()
+
+    def test_in_flight_and_batch_size_are_kept_to(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.ollama.configure(shuffle=0.02)
+                self.make_movies(60)
+                self.succeed("--engine", engine, "--concurrent", 3, "--batch-size", 4)
+                requests = [entry for entry in self.ollama.log() if entry["path"] == "/api/embed"]
+                self.assertEqual({len(entry["texts"]) for entry in requests}, {4})
+                self.assertEqual(max(entry["in_flight"] for entry in requests), 3)
+                # Kept alive: no more connections than requests in flight, and one for the greeting.
+                self.assertLessEqual(len({entry["connection"] for entry in requests}), 3)
+
+    def test_a_second_run_has_nothing_to_do_and_asks_nobody(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.make_movies(30)
+                self.assertEqual(self.succeed("--engine", engine).tally, (30, 0, 0))
+                self.ollama.reset()
+                self.assertEqual(self.succeed("--engine", engine).tally, (0, 30, 0))
+                self.assertEqual(self.ollama.log(), [])
+
+    def test_each_text_is_asked_for_once(self) -> None:
+        self.make_movies(100)
+        self.succeed()
+        self.assertEqual(len(self.ollama.texts()), 100)
+        self.assertEqual(len(set(self.ollama.texts())), 100)
+
+    def test_limit_takes_the_next_rows_each_time(self) -> None:
+        self.make_movies(25)
+        for start, tally in enumerate([(10, 0, 0), (10, 10, 0), (5, 20, 0)]):
+            self.assertEqual(self.succeed("--limit", 10).tally, tally)
+            self.assertEqual(sorted(self.stored()), list(range(1, min(start * 10 + 10, 25) + 1)))
+        self.assertEqual(self.succeed("--limit", 0).tally, (0, 25, 0))
+
+    def test_failing_rows_do_not_use_up_the_limit(self) -> None:
+        # Otherwise a few bad rows at the head would keep a nightly run from ever getting past them.
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.make_movies(40, lambda key: "Poison" if key <= 12 else "Good")
+                self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "no"}])
+                self.assertEqual(self.run_program("--limit", 10, "--engine", engine).tally, (10, 0, 12))
+                self.assertEqual(sorted(self.stored()), list(range(13, 23)))
+
+    def test_force_embeds_all_again(self) -> None:
+        self.make_movies(25)
+        self.succeed()
+        self.ollama.reset()
+        done = self.succeed("--force")
+        self.assertEqual(done.tally, (25, 0, 0))
+        self.assertIn("🔄 Skip existing: No\n", done.out)
+        self.assertEqual(len(self.ollama.texts()), 25)
+
+    def test_only_a_row_whose_text_changed_is_embedded_again(self) -> None:
+        self.make_movies(25)
+        self.succeed()
+        self.execute("UPDATE movies SET title = 'Renamed' WHERE id = 7")
+        self.ollama.reset()
+        self.assertEqual(self.succeed().tally, (1, 24, 0))
+        self.assertEqual(self.ollama.texts(), ["Title: Renamed | Description: What happens in 7."])
+        self.assert_complete()
+
+    def test_new_rows_are_embedded_and_deleted_ones_are_no_matter(self) -> None:
+        self.make_movies(10)
+        self.succeed()
+        self.execute("INSERT INTO movies VALUES (-5, 'New', 'x')")
+        self.execute("DELETE FROM movies WHERE id = 3")
+        self.assertEqual(self.succeed().tally, (1, 9, 0))
+
+    def test_a_second_model_is_refused_by_both_names(self) -> None:
+        self.make_movies(5)
+        self.succeed()
+        self.ollama.reset()
+        self.refuse(2, "--model", "all-minilm", words=["all-minilm", "nomic-embed-text", "--target", "--force"])
+        self.assertEqual(self.ollama.log(), [])
+        self.assert_complete()
+        self.succeed("--model", "all-minilm", "--target", "other")
+        self.assertEqual(self.succeed("--model", "all-minilm", "--force").tally, (5, 0, 0))
+        self.assertEqual(self.execute("SELECT DISTINCT model FROM movie_embeddings"), [("all-minilm",)])
+        self.assertEqual(self.stored(), self.stored("other"))
+
+    def test_latest_is_the_same_model(self) -> None:
+        self.make_movies(5)
+        self.succeed()
+        self.assertEqual(self.succeed("--model", "nomic-embed-text:latest").tally, (0, 5, 0))
+
+    def test_other_dimensions_than_the_stored_are_refused(self) -> None:
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        self.ollama.configure(models={"nomic-embed-text": {"dimensions": 16}})
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.refuse(3, "--engine", engine, words=["16 dimensions", "8"])
+        self.assertEqual(sorted(self.stored()), [1, 2, 3])
+        self.refuse(2, "--dimensions", "4", words=["8", "4", "--force"])
+        self.assertEqual(self.succeed("--force").tally, (5, 0, 0))
+
+    def test_the_model_card_may_be_wrong_about_the_dimensions(self) -> None:
+        self.make_movies(20)
+        models = {"nomic-embed-text": {"dimensions": 8, "shown_dimensions": 99}}
+        self.ollama.configure(models=models)
+        self.succeed()
+        self.assert_complete()
+
+    def test_a_row_without_text_fails_and_is_not_sent(self) -> None:
+        self.make_movies(6)
+        self.execute("UPDATE movies SET title = NULL, overview = '' WHERE id = 2")
+        self.execute("UPDATE movies SET title = ' ' || char(9), overview = NULL WHERE id = 4")
+        done = self.run_program()
+        self.assertEqual((done.code, done.tally), (1, (4, 0, 2)))
+        self.assertEqual(len(self.ollama.texts()), 4)
+        self.assertIn("2 failed: no text\n", self.log())
+        self.assertIn("4 failed: no text\n", self.log())
+
+    def test_where_restricts_the_rows(self) -> None:
+        self.make_movies(20)
+        self.assertEqual(self.succeed("--where", "id > 10 -- the newer ones").tally, (10, 0, 0))
+        self.assertEqual(sorted(self.stored()), list(range(11, 21)))
+        # Names in the condition are the source's, even where the target has the same.
+        self.execute("ALTER TABLE movies ADD COLUMN model TEXT DEFAULT 'T'")
+        self.assertEqual(self.succeed("--where", "model = 'T' AND movies.id > 5").tally, (5, 10, 0))
+
+    def test_an_empty_table(self) -> None:
+        self.make_movies(0)
+        self.assertEqual(self.succeed().tally, (0, 0, 0))
+
+    def test_rows_deleted_while_their_text_is_embedded_are_dropped(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(20)
+                self.ollama.configure(network=1.0)
+                process = self.start_program("--engine", engine, "--batch-size", 20)
+                self.wait_for(lambda: self.ollama.texts(), "the request")
+                self.execute("DELETE FROM movies WHERE id > 15")
+                out, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, err), (0, b""))
+                self.assertIn("✓  Successfully generated: 15\n", out.decode())
+                self.assert_complete()
+
+    def test_the_targets_columns_are_as_documented(self) -> None:
+        self.make_movies(2)
+        self.succeed()
+        columns = [row[1:4] for row in self.execute("PRAGMA table_info(movie_embeddings)")]
+        self.assertEqual(columns, [
+            ("movie_id", "INTEGER", 0), ("embedding", "BLOB", 1), ("model", "TEXT", 1),
+            ("text_sha256", "BLOB", 1), ("updated_at", "TEXT", 1),
+        ])  # fmt: skip
+        reference = self.execute("PRAGMA foreign_key_list(movie_embeddings)")[0]
+        self.assertEqual((reference[2], reference[3], reference[4], reference[6]), ("movies", "movie_id", "id", "CASCADE"))
+        key, model, digest, when = self.execute(
+            "SELECT movie_id, model, text_sha256, updated_at FROM movie_embeddings LIMIT 1"
+        )[0]
+        import hashlib
+
+        self.assertEqual((key, model), (1, "nomic-embed-text"))
+        self.assertEqual(digest, hashlib.sha256(b"Title: Film 1 | Description: What happens in 1.").digest())
+        self.assertRegex(when, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+
+    def test_a_target_made_by_somebody_else_is_used_as_it_is(self) -> None:
+        self.make_movies(10)
+        self.execute("CREATE TABLE vectors (film INTEGER PRIMARY KEY, embedding BLOB)")
+        self.execute("INSERT INTO vectors VALUES (?, ?)", [(4, b"a vector of eight float32 values"), (5, None)])
+        before = self.execute("SELECT sql FROM sqlite_master WHERE name = 'vectors'")
+        self.assertEqual(self.succeed("--target", "vectors").tally, (9, 1, 0))
+        stored = self.stored("vectors", "film")
+        self.assertEqual(stored.pop(4), b"a vector of eight float32 values")
+        expected = self.expected()
+        del expected[4]
+        self.assertEqual(stored, expected)
+        self.assertEqual(self.execute("SELECT sql FROM sqlite_master WHERE name = 'vectors'"), before)
+        # By key alone: a changed text is no reason.
+        self.execute("UPDATE movies SET title = 'Renamed' WHERE id = 7")
+        self.assertEqual(self.succeed("--target", "vectors").tally, (0, 10, 0))
+
+    def test_unusable_targets_are_refused(self) -> None:
+        self.make_movies(3)
+        self.execute("CREATE TABLE vectors (film INTEGER, embedding BLOB)")
+        self.execute("CREATE TABLE texts (film INTEGER PRIMARY KEY, body TEXT)")
+        self.execute("CREATE VIEW seen AS SELECT 1 AS film, NULL AS embedding")
+        for target, words in [
+            ("vectors", ["primary key", "film, embedding"]),
+            ("texts", ["embedding", "film, body"]),
+            ("seen", ["a view"]),
+            ("movies", ["--target"]),
+        ]:
+            with self.subTest(target=target):
+                self.refuse(2, "--target", target, words=words)
+
+    def test_options_and_dimensions_reach_the_server_the_same_each_time(self) -> None:
+        self.make_movies(20)
+        self.succeed("--option", "num_ctx=512", "--option", "low=true", "--dimensions", 4, "--batch-size", 5)
+        bodies = [entry["body"] for entry in self.ollama.log() if entry["path"] == "/api/embed"]
+        for body in bodies:
+            self.assertEqual((body["options"], body["dimensions"]), ({"num_ctx": 512, "low": True}, 4))
+        self.assertEqual({len(vector) for vector in self.stored().values()}, {16})
+
+    def test_a_server_with_only_the_older_path(self) -> None:
+        self.ollama.configure(embed=False, version="0.2.5")
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.make_movies(20)
+                self.assertEqual(self.succeed("--engine", engine).tally, (20, 0, 0))
+                # Scaled to length 1 here, in double precision: the last bit may differ.
+                from array import array
+
+                expected = self.expected()
+                for key, vector in self.stored().items():
+                    for one, other in zip(array("f", vector), array("f", expected[key])):
+                        self.assertAlmostEqual(one, other, places=6)
+
+    def test_a_server_that_shows_no_models(self) -> None:
+        self.ollama.configure(show=False)
+        self.make_movies(5)
+        self.succeed()
+        self.assert_complete()
+
+    def test_a_path_before_the_api(self) -> None:
+        self.ollama.configure(prefix="/behind/proxy")
+        self.make_movies(5)
+        for engine in ENGINES:
+            self.succeed("--server", f"{self.ollama.url}/", "--force", "--engine", engine)
+        self.assert_complete()
+
+    def test_a_batch_is_bounded_by_its_characters(self) -> None:
+        self.make_movies(4, lambda key: "long " * 100_000 + str(key))
+        self.succeed("--batch-size", 4)
+        for entry in self.ollama.log():
+            self.assertLessEqual(sum(map(len, entry["texts"])), 1_000_000)
+        self.assertEqual(len(self.stored()), 4)
+
+
+class HashServer(Case):
+    """--server hash: computes in the process."""
+
+    def test_the_readmes_first_command(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                flags = ("--load", MOVIES, "--server", "hash:", "--engine", engine)
+                self.assertEqual(self.succeed(*flags, real=True).tally, (200, 0, 0))
+                self.assertEqual(self.succeed(*flags).tally, (0, 200, 0))
+                self.assertEqual(len(self.stored()), 200)
+        self.assertEqual(self.ollama.log(), [])
+
+    def test_both_engines_leave_the_same_vectors(self) -> None:
+        tables = []
+        for engine in ENGINES:
+            self.succeed("--load", MOVIES, "--server", "hash:", "--engine", engine, "--force")
+            tables.append(self.stored())
+        self.assertEqual(*tables)
+
+    def test_vectors_have_256_dimensions_length_1_and_the_model_hash_256(self) -> None:
+        from array import array
+
+        self.succeed("--load", MOVIES, "--server", "hash:")
+        for vector in self.stored().values():
+            numbers = array("f", vector)
+            self.assertEqual(len(numbers), 256)
+            self.assertAlmostEqual(sum(number * number for number in numbers), 1.0, places=5)
+        self.assertEqual(self.execute("SELECT DISTINCT model FROM movie_embeddings"), [("hash-256",)])
+
+    def test_it_has_one_model(self) -> None:
+        self.make_movies(2)
+        self.refuse(2, "--server", "hash:", "--model", "bge-m3", words=["hash-256"])
+        self.refuse(2, "--server", "hash:", "--dimensions", "64", words=["256"])
+
+    def test_it_is_no_fallback(self) -> None:
+        self.make_movies(2)
+        self.ollama.away()
+        self.refuse(3)
+        self.assertFalse(self.execute("SELECT 1 FROM sqlite_master WHERE name = 'movie_embeddings'"))
+
+    def test_a_text_without_words_fails(self) -> None:
+        self.make_movies(2)
+        self.execute("UPDATE movies SET title = '!!!' WHERE id = 1")
+        done = self.run_program("--server", "hash:", "--text", "{title}")
+        self.assertEqual((done.code, done.tally), (1, (1, 0, 1)))
+
+
+if __name__ == "__main__":
+    unittest.main()
+
