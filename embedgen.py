@@ -1002,6 +1002,10 @@ def describe(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "the connection was closed without an answer"
     text = getattr(error, "strerror", None) or str(error) or name
+    # asyncio puts its own words about the address around the number that says it all.
+    number = re.search(r"\[Errno (\d+)\]", text) or (re.match(r"(\d+)", str(getattr(error, "errno", None))))
+    if number and name != "SSLError":
+        text = os.strerror(int(number[1]))
     return text[:1].lower() + text[1:]
 
 
@@ -1765,13 +1769,20 @@ class SQLiteStore(Store):
         self.check_file()
         self.is_new = not os.path.exists(self.path)
         # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
-        self.connection = sqlite3.connect(self.path, timeout=0.5, isolation_level=None)
+        self.connection = self.connect(self.path, timeout=0.5)
         self.encoding = "utf-8"
         self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that Ctrl-C is heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
         self.lock = self.take_lock()
         self.encoding = self.value("PRAGMA encoding")
+
+    def connect(self, path: str, timeout: float) -> Any:
+        """Return a connection to an SQLite file, without Python's own transactions."""
+        try:
+            return self.sqlite3.connect(path, timeout=timeout, isolation_level=None)
+        except self.sqlite3.Error as error:
+            raise self.translated(error) from None
 
     def check_file(self) -> None:
         """Raise Stop for a database that is not there; only --load makes a new one."""
@@ -1794,7 +1805,7 @@ class SQLiteStore(Store):
         An empty database beside it is locked through SQLite itself: works on every system,
         ends with the process however that ends, and is not inherited by forked workers.
         """
-        lock = self.sqlite3.connect(os.path.realpath(self.path) + ".embedgen-lock", timeout=0, isolation_level=None)
+        lock = self.connect(os.path.realpath(self.path) + ".embedgen-lock", timeout=0)
         try:
             lock.execute("BEGIN EXCLUSIVE")
         except self.sqlite3.OperationalError as error:
@@ -1835,7 +1846,11 @@ class SQLiteStore(Store):
             )
         if "full" in text:
             return Stop(f"the disk is full, or {self.path} may not grow. Make room, and run the same command again.")
-        if "readonly" in text or "unable to open" in text:
+        if "unable to open" in text:
+            return Stop(
+                f"{self.path} cannot be opened. Check that it is a file, its permissions and those of its folder."
+            )
+        if "readonly" in text:
             return Stop(f"{self.path} cannot be written ({text}). Check its permissions and those of its folder.")
         if "not a database" in text or "malformed" in text:
             return Stop(f"{self.path} is not a sound SQLite database ({text}). Give --database URL.")
@@ -2066,7 +2081,7 @@ class SQLiteStore(Store):
         for row, vector in vectors:
             known = {"embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now}
             parameters.append((row.key, *(known[name] for name in names)))
-        return self.transaction(lambda: self.connection.executemany(sql, parameters).rowcount)
+        return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
@@ -2119,7 +2134,7 @@ class SQLiteStore(Store):
         def insert_all() -> int:
             if not found:
                 self.connection.execute(create)
-            return max(self.connection.executemany(insert, values()).rowcount, 0)
+            return max(int(self.connection.executemany(insert, values()).rowcount), 0)
 
         return self.transaction(insert_all)
 
@@ -2593,13 +2608,19 @@ class Run:
             self.unsaved = []
 
 
-def generate(options: argparse.Namespace, store: Store, log: Log, console: Console, interrupt: Interrupt) -> int:
+def generate(
+    options: argparse.Namespace,
+    wire: OllamaWire | HashWire,
+    store: Store,
+    log: Log,
+    console: Console,
+    interrupt: Interrupt,
+) -> int:
     """Do the main job and return the exit code."""
     report = Report(console, options, options.table.rpartition(".")[2], log.shown)
     if options.load:
         log.info(f"loaded {store.load(options.load)} rows from {options.load}")
     store.prepare()
-    wire = wire_for(options)
     counts = Counts(*store.count(), options.limit)
     log.info(
         f"{options.engine} engine, {hide_password(options.database)}, table {options.table}, model {options.model} "
@@ -2629,7 +2650,7 @@ def embed(
     stored = store.stored_dimensions()
     if stored and options.dimensions not in (None, stored):
         raise UsageError(
-            f"the stored vectors have {stored} dimensions, --dimensions {options.dimensions} would not compare with them. "
+            f"the stored vectors have {stored} dimensions; those of --dimensions {options.dimensions} do not compare. "
             "Give --target NAME for a second table, or --force to replace them."
         )
     if stored:
@@ -2667,13 +2688,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log: Log | None = None
     try:
         options = parse_arguments(argv)
+        wire = wire_for(options)
         console = Console(sys.stdout, interrupt)
-        store = open_store(options)
-        try:
+        with contextlib.closing(open_store(options)) as store:
             log = Log(options, ENGINES[options.engine].log_name)
-            return generate(options, store, log, console, interrupt)
-        finally:
-            store.close()
+            return generate(options, wire, store, log, console, interrupt)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)

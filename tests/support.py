@@ -108,7 +108,12 @@ class Case(unittest.TestCase):
         return command("--log-dir", self.folder / "logs", *flags, *given)
 
     def run_program(
-        self, *given: object, env: Mapping[str, str] | None = None, real: bool = False, timeout: float = 120, **more: Any
+        self,
+        *given: object,
+        env: Mapping[str, str] | None = None,
+        real: bool = False,
+        timeout: float = 120,
+        **more: Any,
     ) -> Finished:
         """Run the program to its end: in this process, which is quick, or a `real` one of its own."""
         if not real:

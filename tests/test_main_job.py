@@ -245,7 +245,9 @@ class MainJob(Case):
             ("text_sha256", "BLOB", 1), ("updated_at", "TEXT", 1),
         ])  # fmt: skip
         reference = self.execute("PRAGMA foreign_key_list(movie_embeddings)")[0]
-        self.assertEqual((reference[2], reference[3], reference[4], reference[6]), ("movies", "movie_id", "id", "CASCADE"))
+        self.assertEqual(
+            (reference[2], reference[3], reference[4], reference[6]), ("movies", "movie_id", "id", "CASCADE")
+        )
         key, model, digest, when = self.execute(
             "SELECT movie_id, model, text_sha256, updated_at FROM movie_embeddings LIMIT 1"
         )[0]
@@ -379,4 +381,3 @@ class HashServer(Case):
 
 if __name__ == "__main__":
     unittest.main()
-

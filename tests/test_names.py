@@ -12,7 +12,7 @@ class Names(Case):
     def test_tables_and_columns_of_any_name(self) -> None:
         for table, columns in [
             ("my movies", ("the id", "the title")),
-            ('qu"ote\'d', ('k"ey', "ti'tle")),
+            ("qu\"ote'd", ('k"ey', "ti'tle")),
             ("select", ("from", "where")),
             ("фильмы", ("номер", "название")),
             ("映画", ("番号", "題名")),
@@ -166,7 +166,7 @@ class Texts(Case):
         return texts[0]
 
     def test_the_default_text(self) -> None:
-        definition = "language TEXT, title TEXT, year INTEGER, genres TEXT, overview TEXT, rating REAL, \"cast\" TEXT"
+        definition = 'language TEXT, title TEXT, year INTEGER, genres TEXT, overview TEXT, rating REAL, "cast" TEXT'
         row = ("English", "Inception", 2010, "Action, Sci-Fi", "A thief who steals.", 8.8, "Leonardo DiCaprio")
         self.assertEqual(
             self.text(definition=definition, values=row),
@@ -256,7 +256,9 @@ class Texts(Case):
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (1, CAST(x'61ff62c3' AS TEXT)), (2, 'fine'), (3, x'f09f')")
         self.assertEqual(self.succeed().tally, (3, 0, 0))
-        self.assertEqual(self.stored(), {1: blob("Title: a\ufffdb\ufffd"), 2: blob("Title: fine"), 3: blob("Title: \ufffd")})
+        self.assertEqual(
+            self.stored(), {1: blob("Title: a\ufffdb\ufffd"), 2: blob("Title: fine"), 3: blob("Title: \ufffd")}
+        )
         self.assertEqual(self.succeed().tally, (0, 3, 0))
 
     def test_a_database_in_utf_16(self) -> None:

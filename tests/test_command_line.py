@@ -1,0 +1,300 @@
+"""Usage, errors and surroundings: one sentence, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import unittest
+
+import embedgen
+from tests.ollama import Ollama
+from tests.support import ENGINES, MOVIES, PROGRAM, Case, command, environment
+
+
+class Usage(Case):
+    def test_wrong_flags(self) -> None:
+        for flags, words in [
+            (["--engine", "thread"], ["--engine", "async", "process"]),
+            (["--workers", "0"], ["--workers", "0"]),
+            (["--concurrent", "-1"], ["--concurrent"]),
+            (["--concurrent", "many"], ["many"]),
+            (["--batch-size", "1.5"], ["1.5"]),
+            (["--limit", "-1"], ["--limit"]),
+            (["--timeout", "0"], ["--timeout"]),
+            (["--timeout", "nan"], ["--timeout"]),
+            (["--option", "num_ctx"], ["KEY=VALUE"]),
+            (["--nonsense"], ["--nonsense"]),
+            (["stray"], ["stray"]),
+            (["--forc"], ["--forc"]),
+            (["--quiet", "--json"], ["--quiet", "--json"]),
+            (["--server", "ftp://host"], ["ftp://host", "http://"]),
+            (["--server", "http://host:99999"], ["99999"]),
+            (["--server", "http://ho st"], ["ho st"]),
+            (["--database", "mysql://host/db"], ["mysql://host/db", "sqlite:///"]),
+            (["--database", "movies"], ["movies", ".db"]),
+            (["--database", "sqlite:///"], ["sqlite:///"]),
+        ]:
+            with self.subTest(flags=flags):
+                self.refuse(2, *flags, words=words)
+
+    def test_help_and_version(self) -> None:
+        shown = subprocess.run(command("--help"), stdout=subprocess.PIPE, check=True).stdout.decode()
+        for flag in ("--engine", "--workers", "--force", "--load", "--server", "Exit codes"):
+            self.assertIn(flag, shown)
+        version = subprocess.run(command("--version"), stdout=subprocess.PIPE, check=True).stdout.decode()
+        self.assertEqual(version, f"embedgen {embedgen.__version__}\n")
+
+    def test_names_that_do_not_exist(self) -> None:
+        self.refuse(3, words=["movies.db", "--database", "--load"])
+        self.assertFalse(self.database.exists())
+        self.make_movies(1)
+        self.refuse(3, "--database", "other.db", words=["other.db", "movies.db"])
+        self.refuse(2, "--table", "films", words=["films", "movies"])
+        self.refuse(2, "--id", "key", words=["key", "id, title, overview"])
+        self.refuse(2, "--where", "yaer > 1", words=["yaer"])
+        self.refuse(2, "--where", "", "--columns", "name", words=["name", "id, title, overview"])
+
+    def test_files_that_are_no_database(self) -> None:
+        self.database.write_text("This is a text, and a long one, but not what SQLite writes. " * 20)
+        self.refuse(3, words=["movies.db", "not a"])
+        self.database.unlink()
+        self.database.mkdir()
+        self.refuse(3, words=["movies.db"])
+
+    def test_forms_of_the_databases_address(self) -> None:
+        self.make_movies(2)
+        for address in ("movies.db", "sqlite:///movies.db", f"sqlite:///{self.database}", str(self.database)):
+            with self.subTest(address=address):
+                self.succeed("--database", address)
+                self.succeed(env={"DATABASE_URL": address})
+        os.rename(self.database, self.folder / "m.SQLite3")
+        self.succeed("--database", "m.SQLite3")
+
+    def test_environment_and_flags(self) -> None:
+        self.make_movies(2)
+        self.succeed("--server", self.ollama.url, env={"OLLAMA_HOST": "127.0.0.1:1"})
+        address = self.ollama.url.replace("http://", "")
+        extra = {"OLLAMA_HOST": f' "{address}" ', "EMBEDGEN_MODEL": "all-minilm"}
+        done = subprocess.run(
+            command("--log-dir", self.folder / "logs", "--target", "minis"),
+            cwd=self.folder, env=environment(extra), stdout=subprocess.PIPE, check=True,
+        )  # fmt: skip
+        self.assertIn("Successfully generated: 2\n", done.stdout.decode())
+        self.assertEqual(self.execute("SELECT DISTINCT model FROM minis"), [("all-minilm",)])
+
+
+class ServerAddresses(unittest.TestCase):
+    def test_the_forms_of_ollama_host(self) -> None:
+        for text, shown in [
+            ("localhost", "http://localhost:11434"),
+            ("example.com:1234", "http://example.com:1234"),
+            (":1234", "http://127.0.0.1:1234"),
+            ("0.0.0.0", "http://127.0.0.1:11434"),
+            ("0.0.0.0:80", "http://127.0.0.1:80"),
+            ("[::1]:1234", "http://[::1]:1234"),
+            ("[::]", "http://[::1]:11434"),
+            ("::1", "http://[::1]:11434"),
+            ("http://example.com", "http://example.com:80"),
+            ("HTTPS://example.com/", "https://example.com:443"),
+            ("https://example.com:8443/a/b/", "https://example.com:8443/a/b"),
+            ("example.com/path", "http://example.com:11434/path"),
+            (" http://user:secret@example.com/x ", "http://example.com:80/x"),
+        ]:
+            with self.subTest(text=text):
+                self.assertEqual(embedgen.parse_server(text).shown, shown)
+
+
+class Unreachable(Case):
+    def free_port(self) -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        return port
+
+    def test_nothing_listens(self) -> None:
+        self.make_movies(3)
+        address = f"http://127.0.0.1:{self.free_port()}"
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.refuse(3, "--server", address, "--engine", engine,
+                            words=[address, "connection refused", "ollama serve", "--server"])  # fmt: skip
+        self.assertEqual(self.execute("SELECT name FROM sqlite_master"), [("movies",)])
+
+    def test_a_name_that_resolves_to_nothing(self) -> None:
+        self.make_movies(3)
+        for engine in ENGINES:
+            self.refuse(
+                3, "--server", "http://no-such-host.invalid:1", "--engine", engine, words=["no-such-host.invalid"]
+            )
+
+    def test_nothing_to_do_needs_no_server(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.assertEqual(self.succeed("--server", f"http://127.0.0.1:{self.free_port()}").tally, (0, 3, 0))
+
+    def test_a_missing_model(self) -> None:
+        self.make_movies(3)
+        for show in (True, False):
+            self.ollama.configure(show=show)
+            for engine in ENGINES:
+                with self.subTest(engine=engine, show=show):
+                    self.refuse(3, "--model", "bge-m3", "--engine", engine, words=["bge-m3", "ollama pull bge-m3"])
+        self.assertEqual(self.ollama.texts().count("Title: Film 1 | Description: What happens in 1."), 2)
+
+    def test_a_server_behind_a_token(self) -> None:
+        self.make_movies(3)
+        with Ollama(token="s3cr3t-token") as guarded:
+            for engine in ENGINES:
+                with self.subTest(engine=engine):
+                    self.execute("DROP TABLE IF EXISTS movie_embeddings")
+                    self.refuse(3, "--server", guarded.url, "--engine", engine, words=["401", "OLLAMA_API_KEY"])
+                    wrong = self.run_program("--server", guarded.url, "--verbose", env={"OLLAMA_API_KEY": "wr0ng"})
+                    self.assertEqual(wrong.code, 3)
+                    self.assertNotIn("wr0ng", wrong.out + wrong.err + self.log())
+                    self.succeed("--server", guarded.url, "--force", "--engine", engine,
+                                 env={"OLLAMA_API_KEY": "s3cr3t-token"})  # fmt: skip
+        self.assertNotIn("s3cr3t-token", self.log())
+
+    def test_a_password_in_the_address_is_shown_nowhere(self) -> None:
+        self.make_movies(3)
+        address = self.ollama.url.replace("http://", "http://user:s3cr3t@")
+        done = self.succeed("--server", address, "--verbose")
+        refused = self.refuse(3, "--server", f"http://user:s3cr3t@127.0.0.1:{self.free_port()}", "--force")
+        self.refuse(2, "--server", "ftp://user:s3cr3t@host", words=["***"])
+        self.assertNotIn("s3cr3t", done.out + refused + self.log())
+        headers = {name.lower(): value for name, value in self.ollama.log()[0]["headers"].items()}
+        self.assertEqual(headers["authorization"], "Basic dXNlcjpzM2NyM3Q=")
+
+
+class Output(Case):
+    def test_quiet(self) -> None:
+        self.make_movies(10)
+        self.assertEqual(self.succeed("--quiet").out, "")
+        self.assertEqual(self.succeed("--quiet").out, "")
+        self.execute("INSERT INTO movies VALUES (11, NULL, NULL)")
+        done = self.run_program("--quiet")
+        self.assertEqual((done.code, done.err, done.tally), (1, "", (0, 10, 1)))
+
+    def test_json(self) -> None:
+        self.make_movies(10)
+        self.execute("INSERT INTO movies VALUES (11, NULL, NULL)")
+        done = self.run_program("--json")
+        self.assertEqual((done.code, done.err), (1, ""))
+        summary = json.loads(done.out)
+        self.assertEqual({name: summary[name] for name in ("total", "generated", "skipped", "failed", "exit_code", "failures")},
+                         {"total": 11, "generated": 10, "skipped": 0, "failed": 1, "exit_code": 1,
+                          "failures": {"no text": 1}})  # fmt: skip
+        self.assertEqual(set(summary), {"total", "generated", "skipped", "failed", "left", "seconds", "rate", "exit_code",
+                                        "failures", "model", "log"})  # fmt: skip
+
+    def test_no_carriage_returns_in_a_pipe(self) -> None:
+        self.make_movies(30)
+        self.assertNotIn("\r", self.succeed(real=True).out)
+
+    def test_encodings_that_cannot_show_the_report(self) -> None:
+        self.make_movies(10)
+        for extra in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "latin-1"}):
+            with self.subTest(extra=extra):
+                done = subprocess.run(
+                    self.arguments("--force", "--noun", "фильм"), cwd=self.folder, env=environment(extra),
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )  # fmt: skip
+                self.assertEqual((done.returncode, done.stderr), (0, b""))
+                self.assertIn(b"+=10, -=0, x=0]", done.stdout)
+
+    @unittest.skipUnless(os.name == "posix", "an empty environment starts no Python on Windows")
+    def test_an_empty_environment(self) -> None:
+        self.make_movies(10)
+        for extra in ({}, {"LANG": "C"}, {"LC_ALL": "POSIX"}):
+            for engine in ENGINES:
+                with self.subTest(extra=extra, engine=engine):
+                    done = subprocess.run(
+                        self.arguments("--force", "--engine", engine), cwd=self.folder, env=extra,
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    )  # fmt: skip
+                    self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
+    def test_a_reader_who_leaves(self) -> None:
+        self.make_movies(100)
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                line = " ".join(f"'{word}'" for word in self.arguments("--force", "--engine", engine))
+                done = subprocess.run(["/bin/sh", "-c", f"{line} | head -1"], cwd=self.folder, env=environment(),
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+                self.assertEqual((done.stdout, done.stderr), ("=" * 60 + "\n", ""))
+
+    @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
+    def test_streams_that_are_closed_or_full(self) -> None:
+        self.make_movies(20)
+        redirections = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full" if os.path.exists("/dev/full") else ">&-"]
+        for engine in ENGINES:
+            for redirection in redirections:
+                with self.subTest(engine=engine, redirection=redirection):
+                    line = " ".join(f"'{word}'" for word in self.arguments("--force", "--engine", engine))
+                    done = subprocess.run(["/bin/sh", "-c", f"{line} {redirection}"], cwd=self.folder, env=environment(),
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+                    self.assertEqual(done.returncode, 0)
+                    self.assertNotIn("Traceback", done.stderr + self.log())
+                    self.assertLessEqual(done.stderr.count("\n"), 1)
+                    self.assert_complete()
+
+    def test_the_log_beside_the_program_is_the_default(self) -> None:
+        import shutil
+
+        here = self.folder / "copied"
+        here.mkdir()
+        shutil.copy(PROGRAM, here)
+        done = subprocess.run([sys.executable, str(here / "embedgen.py"), "--load", str(MOVIES), "--server", "hash:"],
+                              cwd=here, env=environment(), stdout=subprocess.PIPE, check=True)  # fmt: skip
+        self.assertIn(
+            "📝 Detailed logs: logs/generate_embeddings_async.log\n".replace("/", os.sep), done.stdout.decode()
+        )
+        self.assertTrue((here / "logs" / "generate_embeddings_async.log").exists())
+
+    def test_a_log_that_cannot_be_written(self) -> None:
+        self.make_movies(5)
+        (self.folder / "logs").write_text("a file where the folder should be")
+        done = self.run_program()
+        self.assertEqual((done.code, done.tally), (0, (5, 0, 0)))
+        self.assertRegex(done.err, r"\Awarning: cannot write the log .*\n\Z")
+
+    def test_log_lines_cannot_be_forged(self) -> None:
+        self.execute("CREATE TABLE movies (id TEXT PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [("a\n2026 - Main - ERROR - forged\x1b[2J", "")])
+        self.assertEqual(self.run_program().code, 1)
+        self.assertNotIn("\n2026 - Main", self.log())
+        self.assertNotIn("\x1b", self.log())
+
+    def test_many_failures_of_one_kind_are_summed_up(self) -> None:
+        self.make_movies(100, lambda key: "")
+        self.execute("UPDATE movies SET overview = NULL")
+        self.assertEqual(self.run_program().tally, (0, 0, 100))
+        lines = self.log().splitlines()
+        self.assertEqual(sum(" failed: no text" in line for line in lines), 100)
+        self.assertLessEqual(sum(" - WARNING - " in line for line in lines), 25)
+        self.assertIn(" - WARNING - 100 times in all: no text", self.log())
+
+
+class StartUp(unittest.TestCase):
+    def test_help_imports_little(self) -> None:
+        code = "import sys, embedgen\ntry: embedgen.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
+        shown = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, stdout=subprocess.PIPE, check=True)
+        loaded = set(shown.stdout.decode().splitlines()[-1].split())
+        dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl", "json", "csv", "unicodedata"}
+        self.assertEqual(loaded & dear, set())
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        import ast
+
+        tree = ast.parse(PROGRAM.read_text("utf-8"))
+        names = {
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        names |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        if sys.version_info >= (3, 10):
+            self.assertEqual(names - set(sys.stdlib_module_names) - {"psycopg"}, set())
+        self.assertIn("sqlite3", names)
