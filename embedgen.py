@@ -602,8 +602,9 @@ class OllamaWire:
                 )
             if path == "/api/embeddings":
                 raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
-            self.legacy = True
-            raise Superseded(said)
+            if path == "/api/embed":
+                self.legacy = True
+                raise Superseded(said)
         if "does not support embeddings" in words:
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
         if BAD_CONTENT.search(words):
@@ -924,17 +925,16 @@ class Interrupt:
     def __init__(self) -> None:
         self.code = 0  # the exit code that it asks for
         self.gentle = False  # whether a loop is there to see it; before, a signal ends at once
-
-    def request(self, code: int) -> None:
-        """Ask for an end; the second time, or where no loop would see it, insist."""
-        insist = bool(self.code) or not self.gentle
-        self.code = self.code or code
-        if insist:
-            raise KeyboardInterrupt
+        self.over = False  # whether the run has ended, so that there is nothing to interrupt
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Be a signal's handler."""
-        self.request(128 + number)
+        """Be a signal's handler: ask for an end; the second time, or where no loop would see it, insist."""
+        if self.over:
+            return
+        insist = bool(self.code) or not self.gentle
+        self.code = self.code or 128 + number
+        if insist:
+            raise KeyboardInterrupt
 
 
 class Transport:
@@ -2681,10 +2681,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import signal
 
     interrupt = Interrupt()
-    previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup or in the background
-            previous[number] = signal.signal(number, interrupt.on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored as in a shell's background: so it stays
+            signal.signal(number, interrupt.on_signal)
     log: Log | None = None
     try:
         options = parse_arguments(argv)
@@ -2709,10 +2708,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_STOPPED
     finally:
+        interrupt.over = True
         if log:
             log.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ class Case(unittest.TestCase):
         """Run the program in this process."""
         arguments = self.arguments(*given)
         here, out, err = os.getcwd(), captured(), captured()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         os.chdir(self.folder)
         try:
             with mock.patch.dict(os.environ, environment(env), clear=True):
@@ -141,6 +142,8 @@ class Case(unittest.TestCase):
                     code = embedgen.main(arguments[arguments.index("--log-dir") :])
         finally:
             os.chdir(here)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return Finished(code, text_of(out), text_of(err))
 
     def start_program(self, *given: object, **more: Any) -> subprocess.Popen[bytes]:

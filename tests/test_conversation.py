@@ -1,0 +1,359 @@
+"""One batch's conversation: what is said for every kind of answer, driven by a list, in no time at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import unittest
+from array import array
+from collections.abc import Callable, Sequence
+
+import embedgen
+from embedgen import Exchange, Reply, Send, Stop, Wait
+from tests.ollama import blob, vector
+
+Serve = Callable[[list[str]], Reply]
+
+
+def good(texts: list[str], seconds: float = 0.1) -> Reply:
+    """Return a sound answer."""
+    return Reply(200, json.dumps({"embeddings": [vector(text) for text in texts]}).encode(), seconds)
+
+
+def error(status: int, words: object, **more: float) -> Reply:
+    """Return an error's answer."""
+    return Reply(status, json.dumps({"error": words}).encode(), 0.1, **more)
+
+
+SILENCE = Reply(0, seconds=300.0, reason="no answer within 300 s", timed_out=True)
+REFUSED = Reply(0, seconds=0.0, reason="connection refused")
+NAN = "embedding contains NaN or Inf values"
+PROBE = [embedgen.KNOWN_GOOD]
+
+
+def wire(**options: object) -> embedgen.OllamaWire:
+    """Return a wire to nowhere."""
+    settings = {"model": "m", "timeout": 300.0, "option": [], "dimensions": None, **options}
+    return embedgen.OllamaWire(embedgen.Server("http", "h", 1, "", ""), argparse.Namespace(**settings))
+
+
+class Talked:
+    """A whole conversation: its answers, and what was said and waited on the way."""
+
+    def __init__(self, texts: Sequence[str], serve: Serve, on: embedgen.OllamaWire | None = None) -> None:
+        self.sent: list[list[str]] = []
+        self.paths: list[str] = []
+        self.timeouts: list[float] = []
+        self.waits: list[float] = []
+        self.exchanges: list[Exchange] = []
+        self.seconds = 0.0
+        self.stop: Stop | None = None
+        self.answers: list[bytes | str] = []
+        conversation = embedgen.Talk(on or wire(dimensions=8), jitter=lambda: 0.5).embed(list(texts))
+        reply: Reply | None = None
+        try:
+            while True:
+                step = conversation.send(reply)
+                reply = None
+                if isinstance(step, Send):
+                    body = json.loads(step.body)
+                    asked = body["input"] if "input" in body else [body["prompt"]]
+                    self.sent.append(asked)
+                    self.paths.append(step.path)
+                    self.timeouts.append(step.timeout)
+                    reply = serve(asked)
+                    self.seconds += reply.seconds
+                elif isinstance(step, Wait):
+                    self.waits.append(step.seconds)
+                    self.seconds += step.seconds
+                else:
+                    self.exchanges.append(step)
+                if len(self.sent) > 5000:
+                    raise AssertionError("the conversation does not end")
+        except StopIteration as end:
+            self.answers = end.value
+        except Stop as stop:
+            self.stop = stop
+
+
+def script(*replies: Reply | None) -> Serve:
+    """Return a server that gives these answers in turn, None for a good one, and good ones after them."""
+    left = list(replies)
+
+    def serve(texts: list[str]) -> Reply:
+        reply = left.pop(0) if left else None
+        return good(texts) if reply is None else reply
+
+    return serve
+
+
+TEXTS = [f"text {number}" for number in range(8)]
+VECTORS = [blob(text) for text in TEXTS]
+
+
+class Conversations(unittest.TestCase):
+    def test_a_good_answer(self) -> None:
+        talked = Talked(TEXTS, good)
+        self.assertEqual((talked.answers, talked.sent, talked.waits), (VECTORS, [TEXTS], []))
+        self.assertEqual(talked.exchanges, [Exchange(8, 0.1, "ok")])
+
+    def test_what_passes_is_tried_again_with_growing_waits(self) -> None:
+        for reply in (
+            REFUSED,
+            Reply(0, reason="connection reset"),
+            Reply(0, reason="the answer was cut off"),
+            error(408, "timeout"),
+            error(429, "slow down"),
+            error(500, "llama runner process has terminated"),
+            error(502, "bad gateway"),
+            error(503, "server busy, please try again.  maximum pending requests exceeded"),
+            error(400, 'do embedding request: Post "http://127.0.0.1:1/embedding": EOF'),
+            error(500, {}),
+        ):
+            with self.subTest(reply=reply):
+                talked = Talked(TEXTS, script(reply, reply, reply))
+                self.assertEqual((talked.answers, talked.sent), (VECTORS, [TEXTS] * 4))
+                self.assertEqual(talked.waits, [0.5, 1.0, 2.0])
+                self.assertEqual([one.outcome for one in talked.exchanges], ["overloaded"] * 3 + ["ok"])
+
+    def test_waits_are_jittered(self) -> None:
+        talk = embedgen.Talk(wire(), jitter=random.Random(1).random)
+        waits = [next(talk.pause(embedgen.Silent(""))) for _ in range(9)]
+        self.assertEqual(len({round(step.seconds, 3) for step in waits}), 9)
+        for number, step in enumerate(waits):
+            middle = min(0.5 * 2**number, 15.0)
+            self.assertTrue(middle * 0.5 <= step.seconds <= middle * 1.5)
+
+    def test_retry_after_is_heeded(self) -> None:
+        talked = Talked(TEXTS, script(error(503, "busy", retry_after=30.0), error(429, "busy", retry_after=9999.0)))
+        self.assertEqual(talked.waits, [30.0, 120.0])
+        self.assertEqual(talked.answers, VECTORS)
+
+    def test_a_server_that_stays_away_stops_the_run(self) -> None:
+        for reply in (REFUSED, error(503, "busy"), error(400, "EOF"), SILENCE):
+            with self.subTest(reply=reply):
+                talked = Talked(TEXTS, lambda texts, reply=reply: reply)
+                assert talked.stop
+                self.assertEqual(talked.stop.code, 3)
+                self.assertIn("no good answer", talked.stop.message)
+                self.assertGreaterEqual(talked.seconds, 120.0)
+                self.assertLess(talked.seconds, 120.0 + 30.0 if reply is not SILENCE else 1000.0)
+
+    def test_a_server_that_comes_back_after_ninety_seconds(self) -> None:
+        for texts in (TEXTS, TEXTS[:1]):
+            for away in (REFUSED, error(502, "bad gateway")):
+                clock = [0.0]
+
+                def serve(asked: list[str], away: Reply = away, clock: list[float] = clock) -> Reply:
+                    return good(asked) if clock[0] > 90 else away
+
+                conversation = embedgen.Talk(wire(dimensions=8), jitter=lambda: 0.5).embed(list(texts))
+                reply: Reply | None = None
+                try:
+                    while True:
+                        step = conversation.send(reply)
+                        reply = None
+                        if isinstance(step, Send):
+                            reply = serve(json.loads(step.body)["input"])
+                        elif isinstance(step, Wait):
+                            clock[0] += step.seconds
+                except StopIteration as end:
+                    self.assertEqual(end.value, VECTORS[: len(texts)])
+                self.assertLess(clock[0], 120.0)
+
+    def test_refused_rows_are_cornered_and_all_others_embedded(self) -> None:
+        for status, words in [(400, NAN), (500, "failed to encode response: json: unsupported value: NaN"),
+                              (400, "the input length exceeds the context length"),
+                              (413, "Request Entity Too Large"), (422, {"message": "no"})]:  # fmt: skip
+            with self.subTest(words=words):
+                bad = {"text 2", "text 6"}
+
+                def serve(asked: list[str], status: int = status, words: object = words) -> Reply:
+                    return error(status, words) if bad.intersection(asked) else good(asked)
+
+                talked = Talked(TEXTS, serve)
+                said = "no" if isinstance(words, dict) else words
+                expected = [said if text in bad else blob(text) for text in TEXTS]
+                self.assertEqual(talked.answers, expected)
+                self.assertEqual(talked.waits, [])
+                self.assertEqual(talked.sent.count(PROBE), 2)
+
+    def test_no_row_is_failed_for_a_400_before_a_known_good_text_succeeds(self) -> None:
+        # The server refuses everything for a while: that is no row's fault.
+        talked = Talked(["text 0"], script(*[error(400, "broken")] * 5))
+        self.assertEqual(talked.answers, [blob("text 0")])
+        self.assertIn(PROBE, talked.sent)
+        talked = Talked(["text 0"], lambda asked: error(400, "broken"))
+        self.assertIsNotNone(talked.stop)
+
+    def test_a_text_that_kills_the_server_each_time(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            return error(400, "do embedding request: EOF") if "text 5" in asked else good(asked)
+
+        talked = Talked(TEXTS, serve)
+        self.assertEqual(talked.answers[:5] + talked.answers[6:], VECTORS[:5] + VECTORS[6:])
+        self.assertEqual(talked.answers[5], "HTTP 400: do embedding request: EOF")
+        # The others were done long before the one was given up.
+        self.assertLess(talked.seconds, 300.0)
+
+    def test_unusable_answers_are_never_stored(self) -> None:
+        sound = [vector(text) for text in TEXTS]
+        for name, body in {
+            "too few": {"embeddings": sound[:-1]},
+            "too many": {"embeddings": [*sound, sound[0]]},
+            "none": {"embeddings": []},
+            "null": {"embeddings": None},
+            "zero": {"embeddings": [*sound[:-1], [0.0] * 8]},
+            "a null": {"embeddings": [*sound[:-1], [None, *sound[0][1:]]]},
+            "nan": {"embeddings": [*sound[:-1], [float("nan"), *sound[0][1:]]]},
+            "infinite": {"embeddings": [*sound[:-1], [float("inf"), *sound[0][1:]]]},
+            "too large": {"embeddings": [*sound[:-1], [1e300, *sound[0][1:]]]},
+            "a string": {"embeddings": [*sound[:-1], ["x", *sound[0][1:]]]},
+            "longer": {"embeddings": [[*numbers, 0.0] for numbers in sound]},
+            "one longer": {"embeddings": [*sound[:-1], [*sound[0], 0.0]]},
+            "not normalised": {"embeddings": [[number * 2 for number in numbers] for numbers in sound]},
+            "twins": {"embeddings": [sound[0]] * 8},
+            "an error": {"error": "something"},
+            "no object": [1, 2],
+        }.items():
+            with self.subTest(name):
+                reply = Reply(200, json.dumps(body).encode(), 0.1)
+                # Once: as for a cut-off answer.
+                once = Talked(TEXTS, script(reply))
+                self.assertEqual(once.answers, VECTORS)
+                self.assertLessEqual(len([sent for sent in once.sent if sent != PROBE]), 2)
+                # Twice: the batch is halved.
+                twice = Talked(TEXTS, script(reply, *[None] * (name == "longer"), reply))
+                self.assertEqual(twice.answers, VECTORS)
+
+        for junk in (b"", b"<html>", b"{", b"\xff\xfe", b"null", b'"x"'):
+            with self.subTest(junk=junk):
+                self.assertEqual(Talked(TEXTS, script(Reply(200, junk), Reply(200, junk))).answers, VECTORS)
+
+    def test_one_text_whose_answer_is_always_unusable_fails_alone(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            vectors = [[0.0] * 8 if text == "text 3" else vector(text) for text in asked]
+            return Reply(200, json.dumps({"embeddings": vectors}).encode(), 0.1)
+
+        talked = Talked(TEXTS, serve)
+        self.assertEqual(talked.answers, [*VECTORS[:3], "a vector is all zero", *VECTORS[4:]])
+
+    def test_texts_that_a_tokenizer_cannot_tell_apart_may_share_a_vector(self) -> None:
+        same = json.dumps({"embeddings": [vector("x"), vector("x")]}).encode()
+        talked = Talked(["The Café", "the cafe!"], lambda asked: Reply(200, same))
+        self.assertEqual((talked.answers, len(talked.sent)), ([blob("x")] * 2, 1))
+
+    def test_silence_asks_for_less_and_waits_longer(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            return SILENCE if len(asked) > 2 else good(asked)
+
+        talked = Talked(TEXTS, serve)
+        self.assertEqual(talked.answers, VECTORS)
+        sizes = [len(sent) for sent in talked.sent if sent != PROBE]
+        self.assertEqual(sizes, [8, 4, 2, 2, 4, 2, 2])
+        # Before each further request, a short text has shown that the server has time again.
+        self.assertEqual(talked.sent[1], PROBE)
+        self.assertGreater(talked.timeouts[1], talked.timeouts[0])
+        self.assertEqual([one.outcome for one in talked.exchanges if one.outcome != "ok"], ["timeout"] * 3)
+
+    def test_a_row_fails_when_alone_it_times_out_three_times(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            return SILENCE if "text 6" in asked else good(asked)
+
+        talked = Talked(TEXTS, serve)
+        self.assertEqual(talked.answers, [*VECTORS[:6], "no answer within 300 s", VECTORS[7]])
+        self.assertEqual(talked.sent.count(["text 6"]), 3)
+
+    def test_an_older_server(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            return next(paths)(asked)
+
+        def missing(asked: list[str]) -> Reply:
+            return Reply(404, b"404 page not found")
+
+        def single(asked: list[str]) -> Reply:
+            return Reply(200, json.dumps({"embedding": [number * 7 for number in vector(asked[0])]}).encode())
+
+        paths = iter([missing, *[single] * 8])
+        talked = Talked(TEXTS, serve)
+        self.assertEqual(talked.paths, ["/api/embed"] + ["/api/embeddings"] * 8)
+        for answer, expected in zip(talked.answers, VECTORS):
+            assert isinstance(answer, bytes)
+            for one, other in zip(array("f", answer), array("f", expected)):
+                self.assertAlmostEqual(one, other, places=6)
+
+    def test_what_no_retry_can_mend_stops_at_once(self) -> None:
+        for reply, words in [
+            (error(401, "unauthorized"), "OLLAMA_API_KEY"),
+            (error(403, "forbidden"), "OLLAMA_API_KEY"),
+            (error(404, 'model "m" not found, try pulling it first'), "ollama pull m"),
+            (error(404, "model 'm' not found"), "ollama pull m"),
+            (error(400, 'this model does not support embeddings'), "cannot embed"),
+            (Reply(301, b""), "final address"),
+        ]:
+            with self.subTest(reply=reply):
+                talked = Talked(TEXTS, script(reply))
+                assert talked.stop
+                self.assertEqual((talked.stop.code, len(talked.sent)), (3, 1))
+                self.assertIn(words, talked.stop.message)
+
+    def test_a_small_soak(self) -> None:
+        """Every fault at once, at random, in virtual time: good rows get their vectors, poison rows the server's words."""
+        draw = random.Random(7)
+        texts = [f"row {number}" for number in range(600)]
+        poison = set(draw.sample(texts, 6))
+
+        def serve(asked: list[str]) -> Reply:
+            chance = draw.random()
+            for share, reply in [
+                (0.10, error(500, "out of memory")), (0.05, Reply(0, reason="connection reset")),
+                (0.05, Reply(0, reason="the answer was cut off")), (0.01, SILENCE), (0.02, error(503, "busy")),
+                (0.02, error(400, "EOF")), (0.01, Reply(200, b'{"embeddings": []}')),
+                (0.01, Reply(200, json.dumps({"embeddings": [[0.0] * 8] * len(asked)}).encode())),
+            ]:  # fmt: skip
+                if chance < share:
+                    return reply
+                chance -= share
+            return error(400, NAN) if poison.intersection(asked) else good(asked)
+
+        for start in range(0, 600, 24):
+            batch = texts[start : start + 24]
+            talked = Talked(batch, serve)
+            self.assertEqual(talked.answers, [NAN if text in poison else blob(text) for text in batch])
+
+
+class Greetings(unittest.TestCase):
+    def greet(self, reply: Reply, on: embedgen.OllamaWire | None = None) -> embedgen.OllamaWire:
+        on = on or wire()
+        conversation = on.greet()
+        sent = next(conversation)
+        assert isinstance(sent, Send)
+        self.assertEqual(sent.path, "/api/show")
+        with self.assertRaises(StopIteration):
+            conversation.send(reply)
+        return on
+
+    def test_the_model_card_tells_the_dimensions(self) -> None:
+        card = {"model_info": {"general.architecture": "bert", "bert.embedding_length": 768}}
+        self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).dimensions, 768)
+
+    def test_servers_that_show_nothing(self) -> None:
+        for reply in (Reply(404, b"404 page not found"), Reply(200, b"{}"), Reply(200, b"[]"), Reply(200, b"<html>"),
+                      Reply(200, b'{"model_info": null}'), error(400, "what?")):  # fmt: skip
+            with self.subTest(reply=reply):
+                on = self.greet(reply)
+                self.assertIsNone(on.dimensions)
+                self.assertFalse(on.legacy)
+
+    def test_a_server_that_is_not_there(self) -> None:
+        for reply in (REFUSED, SILENCE, error(503, "starting")):
+            conversation = wire().greet()
+            next(conversation)
+            with self.assertRaises(Stop) as caught:
+                conversation.send(reply)
+            self.assertIn("ollama serve", caught.exception.message)
+
+
+if __name__ == "__main__":
+    unittest.main()
