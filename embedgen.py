@@ -1291,6 +1291,7 @@ class AsyncEngine(Engine):
         self.idle: list[StreamTransport] = []
         self.tasks: set[Any] = set()
         self.events: list[Event] = []
+        self.waiting = False  # whether the loop runs for `wait`, to be stopped when something has happened
 
     def greet(self) -> None:
         self.loop.run_until_complete(self.converse(self.wire.greet()))
@@ -1309,7 +1310,8 @@ class AsyncEngine(Engine):
     def deliver(self, event: Event) -> None:
         """Hand an event to the run, and let it have its turn."""
         self.events.append(event)
-        self.loop.stop()
+        if self.waiting:
+            self.loop.stop()
 
     def submit(self, rows: list[Row]) -> None:
         async def embed() -> None:
@@ -1326,7 +1328,9 @@ class AsyncEngine(Engine):
     def wait(self, seconds: float) -> list[Event]:
         if not self.events:
             timer = self.loop.call_later(seconds, self.loop.stop)
+            self.waiting = True
             self.loop.run_forever()
+            self.waiting = False
             timer.cancel()
         events, self.events = self.events, []
         return events
@@ -1334,6 +1338,7 @@ class AsyncEngine(Engine):
     def close(self) -> None:
         import asyncio
 
+        self.waiting = False
         for task in self.tasks:
             task.cancel()
         if self.tasks:
@@ -1775,7 +1780,6 @@ class SQLiteStore(Store):
         # Does nothing, but gives Python a turn in long statements, so that Ctrl-C is heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
         self.lock = self.take_lock()
-        self.encoding = self.value("PRAGMA encoding")
 
     def connect(self, path: str, timeout: float) -> Any:
         """Return a connection to an SQLite file, without Python's own transactions."""
@@ -1844,8 +1848,8 @@ class SQLiteStore(Store):
             return Stop(
                 f"{self.path} has been locked by another program for {LOCK_PATIENCE:.0f} s. Close it, and run again."
             )
-        if "full" in text:
-            return Stop(f"the disk is full, or {self.path} may not grow. Make room, and run the same command again.")
+        if "full" in text or "disk I/O error" in text:
+            return Stop(f"{self.path} cannot grow ({text}): the disk is full, or failing. Make room, and run again.")
         if "unable to open" in text:
             return Stop(
                 f"{self.path} cannot be opened. Check that it is a file, its permissions and those of its folder."
@@ -1897,6 +1901,7 @@ class SQLiteStore(Store):
 
     def prepare(self) -> None:
         options = self.options
+        self.encoding = self.value("PRAGMA encoding")
         found = self.find(options.table)
         if found is None:
             tables = self.rows(

@@ -32,20 +32,17 @@ FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
 
 # How worker processes are started: the program's own choice, or fork or spawn.
 START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
-LAUNCHER = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import embedgen; "
-    f"embedgen.START_METHOD = {START_METHOD!r}; sys.exit(embedgen.main())"
-)
-
-
 if START_METHOD:
     embedgen.START_METHOD = START_METHOD
 
 
-def command(*arguments: object) -> list[str]:
-    """Return the command line that runs the program."""
-    program = ["-c", LAUNCHER] if START_METHOD else [str(PROGRAM)]
-    return [sys.executable, *program, *map(str, arguments)]
+def command(*arguments: object, **constants: object) -> list[str]:
+    """Return the command line that runs the program, with other values for some of its constants."""
+    if START_METHOD:
+        constants.setdefault("START_METHOD", START_METHOD)
+    changes = "".join(f"embedgen.{name} = {value!r}; " for name, value in constants.items())
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import embedgen; {changes}sys.exit(embedgen.main())"
+    return [sys.executable, *(["-c", code] if changes else [str(PROGRAM)]), *map(str, arguments)]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -102,10 +99,10 @@ class Case(unittest.TestCase):
 
     # Running the program
 
-    def arguments(self, *given: object) -> list[str]:
+    def arguments(self, *given: object, **constants: object) -> list[str]:
         """Return a command line, with the double as the server unless another is given."""
         flags = [] if "--server" in given else ["--server", self.ollama.url]
-        return command("--log-dir", self.folder / "logs", *flags, *given)
+        return command("--log-dir", self.folder / "logs", *flags, *given, **constants)
 
     def run_program(
         self,
@@ -146,17 +143,16 @@ class Case(unittest.TestCase):
                 signal.signal(number, handler)
         return Finished(code, text_of(out), text_of(err))
 
-    def start_program(self, *given: object, **more: Any) -> subprocess.Popen[bytes]:
+    def start_program(self, *given: object, **constants: object) -> subprocess.Popen[bytes]:
         """Start the program, in a process group of its own, and return at once."""
-        more.setdefault("stdout", subprocess.PIPE)
-        more.setdefault("stderr", subprocess.PIPE)
         process = subprocess.Popen(
-            self.arguments(*given),
+            self.arguments(*given, **constants),
             cwd=self.folder,
             env=environment(),
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
-            **more,
         )
         self.addCleanup(self.end, process)
         return process

@@ -289,7 +289,7 @@ class Conversations(unittest.TestCase):
             (error(403, "forbidden"), "OLLAMA_API_KEY"),
             (error(404, 'model "m" not found, try pulling it first'), "ollama pull m"),
             (error(404, "model 'm' not found"), "ollama pull m"),
-            (error(400, 'this model does not support embeddings'), "cannot embed"),
+            (error(400, "this model does not support embeddings"), "cannot embed"),
             (Reply(301, b""), "final address"),
         ]:
             with self.subTest(reply=reply):

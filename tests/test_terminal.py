@@ -34,7 +34,11 @@ class ProgressLine(unittest.TestCase):
             # 55 rows are left, and the 5 that were worked on took 10 s: the 40 skipped are no measure.
             ((4, 40, 1, 55), 10.0, "Generating embeddings:  45%|███▌    | 45/100 [00:10<01:50, ✓=4, ⊘=40, ✗=1]"),
             ((0, 0, 0), 0.0, "Generating embeddings: 100%|████████| 0/0 [00:00<00:00, ✓=0, ⊘=0, ✗=0]"),
-            ((9_999, 0, 0, 1), 7322.0, "Generating embeddings:  99%|███████▉| 9999/10000 [2:02:02<00:00, ✓=9999, ⊘=0, ✗=0]"),
+            (
+                (9_999, 0, 0, 1),
+                7322.0,
+                "Generating embeddings:  99%|███████▉| 9999/10000 [2:02:02<00:00, ✓=9999, ⊘=0, ✗=0]",
+            ),
         ]:
             with self.subTest(given=given):
                 self.assertEqual(progress_line(counts(*given), elapsed, None), line)
@@ -165,5 +169,3 @@ class Terminal(Case):
                 self.assertEqual(lines[-1], "")
                 self.assertEqual(int(found[1]), len(self.stored()))
                 self.execute("DROP TABLE movie_embeddings")
-
-
