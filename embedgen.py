@@ -882,15 +882,159 @@ class Talk:
 
 
 class Pace:
-    """How many requests may be in flight, and how large the next batch is."""
+    """How many requests may be in flight, and how large the next batch is.
+
+    One experiment at a time: a setting is changed, the throughput measured, and the change undone unless it pays.
+    What makes requests wait longer (more in flight, or larger ones beyond the target time) must raise the
+    throughput; what makes them wait less must not lower it. When nothing is left to try, it rests; it starts
+    over after a while, or at once if the throughput changes by itself. Little's law gives the throughput
+    without a clock: texts under way when a request was sent / seconds until its answer.
+    """
+
+    MOST_IN_FLIGHT = 64  # connections; a server that gains from more of them gains from larger batches, too
+    LARGEST_BATCH = 512  # texts; their answer is some 5 MB of JSON
+    TARGET = 1.0  # seconds; requests take one to two of these: Ctrl-C is quick, the bar moves, overhead is small
+    GAIN = 1.03  # times the throughput a change must bring that costs waiting; less is lost in the noise
+    KEEP = 0.96  # times the throughput a change must leave that saves waiting
+    LEAP = 1.4  # times the throughput: beyond any noise; also what the start, a leap of 8, must bring
+    PAUSE, LONGEST_PAUSE = 60.0, 600.0  # seconds of rest, doubling: looking around costs 2 s of work in a pause
+    RECOVERY = 10.0  # seconds of the first rest after an overload
+    ROUND = ("smaller requests", "more in flight", "larger requests", "fewer in flight")  # experiments, in order
 
     def __init__(self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0) -> None:
-        self.in_flight = in_flight or 4
-        self.batch_size = batch_size or 16
-        self.reason = ""
+        """A number fixes that setting, None leaves it to Pace."""
+        self.in_flight = in_flight or 2  # one being computed, one waiting: the shortest pipe without a gap
+        self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
+        self.reason = "start"
+        self._auto_in_flight, self._auto_batch = in_flight is None, batch_size is None
+        self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
+        self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
+        self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
+        self._before = self.in_flight, self.batch_size  # the settings to go back to
+        self._moves = ["more of both", *self.ROUND]  # what to try next
+        self._step = 2  # times as many in flight next time; 4 while that nearly doubles the throughput
+        self._costly = False  # every request takes the same time, however small: only larger ones help
+        self._rested, self._pause = 0.0, self.PAUSE
+        self._first = self.in_flight  # answers that may have waited for the model to load
+        self._count = self._texts = self._load = 0  # the measurement so far
+        self._seconds = 0.0
 
-    def observe(self, texts: int, seconds: float, outcome: str) -> None:
-        """Learn from one finished request."""
+    def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
+        """Learn that an exchange ended: ok, overloaded or timeout.
+
+        `under_way` are the texts that were in flight when it was sent, its own included.
+        """
+        full = self.in_flight * self.batch_size
+        load = full if under_way is None else under_way
+        self._first -= 1
+        if load > full or not (self._auto_in_flight or self._auto_batch):
+            return  # sent before the last reduction; or nothing to decide
+        if outcome != "ok":
+            self._back_off(outcome)
+        elif self._first >= 0 and seconds > self._target:
+            return
+        elif load >= 0.75 * full and abs(texts - self.batch_size) <= 0.2 * self.batch_size:  # sent as things are now
+            self._count, self._texts = self._count + 1, self._texts + texts
+            self._load, self._seconds = self._load + load, self._seconds + max(seconds, 0.001)
+            if self._count >= self._enough(self._load / self._seconds):
+                self._decide(self._load / self._seconds)
+
+    def _measure_anew(self) -> None:
+        self._count, self._texts, self._load, self._seconds = 0, 0, 0, 0.0
+
+    def _enough(self, rate: float) -> int:
+        """Return how many answers settle the matter: few if the difference is far beyond noise."""
+        import math
+
+        if self._moves[:1] == ["more of both"] or self._move == "more of both":
+            return 2
+        if not self._rate:
+            return max(8, self.in_flight)
+        few = max(4, self.in_flight // 8)
+        many = 32 if self._move == "more in flight" else 16  # a wrong "more" is the error that adds up
+        noise = max(0.3, 1.2 / math.sqrt(self._count))
+        return few if abs(math.log(rate / self._rate)) > noise else max(many, self.in_flight)
+
+    def _decide(self, rate: float) -> None:
+        """A measurement is complete: judge the experiment, then start the next one or rest."""
+        ratio, took, elapsed = rate / (self._rate or rate), self._seconds / self._count, self._texts / rate
+        move, self._move = self._move, ""
+        self._measure_anew()
+        if move and ratio < self._needed:
+            self._undo(move, rate, ratio)
+        elif (ratio > self.LEAP and self._needed < 1) or (not move and ratio < 1 / self.LEAP):
+            self._pause, self._rate = self.PAUSE, 0.0  # no experiment explains that: the server has changed
+            self._start_round()
+        else:
+            self._rate, self._took = rate, took
+            if move:  # it worked: once more, but short requests come first, unless throughput soars
+                self._step = 4 if ratio > 1.7 else 2
+                self._put_first(*((move, "more in flight") if self._step == 4 else ("smaller requests", move)))
+            elif not self._moves:
+                self._rested += elapsed
+                if self._rested >= self._pause:
+                    self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+                    self._start_round()
+            while self._moves and not self._move:
+                self._try(self._moves.pop(0))
+        self._needed = self._needed if self._move else 0.0
+
+    def _undo(self, move: str, rate: float, ratio: float) -> None:
+        """Back to the settings before; measured anew, as the server may have changed meanwhile."""
+        if move == "smaller requests" and ratio < 1.25 * self.batch_size / self._before[1]:
+            self._costly = True
+            self._put_first("larger requests")
+        elif move != "larger requests":
+            self._step = 2
+        self._change(*self._before, f"{move} did not pay: {rate:.1f} against {self._rate:.1f} texts/s")
+        self._rate = 0.0
+
+    def _put_first(self, *moves: str) -> None:
+        self._moves = [*dict.fromkeys([*moves, *self._moves])]
+
+    def _start_round(self) -> None:
+        self._moves, self._costly, self._rested = list(self.ROUND), False, 0.0
+
+    def _try(self, move: str) -> None:
+        """Start an experiment, unless it does not apply."""
+        in_flight, batch, took, target, needed = self.in_flight, self.batch_size, self._took, self._target, self.GAIN
+        if move == "more of both" and took < 1.25 * target and self._auto_in_flight and self._auto_batch:
+            in_flight, batch, needed = 2 * in_flight, 4 * batch, self.LEAP
+        elif move == "more in flight":
+            in_flight = int(in_flight * min(self._step, max(1.0, self._timeout / 4 / took)))
+            needed = self.KEEP if self.in_flight == 1 else self.GAIN if took < 2 * target else 1.2
+        elif move == "fewer in flight" and (took > 2 * target or self._pause > self.PAUSE):
+            in_flight, needed = min(in_flight, max(2, in_flight // 2)), self.KEEP
+        elif move == "smaller requests" and took > 2 * target and not self._costly:
+            batch, needed = int(batch * max(0.25, 1.5 * target / took)), self.KEEP
+        elif move == "larger requests" and took < target:
+            batch, needed = int(batch * min(4.0, 1.5 * target / took)), self.KEEP
+        elif move == "larger requests" and (took < 2 * target or self._costly):
+            batch, needed = 2 * batch, self.LEAP if self._costly else self.GAIN
+        in_flight = min(self.MOST_IN_FLIGHT, in_flight) if self._auto_in_flight else self.in_flight
+        batch = min(self.LARGEST_BATCH, max(1, batch)) if self._auto_batch else self.batch_size
+        if (in_flight, batch) != (self.in_flight, self.batch_size):
+            self._move, self._needed, self._before = move, needed, (self.in_flight, self.batch_size)
+            self._change(in_flight, batch, f"trying {move}: {self._rate:.1f} texts/s, {took:.1f} s per request")
+
+    def _change(self, in_flight: int, batch: int, reason: str) -> None:
+        was = f" with {self.in_flight} x {self.batch_size}"
+        self.in_flight, self.batch_size, self.reason = in_flight, batch, reason + was
+        self._measure_anew()
+
+    def _back_off(self, outcome: str) -> None:
+        """Half as much; or, if only an experiment went too far, back to where it started."""
+        in_flight, batch = self.in_flight, self.batch_size
+        if self._move and outcome == "overloaded":
+            in_flight, batch = self._before
+        else:
+            in_flight = max(1, in_flight // 2) if self._auto_in_flight else in_flight
+            if self._auto_batch and (outcome == "timeout" or in_flight == self.in_flight):
+                batch = max(1, batch // 2)
+            self._pause = self.RECOVERY
+        self._move, self._needed, self._moves, self._step = "", 0.0, [], 2
+        self._rate = self._rested = 0.0
+        self._change(in_flight, batch, "a request timed out" if outcome == "timeout" else "the server is overloaded")
 
 
 # =============================== engines ===============================
@@ -906,14 +1050,27 @@ class Row(NamedTuple):
     digest: bytes
 
 
-class Result(NamedTuple):
-    """A batch's rows with their answers, or the exception that ended its conversation."""
+class Batch(NamedTuple):
+    """Rows whose texts go to the server together; `under_way` texts were in flight when they did, these included."""
 
     rows: list[Row]
-    answers: Answers | Exception
+    under_way: int
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be embedded."""
+        return [row.text for row in self.rows]
 
 
-Event = Union[Result, Exchange]
+class Result(NamedTuple):
+    """A batch's rows with their answers."""
+
+    rows: list[Row]
+    answers: Answers
+
+
+# What is heard of a batch: a request of its conversation, its answers, or the exception that ended it.
+Event = tuple[Batch, Union[Exchange, Answers, Exception]]
 
 TICK = 0.1  # seconds; how often the run saves, redraws and looks at its signals while nothing comes
 GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
@@ -1228,12 +1385,12 @@ class Engine:
         """Check that the server can do the work; raise Stop if not."""
         raise NotImplementedError
 
-    def submit(self, rows: list[Row]) -> None:
+    def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
         raise NotImplementedError
 
     def wait(self, seconds: float) -> list[Event]:
-        """Return what has happened, after that time at the latest; a Result for each batch submitted."""
+        """Return what has happened, after that time at the latest; answers or an exception for each batch, once."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -1247,7 +1404,8 @@ class Engine:
         a conversation that raised, no more is taken and what is in flight has GRACE seconds
         to end; then the exception, if there was one, is raised.
         """
-        flying, more, deadline = 0, True, None
+        flying = texts = 0  # batches and texts
+        more, deadline = True, 0.0
         while True:
             stopping = bool(self.interrupt.code or self.failure)
             while more and not stopping and flying < self.pace.in_flight:
@@ -1255,24 +1413,24 @@ class Engine:
                 if rows is None:
                     more = False
                 else:
-                    self.submit(rows)
-                    flying += 1
+                    flying, texts = flying + 1, texts + len(rows)
+                    self.submit(Batch(rows, texts))
             if not flying:
                 break
             if stopping:
                 deadline = deadline or time.monotonic() + GRACE
                 if time.monotonic() >= deadline:
                     break
-            for event in self.wait(TICK):
-                if isinstance(event, Exchange):
-                    self.pace.observe(event.texts, event.seconds, event.outcome)
-                    yield event
+            for batch, said in self.wait(TICK):
+                if isinstance(said, Exchange):
+                    self.pace.observe(said.texts, said.seconds, said.outcome, batch.under_way)
+                    yield said
                     continue
-                flying -= 1
-                if isinstance(event.answers, Exception):
-                    self.failure = self.failure or event.answers
+                flying, texts = flying - 1, texts - len(batch.rows)
+                if isinstance(said, Exception):
+                    self.failure = self.failure or said
                 else:
-                    yield event
+                    yield Result(batch.rows, said)
             yield None
         if self.failure:
             raise self.failure
@@ -1294,13 +1452,13 @@ class AsyncEngine(Engine):
         self.waiting = False  # whether the loop runs for `wait`, to be stopped when something has happened
 
     def greet(self) -> None:
-        self.loop.run_until_complete(self.converse(self.wire.greet()))
+        self.loop.run_until_complete(self.converse(self.wire.greet(), lambda exchange: None))
 
-    async def converse(self, conversation: Conversation) -> Answers:
+    async def converse(self, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
         """Drive one conversation over a connection that no other uses meanwhile."""
         transport = self.idle.pop() if self.idle else StreamTransport(self.wire.server)
         try:
-            return await drive(conversation, transport, self.deliver)
+            return await drive(conversation, transport, tell)
         except BaseException:
             transport.close()  # what is on its way over it belongs to nobody now
             raise
@@ -1313,13 +1471,16 @@ class AsyncEngine(Engine):
         if self.waiting:
             self.loop.stop()
 
-    def submit(self, rows: list[Row]) -> None:
+    def submit(self, batch: Batch) -> None:
         async def embed() -> None:
+            def tell(exchange: Exchange) -> None:
+                self.deliver((batch, exchange))
+
             try:
-                answers: Answers | Exception = await self.converse(self.wire.converse([row.text for row in rows]))
+                said: Answers | Exception = await self.converse(self.wire.converse(batch.texts), tell)
             except Exception as error:
-                answers = error
-            self.deliver(Result(rows, answers))
+                said = error
+            self.deliver((batch, said))
 
         task = self.loop.create_task(embed())
         self.tasks.add(task)
@@ -1367,13 +1528,13 @@ class Worker:
         self.process = context.Process(target=work, args=(child, wire, inherited), name=name, daemon=True)
         self.process.start()
         child.close()
-        self.rows: list[Row] | None = None
+        self.batch: Batch | None = None
 
-    def submit(self, rows: list[Row]) -> None:
+    def submit(self, batch: Batch) -> None:
         """Give it a batch. If it is dead, that shows when it is waited for."""
-        self.rows = rows
+        self.batch = batch
         try:
-            self.pipe.send([row.text for row in rows])
+            self.pipe.send(batch.texts)
         except OSError:
             pass
 
@@ -1452,34 +1613,33 @@ class ProcessEngine(Engine):
         finally:
             transport.close()
 
-    def submit(self, rows: list[Row]) -> None:
-        idle = next((worker for worker in self.workers if worker.rows is None), None)
+    def submit(self, batch: Batch) -> None:
+        idle = next((worker for worker in self.workers if worker.batch is None), None)
         if idle is None:
             self.started += 1
             idle = Worker(self.context, f"Worker-{self.started}", self.wire, self.workers)
             self.workers.append(idle)
-        idle.submit(rows)
+        idle.submit(batch)
 
     def wait(self, seconds: float) -> list[Event]:
         from multiprocessing.connection import wait
 
         events: list[Event] = []
-        busy = {worker.pipe: worker for worker in self.workers if worker.rows is not None}
+        busy = {worker.pipe: worker for worker in self.workers if worker.batch is not None}
         for pipe in wait(list(busy), seconds):
             worker = busy[pipe]
-            said, rows = worker.receive(), worker.rows
-            assert rows is not None
-            if said is None:
-                self.bury(worker)
-                if self.deaths <= DEATHS_IN_A_ROW:
-                    self.submit(rows)
-                else:
-                    events.append(Result(rows, Stop("worker processes keep dying. Is the machine out of memory?")))
-            elif isinstance(said, Exchange):
-                events.append(said)
+            said, batch = worker.receive(), worker.batch
+            assert batch is not None
+            if said is not None:
+                events.append((batch, said))
+                if not isinstance(said, Exchange):
+                    worker.batch, self.deaths = None, 0
+                continue
+            self.bury(worker)
+            if self.deaths <= DEATHS_IN_A_ROW:
+                self.submit(batch)
             else:
-                worker.rows, self.deaths = None, 0
-                events.append(Result(rows, said))
+                events.append((batch, Stop("worker processes keep dying. Is the machine out of memory?")))
         return events
 
     def bury(self, dead: Worker) -> None:
@@ -2528,6 +2688,7 @@ class Run:
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
+        self.reason = engine.pace.reason  # the pace's last one that was logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
@@ -2576,7 +2737,6 @@ class Run:
 
     def take(self, result: Result) -> None:
         """Count and log the rows that failed, and keep the others to be saved."""
-        assert not isinstance(result.answers, Exception)
         if not self.unsaved:
             self.oldest = time.monotonic()
         for row, answer in zip(result.rows, result.answers):
@@ -2598,6 +2758,10 @@ class Run:
             self.log.debug(text)
         else:
             self.log.warn(text, exchange.reason)
+        pace = self.engine.pace
+        if pace.reason != self.reason:
+            self.reason = pace.reason
+            self.log.info(f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""

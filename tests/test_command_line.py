@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -184,9 +185,8 @@ class Output(Case):
         done = self.run_program("--json")
         self.assertEqual((done.code, done.err), (1, ""))
         summary = json.loads(done.out)
-        self.assertEqual({name: summary[name] for name in ("total", "generated", "skipped", "failed", "exit_code", "failures")},
-                         {"total": 11, "generated": 10, "skipped": 0, "failed": 1, "exit_code": 1,
-                          "failures": {"no text": 1}})  # fmt: skip
+        expected = {"total": 11, "generated": 10, "skipped": 0, "failed": 1, "exit_code": 1, "failures": {"no text": 1}}
+        self.assertEqual({name: summary[name] for name in expected}, expected)
         self.assertEqual(set(summary), {"total", "generated", "skipped", "failed", "left", "seconds", "rate", "exit_code",
                                         "failures", "model", "log"})  # fmt: skip
 
@@ -222,7 +222,7 @@ class Output(Case):
         self.make_movies(100)
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                line = " ".join(f"'{word}'" for word in self.arguments("--force", "--engine", engine))
+                line = shlex.join(self.arguments("--force", "--engine", engine))
                 done = subprocess.run(["/bin/sh", "-c", f"{line} | head -1"], cwd=self.folder, env=environment(),
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
                 self.assertEqual((done.stdout, done.stderr), ("=" * 60 + "\n", ""))
@@ -234,7 +234,7 @@ class Output(Case):
         for engine in ENGINES:
             for redirection in redirections:
                 with self.subTest(engine=engine, redirection=redirection):
-                    line = " ".join(f"'{word}'" for word in self.arguments("--force", "--engine", engine))
+                    line = shlex.join(self.arguments("--force", "--engine", engine))
                     done = subprocess.run(["/bin/sh", "-c", f"{line} {redirection}"], cwd=self.folder, env=environment(),
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
                     self.assertEqual(done.returncode, 0)

@@ -163,11 +163,11 @@ class Conversations(unittest.TestCase):
                 self.assertLess(clock[0], 120.0)
 
     def test_refused_rows_are_cornered_and_all_others_embedded(self) -> None:
+        bad = {"text 2", "text 6"}
         for status, words in [(400, NAN), (500, "failed to encode response: json: unsupported value: NaN"),
                               (400, "the input length exceeds the context length"),
                               (413, "Request Entity Too Large"), (422, {"message": "no"})]:  # fmt: skip
             with self.subTest(words=words):
-                bad = {"text 2", "text 6"}
 
                 def serve(asked: list[str], status: int = status, words: object = words) -> Reply:
                     return error(status, words) if bad.intersection(asked) else good(asked)
@@ -299,7 +299,7 @@ class Conversations(unittest.TestCase):
                 self.assertIn(words, talked.stop.message)
 
     def test_a_small_soak(self) -> None:
-        """Every fault at once, at random, in virtual time: good rows get their vectors, poison rows the server's words."""
+        """Every fault at once, at random, in virtual time."""
         draw = random.Random(7)
         texts = [f"row {number}" for number in range(600)]
         poison = set(draw.sample(texts, 6))

@@ -30,8 +30,8 @@ class Names(Case):
                 self.assertEqual(done.tally, (2, 0, 0))
                 stored = self.execute(f'SELECT * FROM "{quoted} vectors"')
                 self.assertEqual([row[:2] for row in stored], [(1, blob("<one>")), (2, blob("<two>"))])
-                self.assertEqual(self.succeed("--table", table, "--text", template, "--target", f"{table} vectors").tally,
-                                 (0, 2, 0))  # fmt: skip
+                done = self.succeed("--table", table, "--text", template, "--target", f"{table} vectors")
+                self.assertEqual(done.tally, (0, 2, 0))
 
     def test_a_name_is_never_code(self) -> None:
         self.make_movies(3)

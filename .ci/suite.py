@@ -1,0 +1,42 @@
+"""Run the suite and keep its counts: passed, failed and skipped tests, as unittest counted them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run() -> int:
+    """Run all tests; return the exit code."""
+    sys.path.insert(0, str(ROOT))
+    suite = unittest.defaultTestLoader.discover(str(ROOT / "tests"), top_level_dir=str(ROOT))
+    result = unittest.TextTestRunner(verbosity=1).run(suite)
+    # A test whose subtests failed in several places is one failed test.
+    broken = {case.id().partition(" ")[0] for case, _ in result.failures + result.errors}
+    failed, skipped = len(broken) + len(result.unexpectedSuccesses), len(result.skipped)
+    for case, reason in result.skipped:
+        print(f"skipped: {case.id()}: {reason}")
+    with open(os.environ["EMBEDGEN_TEST_COUNTS"], "a", encoding="ascii") as counts:
+        print(result.testsRun - failed - skipped, failed, skipped, file=counts)
+    forbidden = skipped and os.environ.get("EMBEDGEN_TEST_NO_SKIPS") == "1"
+    if forbidden:
+        print("Nothing may be skipped in this run.")
+    return 1 if failed or forbidden or not result.testsRun else 0
+
+
+def sum_up(path: str, other_failures: bool) -> int:
+    """Print the sum of all runs' counts on one line; return the exit code."""
+    rows = [list(map(int, line.split())) for line in Path(path).read_text("ascii").splitlines()]
+    passed, failed, skipped = (sum(column) for column in zip(*rows))
+    if other_failures:
+        print("A step failed; see the lines that begin with ***.")
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or other_failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(sum_up(sys.argv[2], sys.argv[3] != "0") if sys.argv[1:2] == ["--sum"] else run())
