@@ -187,8 +187,8 @@ class Output(Case):
         summary = json.loads(done.out)
         expected = {"total": 11, "generated": 10, "skipped": 0, "failed": 1, "exit_code": 1, "failures": {"no text": 1}}
         self.assertEqual({name: summary[name] for name in expected}, expected)
-        self.assertEqual(set(summary), {"total", "generated", "skipped", "failed", "left", "seconds", "rate", "exit_code",
-                                        "failures", "model", "log"})  # fmt: skip
+        others = {"left", "seconds", "rate", "model", "log"}
+        self.assertEqual(set(summary), expected.keys() | others)
 
     def test_no_carriage_returns_in_a_pipe(self) -> None:
         self.make_movies(30)
@@ -235,7 +235,8 @@ class Output(Case):
             for redirection in redirections:
                 with self.subTest(engine=engine, redirection=redirection):
                     line = shlex.join(self.arguments("--force", "--engine", engine))
-                    done = subprocess.run(["/bin/sh", "-c", f"{line} {redirection}"], cwd=self.folder, env=environment(),
+                    shell = ["/bin/sh", "-c", f"{line} {redirection}"]
+                    done = subprocess.run(shell, cwd=self.folder, env=environment(),
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
                     self.assertEqual(done.returncode, 0)
                     self.assertNotIn("Traceback", done.stderr + self.log())

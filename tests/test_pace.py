@@ -1,0 +1,106 @@
+"""The pace, in virtual time against simulated servers: it finds by itself what a search of fixed pairs finds."""
+
+from __future__ import annotations
+
+import unittest
+
+from embedgen import Pace
+from tests.simulation import SCENARIOS, Scenario, simulate
+
+SECONDS = 120.0  # virtual, start-up included
+# Fixed pairs among which each server's best is, or one within a percent of it; the whole grid takes minutes:
+# python -m tests.simulation
+PAIRS = [(2, 1), (2, 8), (2, 256), (8, 1), (8, 64), (16, 32), (32, 16), (64, 8), (64, 32)]
+
+
+def scenario(name: str) -> Scenario:
+    """Return the scenario of that name."""
+    (found,) = [one for one in SCENARIOS if " ".join(one.name.split()) == name]
+    return found
+
+
+class PaceAgainstServers(unittest.TestCase):
+    def check(self, name: str, share: float = 0.95, timeouts: int = 0) -> Pace:
+        """Auto must reach that share of the best fixed pair's throughput, the worst of three seeds."""
+        one = scenario(name)
+        for seed in (11, 12, 13):
+            best = max(simulate(one, Pace(*pair), SECONDS, seed).rate for pair in PAIRS)
+            pace = Pace(None, None, one.timeout)
+            auto = simulate(one, pace, SECONDS, seed)
+            self.assertGreaterEqual(auto.rate / best, share, (name, seed, auto))
+            self.assertEqual(auto.timeouts, timeouts)
+        return pace
+
+    def test_one_text_at_a_time(self) -> None:
+        pace = self.check("a one text at a time, 0.35 s")
+        self.assertLessEqual(pace.in_flight, 4)  # more would only wait
+        self.assertLessEqual(pace.in_flight * pace.batch_size * 0.35, 10.0)
+
+    def test_four_at_a_time(self) -> None:
+        self.check("b1 4 texts at a time, 20 ms")
+        self.check("b2 4 requests at a time, 20 ms")
+
+    def test_a_batching_server(self) -> None:
+        pace = self.check("c sharp, peak 500")
+        self.assertGreaterEqual(pace.in_flight * pace.batch_size, 4 * 64)
+
+    def test_a_server_far_away(self) -> None:
+        self.check("d1 50 texts at once, 100 ms")
+        self.check("d2 50 requests at once, 100 ms")
+
+    def test_a_server_that_falls_to_a_fifth_and_recovers(self) -> None:
+        self.check("e a, a fifth from 40 to 70 s")
+        self.check("e b2, a fifth from 40 to 70 s")
+
+    def test_a_server_that_refuses_above_eight(self) -> None:
+        self.check("f 16 slots, 503 above 8", share=0.93)
+
+    def test_a_cold_start(self) -> None:
+        self.check("f a, cold start of 60 s", share=0.93)
+
+
+class PaceByHand(unittest.TestCase):
+    def test_fixed_numbers_stay(self) -> None:
+        pace = Pace(10, 32)
+        for outcome in ("ok", "overloaded", "timeout", "refused") * 50:
+            pace.observe(32, 0.5, outcome, 320)
+        self.assertEqual((pace.in_flight, pace.batch_size), (10, 32))
+
+    def test_one_fixed_number_stays(self) -> None:
+        for given in [(10, None), (None, 32)]:
+            pace = Pace(*given)
+            for _ in range(500):
+                full = pace.in_flight * pace.batch_size
+                pace.observe(pace.batch_size, 0.01, "ok", full)
+                for now, fixed in zip((pace.in_flight, pace.batch_size), given):
+                    self.assertIn(fixed, (None, now))
+            pace.observe(pace.batch_size, 10.0, "timeout", pace.in_flight * pace.batch_size)
+            self.assertIn(given[0], (None, pace.in_flight))
+            self.assertIn(given[1], (None, pace.batch_size))
+
+    def test_time_outs_and_overload_make_it_smaller_down_to_one(self) -> None:
+        for outcome in ("timeout", "overloaded"):
+            pace = Pace(None, None)
+            pace.in_flight, pace.batch_size = 64, 512
+            for _ in range(20):
+                pace.observe(pace.batch_size, 1.0, outcome, pace.in_flight * pace.batch_size)
+            self.assertEqual((pace.in_flight, pace.batch_size), (1, 1))
+
+    def test_it_says_why(self) -> None:
+        pace = Pace(None, None)
+        reasons = set()
+        for _ in range(200):
+            pace.observe(pace.batch_size, 0.1, "ok", pace.in_flight * pace.batch_size)
+            reasons.add(pace.reason)
+        self.assertIn("trying more of both: 80.0 texts/s, 0.1 s per request with 2 x 4", reasons)
+
+    def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
+        pace = Pace(None, None)
+        pace.observe(4, 1.0, "timeout", 8)
+        settings = (pace.in_flight, pace.batch_size)
+        pace.observe(4, 1.0, "timeout", 8)
+        self.assertEqual((pace.in_flight, pace.batch_size), settings)
+
+
+if __name__ == "__main__":
+    unittest.main()
