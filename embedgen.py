@@ -1569,6 +1569,7 @@ class Worker:
 
 def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> None:
     """Be a worker process: embed the texts that come over the pipe, until it is closed."""
+    import queue
     import signal
     import threading
 
@@ -1577,24 +1578,30 @@ def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> No
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for other in inherited:
         other.close()
-    import queue
-
     inbox: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(pipe, inbox.put), daemon=True).start()
     transport = BlockingTransport(wire.server)
     while True:
-        texts = inbox.get()
         try:
-            answers: Answers | Exception = run_now(drive(wire.converse(texts), transport, pipe.send))
-        except Stop as stop:
-            answers = stop
+            pipe.send(answer(wire, inbox.get(), transport, pipe.send))
         except OSError:
             os._exit(0)  # the parent has closed the pipe
-        except Exception:
-            import traceback
 
-            answers = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-        pipe.send(answers)
+
+def answer(
+    wire: OllamaWire | HashWire, texts: list[str], transport: BlockingTransport, tell: Callable[[Exchange], None]
+) -> Answers | Exception:
+    """Return what came of a conversation, an exception in a form that a pipe can carry."""
+    try:
+        return run_now(drive(wire.converse(texts), transport, tell))
+    except Stop as stop:
+        return stop
+    except OSError:  # from the pipe; a transport raises none
+        raise
+    except Exception:
+        import traceback
+
+        return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
 
 
 def listen(pipe: Any, put: Callable[[list[str]], None]) -> None:
@@ -2729,6 +2736,8 @@ class Run:
                     return
         finally:
             self.save()
+            pace = self.engine.pace
+            self.log.info(f"at the end {pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
 
     def room(self) -> int:
         """Return how many more rows may be handed out."""
@@ -2793,11 +2802,11 @@ class Run:
 
     def save(self) -> None:
         """Save what is finished; only then is it counted."""
-        if self.unsaved:
-            saved = self.store.save(self.unsaved)
+        vectors, self.unsaved = self.unsaved, []  # at once: what cannot be saved now is not tried again at the end
+        if vectors:
+            saved = self.store.save(vectors)
             self.counts.generated += saved
-            self.counts.to_do -= len(self.unsaved) - saved  # rows that were deleted meanwhile
-            self.unsaved = []
+            self.counts.to_do -= len(vectors) - saved  # rows that were deleted meanwhile
 
 
 def generate(
