@@ -1855,59 +1855,162 @@ def column_types(path: str) -> dict[str, str]:
     return {column: TYPES[index] for column, index in found.items()}
 
 
+def records(path: str, columns: list[str], key: int) -> Iterator[list[Any]]:
+    """Yield a file's rows as lists in the order of `columns`; the one at the index `key` must not be empty."""
+    for line, row in read_file(path):
+        values = [row.get(column) for column in columns]
+        if values[key] is None:
+            raise UsageError(f'{path}, line {line}: no value in the key "{columns[key]}".')
+        yield values
+
+
 # =============================== stores ===============================
 # A store yields the rows to embed and saves what came of them. What is said to every database
 # in the same words is in Store; what only one of them says is in its subclass.
 
 PAGE_ROWS = 512  # rows read at a time, and
 PAGE_BYTES = 1 << 20  # bytes of text after which a page ends early: memory stays flat whatever the rows
-CACHE_KIB = 512  # of SQLite's pages; the default is 2,000
-LOCK_PATIENCE = 60.0  # seconds to wait for a locked database
+
+
+class Relation(NamedTuple):
+    """A table or view that exists."""
+
+    schema: str
+    name: str
+    is_table: bool
+
+    @property
+    def sql(self) -> str:
+        """Its name in a statement."""
+        return f"{quoted(self.schema)}.{quoted(self.name)}"
+
+
+class Column(NamedTuple):
+    """A column: its type as declared, and its place in the primary key, 0 if it has none."""
+
+    type: str
+    place: int
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL has it; whatever stands in it, it is a name and nothing else."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Return a text as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def primary_key(columns: dict[str, Column]) -> list[str]:
+    """Return the columns of the primary key."""
+    return [name for name, column in columns.items() if column.place]
 
 
 class Store:
-    """The table to read and the table to fill."""
+    """The table to read, called s in statements, and the table to fill, called e."""
+
+    own_columns = ("embedding", "model", "text_sha256", "updated_at")  # of a target as it is created
+    mark = "?"  # before a parameter's number in a statement
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.force: bool = options.force
         self.model: str = options.model
 
-    # What a subclass has for its database:
+    # What a subclass says to its database:
 
-    def load(self, path: str) -> int:
-        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+    def close(self) -> None:
+        """Let go of the database."""
         raise NotImplementedError
 
-    def prepare(self) -> None:
-        """Find the tables and columns, and check everything that can be checked without a server."""
+    def rows(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement that gives few; raise Stop where the database fails."""
         raise NotImplementedError
 
-    def count(self) -> tuple[int, int]:
-        """Return how many rows there are, and how many of them have their embedding."""
+    def complaint(self, sql: str) -> str:
+        """Return what the database has against a statement of the user's, "" if nothing."""
         raise NotImplementedError
 
-    def create_target(self, dimensions: int | None) -> None:
-        """Create the target unless it exists."""
+    def find(self, name: str) -> Relation | None:
+        """Return the table or view that is meant by name or schema.name."""
+        raise NotImplementedError
+
+    def place(self, name: str, beside: str) -> Relation:
+        """Return where a table of that name, possibly schema.name, is to be created, by default in a schema."""
+        raise NotImplementedError
+
+    def tables(self) -> list[str]:
+        """Return the names of all tables and views that can be read."""
+        raise NotImplementedError
+
+    def columns(self, relation: Relation) -> dict[str, Column]:
+        """Return the columns that can be read, by name."""
+        raise NotImplementedError
+
+    def is_unique(self, relation: Relation, column: str) -> bool:
+        """Whether the column alone is declared to tell rows apart."""
+        raise NotImplementedError
+
+    def value_sql(self, column: str, declared: str) -> str:
+        """Return the SQL of a column's value as text, NULL where it is blank."""
+        raise NotImplementedError
+
+    def digest_sql(self) -> str:
+        """Return the SQL of the SHA-256 of a row's text, `self.text`."""
+        raise NotImplementedError
+
+    def key_type(self, declared: str) -> str:
+        """Return the type of the target's key, for that of the source's key."""
+        raise NotImplementedError
+
+    def create_sql(self, dimensions: int | None) -> str:
+        """Return the columns of a new target behind its key."""
         raise NotImplementedError
 
     def stored_dimensions(self) -> int | None:
-        """Return the length of the vectors that new ones must compare with, None if there are none."""
+        """Return the length that vectors in the target have, None if it may be any."""
         raise NotImplementedError
 
-    def pending(self, after: Any = None) -> Iterator[Row]:
-        """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force."""
+    def page(self, after: Any) -> tuple[list[Row], bool]:
+        """Return pending rows above a key, by ascending key, a page of them, and whether there may be more."""
         raise NotImplementedError
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
         """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Let go of the database."""
+    def load(self, path: str) -> int:
+        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
         raise NotImplementedError
 
     # What is the same for all:
+
+    def value(self, sql: str, *parameters: Any) -> Any:
+        """Return the first column of a query's first row, None if there is none."""
+        return next((row[0] for row in self.rows(f"{sql} LIMIT 1", *parameters)), None)
+
+    def prepare(self) -> None:
+        """Find the tables and columns, and check everything that can be checked without a server."""
+        options = self.options
+        relation = self.find(options.table)
+        if relation is None:
+            raise UsageError(
+                f'the database has no table "{options.table}". It has: {listed(self.tables())}. Give --table NAME.'
+            )
+        self.relation = relation
+        described = self.columns(relation)
+        columns = list(described)
+        self.key = self.key_name(columns, primary_key(described), relation.name)
+        self.key_declared = described[self.key].type
+        recipe = self.recipe(columns, relation.name)
+        self.text = recipe.sql(lambda column: self.value_sql(column, described[column].type), literal)
+        # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
+        self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
+        self.referable = relation.is_table and self.is_unique(relation, self.key)
+        self.check_where()
+        self.check_key()
+        self.find_target()
 
     def recipe(self, columns: list[str], table: str) -> Recipe:
         """Return how a text is made, as the flags or the columns have it."""
@@ -1931,23 +2034,146 @@ class Store:
             )
         return key
 
-    def check_model(self, other: str | None, target: str) -> None:
-        """Raise UsageError if the target holds vectors of another model."""
-        if other is not None and not self.force:
+    def check_where(self) -> None:
+        """Raise UsageError if --where is no condition."""
+        if self.options.where:
+            complaint = self.complaint(f"SELECT 1 FROM {self.source} AS s LIMIT 0")
+            if complaint:
+                table = self.relation.name
+                raise UsageError(f"--where {self.options.where!r} is not a condition on {table}: {complaint}.")
+
+    def check_key(self) -> None:
+        """Raise UsageError if the key does not tell the rows apart."""
+        key, table = quoted(self.key), self.relation.name
+        if self.value(f"SELECT 1 FROM {self.source} AS s WHERE {key} IS NULL"):
             raise UsageError(
-                f'"{target}" holds vectors of the model "{other}", which do not compare with those of "{self.model}". '
-                f"Give --target NAME for a second table, or --force to replace them."
+                f'"{table}" has rows without a value in its key "{self.key}". Give --id COLUMN, or --where.'
+            )
+        if not self.referable:
+            twice = self.value(f"SELECT {key} FROM {self.source} AS s GROUP BY {key} HAVING count(*) > 1")
+            if twice is not None:
+                raise UsageError(
+                    f'"{self.key}" does not tell the rows of "{table}" apart: {twice!r} stands in several. '
+                    "Give --id COLUMN."
+                )
+
+    def find_target(self) -> None:
+        """Find the table that receives the vectors, and what can be stored in it."""
+        noun = singular(self.relation.name)
+        found = self.find(self.options.target) if self.options.target else None
+        wanted = self.place(self.options.target or f"{noun}_embeddings", self.relation.schema)
+        found = found or self.find_exactly(wanted)
+        self.has_target = found is not None
+        self.target = found or wanted
+        self.target_key = f"{noun}_id"
+        self.target_columns = {name: name for name in self.own_columns}
+        if found:
+            if found == self.relation or not found.is_table:
+                what = "the table to read" if found == self.relation else "a view"
+                raise UsageError(f'--target "{found.name}" is {what}. Give another name.')
+            self.use_target()
+            self.check_model()
+
+    def find_exactly(self, relation: Relation) -> Relation | None:
+        """Return the table or view of that schema and name, if it exists."""
+        raise NotImplementedError
+
+    def use_target(self) -> None:
+        """Take an existing target as it is: its own names for the key and for what it has of our columns."""
+        described = self.columns(self.target)
+        columns = list(described)
+        self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
+        if "embedding" not in self.target_columns:
+            raise UsageError(
+                f'"{self.target.name}" has no column "embedding" to fill. It has: {listed(columns)}. '
+                "Give --target NAME."
+            )
+        others = [column for column in columns if column not in self.target_columns.values()]
+        primary, named = primary_key(described), match(self.target_key, others)
+        candidates = primary if len(primary) == 1 else [named] if named else others
+        if len(candidates) != 1 or not self.is_unique(self.target, candidates[0]):
+            raise UsageError(
+                f'"{self.target.name}" has no key to store vectors under: one column with a primary key or unique '
+                f"index is needed. It has: {listed(columns)}. Give --target NAME."
+            )
+        self.target_key = candidates[0]
+
+    def check_model(self) -> None:
+        """Raise UsageError if the target holds vectors of another model."""
+        column = quoted(self.target_columns.get("model", ""))
+        if self.force or "model" not in self.target_columns:
+            return
+        other = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {column} <> {self.mark}1", self.model)
+        if other is not None:
+            raise UsageError(
+                f'"{self.target.name}" holds vectors of the model "{other}", which do not compare with those of '
+                f'"{self.model}". Give --target NAME for a second table, or --force to replace them.'
             )
 
+    def create_target(self, dimensions: int | None) -> None:
+        """Create the target unless it exists; `dimensions` is the length of the vectors, if it is known."""
+        if self.has_target:
+            return
+        references = ""
+        # Only a declared key can be referred to, and SQLite's references cannot reach into another schema.
+        if self.referable and self.relation.schema == self.target.schema:
+            references = f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE"
+        key = f"{quoted(self.target_key)} {self.key_type(self.key_declared)} PRIMARY KEY{references}"
+        self.rows(f"CREATE TABLE {self.target.sql} ({key}, {self.create_sql(dimensions)})")
+        self.has_target = True
 
-def quoted(name: str) -> str:
-    """Return a name as SQL has it; whatever stands in it, it is a name and nothing else."""
-    return '"' + name.replace('"', '""') + '"'
+    def joined(self) -> tuple[str, str]:
+        """Return the FROM clause of the rows with their embeddings, and the condition that one exists."""
+        if self.force or not self.has_target:
+            return f"{self.source} AS s", "1 = 0"
+        exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        if "text_sha256" in self.target_columns:
+            stored = f"e.{quoted(self.target_columns['text_sha256'])}"
+            exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
+        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+        return f"{self.source} AS s LEFT JOIN {self.target.sql} AS e ON {on}", exists
+
+    def count(self) -> tuple[int, int]:
+        """Return how many rows there are, and how many of them have their embedding."""
+        tables, exists = self.joined()
+        total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
+        return total, existing
+
+    def page_sql(self, key: str, text: str, above: bool) -> str:
+        """Return the query of one page: the key and text of pending rows."""
+        tables, exists = self.joined()
+        after = f"{key} > {self.mark}1 AND" if above else ""
+        return f"SELECT {key}, {text} FROM {tables} WHERE {after} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
+
+    def pending(self, after: Any = None) -> Iterator[Row]:
+        """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force.
+
+        Read by pages, so that no statement is open, and no lock held, while requests are under way.
+        """
+        more = True
+        while more:
+            page, more = self.page(after)
+            yield from page
+            after = page[-1].key if page else after
+
+    def load_columns(self, path: str, columns: list[str], relation: Relation | None) -> tuple[str, list[str]]:
+        """Return the key and the columns that a file's columns go to, in the table if there is one."""
+        if relation is None:
+            if not columns:
+                raise UsageError(f"--load {path}: the file has no rows.")
+            return self.key_name(columns, [], path), columns
+        described = self.columns(relation)
+        columns = [column_of(column, list(described), relation.name) for column in columns]
+        key = self.key_name(columns, [name for name in primary_key(described) if name in columns], path)
+        if not self.is_unique(relation, key):
+            raise UsageError(
+                f'"{relation.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
+            )
+        return key, columns
 
 
-def literal(text: str) -> str:
-    """Return a text as an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
+CACHE_KIB = 512  # of SQLite's pages; the default is 2,000
+LOCK_PATIENCE = 60.0  # seconds to wait for a locked database
 
 
 class SQLiteStore(Store):
@@ -1958,7 +2184,7 @@ class SQLiteStore(Store):
         import sqlite3
 
         self.sqlite3 = sqlite3
-        self.path = sqlite_path(options.database)
+        self.path = options.database[len("sqlite:///") :] if "://" in options.database else options.database
         self.check_file()
         self.is_new = not os.path.exists(self.path)
         # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
@@ -1981,14 +2207,11 @@ class SQLiteStore(Store):
         folder = os.path.dirname(self.path) or "."
         if os.path.exists(self.path) or (self.options.load and os.path.isdir(folder)):
             return
-        there = (
-            [name for name in sorted(os.listdir(folder)) if name.endswith(SQLITE_ENDINGS)]
-            if os.path.isdir(folder)
-            else []
-        )
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         raise Stop(
-            f"there is no database {self.path} (databases in {folder}: {listed(there)}). "
-            f"Give --database URL, or --load FILE to make one."
+            f"there is no database {self.path} (databases in {folder}: "
+            f"{listed(name for name in names if name.endswith(SQLITE_ENDINGS))}). "
+            "Give --database URL, or --load FILE to make one."
         )
 
     def take_lock(self) -> Any:
@@ -2002,7 +2225,7 @@ class SQLiteStore(Store):
             lock.execute("BEGIN EXCLUSIVE")
         except self.sqlite3.OperationalError as error:
             lock.close()
-            if "locked" in str(error):
+            if is_locked(error):
                 raise Stop(f"another run is under way on {self.path}. Wait for its end, or stop it.") from None
             raise self.translated(error) from None
         return lock
@@ -2029,233 +2252,121 @@ class SQLiteStore(Store):
 
     def translated(self, error: Exception) -> BaseException:
         """Return the exception to raise for one of SQLite's."""
-        text = str(error)
+        text, path = str(error), self.path
         if text == "interrupted" or "user-defined function raised" in text:
             return KeyboardInterrupt()
         if is_locked(error):
             return Stop(
-                f"{self.path} has been locked by another program for {LOCK_PATIENCE:.0f} s. Close it, and run again."
+                f"{path} has been locked by another program for {LOCK_PATIENCE:.0f} s. Close it, and run again."
             )
         if "full" in text or "disk I/O error" in text:
-            return Stop(f"{self.path} cannot grow ({text}): the disk is full, or failing. Make room, and run again.")
+            return Stop(f"{path} cannot grow ({text}): the disk is full, or failing. Make room, and run again.")
         if "unable to open" in text:
-            return Stop(
-                f"{self.path} cannot be opened. Check that it is a file, its permissions and those of its folder."
-            )
+            return Stop(f"{path} cannot be opened. Check that it is a file, its permissions and those of its folder.")
         if "readonly" in text:
-            return Stop(f"{self.path} cannot be written ({text}). Check its permissions and those of its folder.")
+            return Stop(f"{path} cannot be written ({text}). Check its permissions and those of its folder.")
         if "not a database" in text or "malformed" in text:
-            return Stop(f"{self.path} is not a sound SQLite database ({text}). Give --database URL.")
-        return Stop(f"SQLite says of {self.path}: {text}.")
+            return Stop(f"{path} is not a sound SQLite database ({text}). Give --database URL.")
+        return Stop(f"SQLite says of {path}: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement that gives few."""
         return self.patiently(lambda: self.connection.execute(sql, parameters).fetchall())
 
-    def value(self, sql: str, *parameters: Any) -> Any:
-        """Return the first column of the first row, None if there is none."""
-        return next(
-            (row[0] for row in self.rows(sql + " LIMIT 1" if sql.startswith("SELECT") else sql, *parameters)), None
-        )
+    def complaint(self, sql: str) -> str:
+        try:
+            self.connection.execute(sql)
+        except (self.sqlite3.Error, self.sqlite3.Warning) as error:
+            return str(error)
+        return ""
 
-    def find(self, name: str) -> tuple[str, str, str] | None:
-        """Return (schema, name, type) of a table or view, as name or schema.name; None if there is none."""
+    def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
-        schemas = {row[1] for row in self.rows("PRAGMA database_list")}
-        for candidate_schema, candidate in (("main", name), (schema, rest)):
-            if candidate_schema in schemas and candidate:
-                found = self.rows(
-                    f"SELECT name, type FROM {quoted(candidate_schema)}.sqlite_master "
-                    "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE",
-                    candidate,
-                )
-                if found:
-                    return candidate_schema, found[0][0], found[0][1]
-        return None
+        return self.find_exactly(Relation("main", name, True)) or self.find_exactly(Relation(schema, rest, True))
 
-    def columns(self, schema: str, table: str) -> dict[str, tuple[str, int]]:
-        """Return (declared type, place in the primary key or 0) of each column that can be read."""
-        found = self.rows("SELECT name, type, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1", table, schema)
-        return {name: (declared, place) for name, declared, place in found}
+    def find_exactly(self, relation: Relation) -> Relation | None:
+        if not relation.name or relation.schema not in self.schemas():
+            return None
+        found = self.rows(
+            f"SELECT name, type FROM {quoted(relation.schema)}.sqlite_master "
+            "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE",
+            relation.name,
+        )
+        return Relation(relation.schema, found[0][0], found[0][1] == "table") if found else None
 
-    def is_unique(self, schema: str, table: str, column: str) -> bool:
-        """Whether the column alone is declared to tell rows apart."""
-        described = self.columns(schema, table)
-        if [name for name, (_, place) in described.items() if place] == [column]:
-            return True
-        indexes = self.rows('SELECT name FROM pragma_index_list(?, ?) WHERE "unique" AND NOT partial', table, schema)
-        return any([row[0] for row in self.rows("SELECT name FROM pragma_index_info(?, ?)", index, schema)] == [column]
-                   for (index,) in indexes)  # fmt: skip
+    def place(self, name: str, beside: str) -> Relation:
+        schema, _, rest = name.partition(".")
+        return Relation(schema, rest, True) if rest and schema in self.schemas() else Relation(beside, name, True)
 
-    def prepare(self) -> None:
-        options = self.options
-        self.encoding = self.value("PRAGMA encoding")
-        # Rows are read once and in order, so that a larger cache would only fill up and be of no use.
-        self.rows(f"PRAGMA cache_size = -{CACHE_KIB}")
-        found = self.find(options.table)
-        if found is None:
-            tables = self.rows(
-                "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'"
-            )
-            names = listed(name for (name,) in tables)
-            raise UsageError(f'{self.path} has no table "{options.table}". It has: {names}. Give --table NAME.')
-        schema, table, kind = found
-        described = self.columns(schema, table)
-        columns = list(described)
-        primary = [name for name, (_, place) in described.items() if place]
-        self.key = self.key_name(columns, primary, table)
-        self.key_type = affinity(described[self.key][0])
-        self.text = f"CAST({self.recipe(columns, table).sql(blank_is_null, literal)} AS BLOB)"
-        self.table, self.schema = table, schema
-        self.relation = f"{quoted(schema)}.{quoted(table)}"
-        # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
-        self.source = f"(SELECT * FROM {self.relation} WHERE ({options.where}\n))" if options.where else self.relation
-        self.referable = kind == "table" and self.is_unique(schema, table, self.key)
-        self.check_where()
-        self.check_key()
-        self.find_target()
+    def schemas(self) -> set[str]:
+        """Return main and temp; there are no others without ATTACH."""
+        return {row[1] for row in self.rows("PRAGMA database_list")}
 
-    def check_where(self) -> None:
-        """Raise UsageError if --where is no condition."""
-        if self.options.where:
-            try:
-                self.connection.execute(f"SELECT 1 FROM {self.source} LIMIT 0").fetchall()
-            except (self.sqlite3.Error, self.sqlite3.Warning) as error:
-                raise UsageError(
-                    f"--where {self.options.where!r} is not a condition on {self.table}: {error}."
-                ) from None
+    def tables(self) -> list[str]:
+        found = self.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'")
+        return [name for (name,) in found]
 
-    def check_key(self) -> None:
-        """Raise UsageError if the key does not tell the rows apart."""
-        key = quoted(self.key)
-        if self.value(f"SELECT 1 FROM {self.source} WHERE {key} IS NULL"):
-            raise UsageError(
-                f'"{self.table}" has rows without a value in its key "{self.key}". Give --id COLUMN, or --where.'
-            )
-        if not self.referable:
-            twice = self.value(f"SELECT {key} FROM {self.source} GROUP BY 1 HAVING count(*) > 1")
-            if twice is not None:
-                raise UsageError(
-                    f'"{self.key}" does not tell the rows of "{self.table}" apart: {twice!r} stands in several. '
-                    "Give --id COLUMN."
-                )
-
-    def find_target(self) -> None:
-        """Find the table that receives the vectors, and what can be stored in it."""
-        name = self.options.target or f"{singular(self.table)}_embeddings"
-        found = self.find(name)
-        self.target_columns = {
-            "embedding": "embedding",
-            "model": "model",
-            "text_sha256": "text_sha256",
-            "updated_at": "updated_at",
+    def columns(self, relation: Relation) -> dict[str, Column]:
+        sql = "SELECT name, type, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1"
+        return {
+            name: Column(declared, place) for name, declared, place in self.rows(sql, relation.name, relation.schema)
         }
-        self.target_key = f"{singular(self.table)}_id"
-        schema = self.schema
-        if self.options.target and not found:
-            before, _, rest = name.partition(".")
-            schema, name = (
-                (before, rest)
-                if rest and before in {row[1] for row in self.rows("PRAGMA database_list")}
-                else (schema, name)
-            )
-        self.target_name, self.target_schema, self.has_target = name, schema, found is not None
-        if found:
-            schema, name, kind = found
-            if (schema, name) == (self.schema, self.table) or kind != "table":
-                raise UsageError(
-                    f'--target "{name}" is {"a view" if kind == "view" else "the table to read"}. Give another name.'
-                )
-            self.use_target(schema, name)
-        self.target = f"{quoted(self.target_schema)}.{quoted(self.target_name)}"
-        if found:
-            model = self.target_columns.get("model")
-            if model:
-                self.check_model(
-                    self.value(f"SELECT {quoted(model)} FROM {self.target} WHERE {quoted(model)} <> ?", self.model),
-                    name,
-                )
 
-    def use_target(self, schema: str, name: str) -> None:
-        """Take an existing target as it is: its own names for the key and for what it has of our columns."""
-        self.target_schema, self.target_name = schema, name
-        described = self.columns(schema, name)
-        columns = list(described)
-        self.target_columns = {ours: theirs for ours in self.target_columns if (theirs := match(ours, columns))}
-        if "embedding" not in self.target_columns:
-            raise UsageError(
-                f'"{name}" has no column "embedding" to fill. It has: {listed(columns)}. Give --target NAME.'
-            )
-        others = [column for column in columns if column not in self.target_columns.values()]
-        primary = [column for column, (_, place) in described.items() if place]
-        named = match(self.target_key, others)
-        candidates = primary if len(primary) == 1 else [named] if named else others
-        if len(candidates) != 1 or not self.is_unique(schema, name, candidates[0]):
-            raise UsageError(
-                f'"{name}" has no key to store vectors under: one column with a primary key or unique index is needed. '
-                f"It has: {listed(columns)}. Give --target NAME."
-            )
-        self.target_key = candidates[0]
+    def is_unique(self, relation: Relation, column: str) -> bool:
+        if primary_key(self.columns(relation)) == [column]:
+            return True
+        indexes = self.rows(
+            'SELECT name FROM pragma_index_list(?, ?) WHERE "unique" AND NOT partial', relation.name, relation.schema
+        )
+        sql = "SELECT name FROM pragma_index_info(?, ?)"
+        return any(self.rows(sql, index, relation.schema) == [(column,)] for (index,) in indexes)
+
+    def value_sql(self, column: str, declared: str) -> str:
+        name = f"s.{quoted(column)}"
+        return f"CASE WHEN trim({name}, char(9, 10, 11, 12, 13, 32)) <> '' THEN {name} END"
+
+    def text_sql(self) -> str:
+        """Return the SQL of a row's text as bytes: it may hold NUL, or bytes that are no text at all."""
+        return f"CAST({self.text} AS BLOB)"
+
+    def digest_sql(self) -> str:
+        return f"embedgen_sha256({self.text_sql()})"
+
+    def key_type(self, declared: str) -> str:
+        """Return the key's type by SQLite's rule (https://sqlite.org/datatype3.html, section 3.1)."""
+        upper = declared.upper()
+        if "INT" in upper:
+            return "INTEGER"
+        if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+            return "TEXT"
+        return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
+
+    def create_sql(self, dimensions: int | None) -> str:
+        return "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL"
 
     def stored_dimensions(self) -> int | None:
         if not self.has_target or self.force:
             return None
         column = quoted(self.target_columns["embedding"])
-        size = self.value(f"SELECT length({column}) FROM {self.target} WHERE typeof({column}) = 'blob'")
+        size = self.value(f"SELECT length({column}) FROM {self.target.sql} WHERE typeof({column}) = 'blob'")
         return size // 4 if size and size % 4 == 0 else None
 
-    def create_target(self, dimensions: int | None) -> None:
-        if self.has_target:
-            return
-        references = ""
-        # A foreign key cannot reach into another schema, and needs a declared key at the other end.
-        if self.referable and self.schema == self.target_schema:
-            references = f" REFERENCES {quoted(self.table)}({quoted(self.key)}) ON DELETE CASCADE"
-        self.rows(
-            f"CREATE TABLE {self.target}({quoted(self.target_key)} {self.key_type} PRIMARY KEY{references}, "
-            "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL)"
-        )
-        self.has_target = True
+    def prepare(self) -> None:
+        self.encoding = self.value("SELECT encoding FROM pragma_encoding")
+        # Rows are read once and in order, so that a larger cache would only fill up and be of no use.
+        self.rows(f"PRAGMA cache_size = -{CACHE_KIB}")
+        super().prepare()
 
-    def joined(self) -> tuple[str, str]:
-        """Return the FROM clause of the rows with their embeddings, and the condition that one exists."""
-        if self.force or not self.has_target:
-            return f"{self.source} AS s", "0"
-        exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
-        if "text_sha256" in self.target_columns:
-            exists += f" AND e.{quoted(self.target_columns['text_sha256'])} IS embedgen_sha256({self.text})"
-        return (
-            f"{self.source} AS s LEFT JOIN {self.target} AS e ON e.{quoted(self.target_key)} = s.{quoted(self.key)}",
-            exists,
-        )
+    def page(self, after: Any) -> tuple[list[Row], bool]:
+        sql = self.page_sql(f"s.{quoted(self.key)}", self.text_sql(), above=after is not None)
 
-    def count(self) -> tuple[int, int]:
-        tables, exists = self.joined()
-        total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
-        return total, existing
-
-    def pending(self, after: Any = None) -> Iterator[Row]:
-        more = True
-        while more:
-            # By pages, so that no statement is open, and no lock held, while requests are under way.
-            page, more = self.page(after)
-            for after, raw in page:
-                text = raw.decode(self.encoding, "replace")
-                yield Row(after, text, digest_of(text))
-
-    def page(self, after: Any) -> tuple[list[tuple[Any, bytes]], bool]:
-        """Return (key, text) of the pending rows that follow a key, a page of them, and whether there may be more."""
-        tables, exists = self.joined()
-        key = f"s.{quoted(self.key)}"
-        above, parameters = (f"{key} > ? AND", (after,)) if after is not None else ("", ())
-        sql = f"SELECT {key}, {self.text} FROM {tables} WHERE {above} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
-
-        def read() -> tuple[list[tuple[Any, bytes]], bool]:
-            page, size = [], 0
-            with contextlib.closing(self.connection.execute(sql, parameters)) as cursor:
-                for row in cursor:
-                    page.append(row)
-                    size += len(row[1])
+        def read() -> tuple[list[Row], bool]:
+            page: list[Row] = []
+            size = 0
+            with contextlib.closing(self.connection.execute(sql, () if after is None else (after,))) as cursor:
+                for key, raw in cursor:
+                    text = raw.decode(self.encoding, "replace")
+                    page.append(Row(key, text, digest_of(text)))
+                    size += len(raw)
                     if size >= PAGE_BYTES:
                         return page, True
             return page, len(page) == PAGE_ROWS
@@ -2268,8 +2379,8 @@ class SQLiteStore(Store):
         key = quoted(self.target_key)
         values = ", ".join(f"?{place}" for place in range(1, len(columns) + 2))
         sql = (
-            f"INSERT INTO {self.target} ({', '.join([key, *columns])}) SELECT {values} "
-            f"WHERE EXISTS (SELECT 1 FROM {self.relation} WHERE {quoted(self.key)} = ?1) "
+            f"INSERT INTO {self.target.sql} ({', '.join([key, *columns])}) SELECT {values} "
+            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?1) "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
         )
         parameters = []
@@ -2296,40 +2407,23 @@ class SQLiteStore(Store):
 
     def load(self, path: str) -> int:
         types = column_types(path)
-        columns = list(types)
-        found = self.find(self.options.table)
-        schema, table = found[:2] if found else ("main", self.options.table)
-        described = self.columns(schema, table) if found else {}
-        if found:
-            columns = [column_of(column, list(described), table) for column in columns]
-        elif not columns:
-            raise UsageError(f"--load {path}: the file has no rows.")
-        primary = [name for name, (_, place) in described.items() if place]
-        key = self.key_name(columns, [name for name in primary if name in columns], path)
-        if found and not self.is_unique(schema, table, key):
-            raise UsageError(f'"{table}" cannot be loaded into: its key "{key}" needs a primary key or unique index.')
-        relation = f"{quoted(schema)}.{quoted(table)}"
+        relation = self.find(self.options.table)
+        key, columns = self.load_columns(path, list(types), relation)
+        table = (relation or self.place(self.options.table, "main")).sql
         declared = (f"{quoted(c)} {types[c]}{' PRIMARY KEY NOT NULL' if c == key else ''}" for c in types)
-        create = f"CREATE TABLE {relation} ({', '.join(declared)})"
+        create = f"CREATE TABLE {table} ({', '.join(declared)})"
         others = [quoted(column) for column in columns if column != key]
         update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
         insert = (
-            f"INSERT INTO {relation} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))}) "
+            f"INSERT INTO {table} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))}) "
             f"ON CONFLICT ({quoted(key)}) DO {update}"
         )
-        place = columns.index(key)
-
-        def values() -> Iterator[list[Any]]:
-            for line, row in read_file(path):
-                given = [row.get(column) for column in types]
-                if given[place] is None:
-                    raise UsageError(f'{path}, line {line}: no value in the key "{key}".')
-                yield given
 
         def insert_all() -> int:
-            if not found:
+            if relation is None:
                 self.connection.execute(create)
-            return max(int(self.connection.executemany(insert, values()).rowcount), 0)
+            values = records(path, list(types), columns.index(key))
+            return max(int(self.connection.executemany(insert, values).rowcount), 0)
 
         return self.transaction(insert_all)
 
@@ -2339,38 +2433,13 @@ def is_locked(error: Exception) -> bool:
     return "locked" in str(error) or "busy" in str(error)
 
 
-def affinity(declared: str) -> str:
-    """Return the key type for a column's declared type, by SQLite's rule (https://sqlite.org/datatype3.html, 3.1)."""
-    upper = declared.upper()
-    if "INT" in upper:
-        return "INTEGER"
-    if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
-        return "TEXT"
-    return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
-
-
-def blank_is_null(column: str) -> str:
-    """Return the SQL of a column's value, NULL where it is blank."""
-    name = f"s.{quoted(column)}"
-    return f"CASE WHEN trim({name}, char(9, 10, 11, 12, 13, 32)) <> '' THEN {name} END"
-
-
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
-
-
-def sqlite_path(url: str) -> str:
-    """Return the file's path: sqlite:///relative.db, sqlite:////absolute.db, or a bare path."""
-    if url.startswith("sqlite:///"):
-        return url[len("sqlite:///") :]
-    return url
 
 
 def open_store(options: argparse.Namespace) -> Store:
     """Return the store for --database."""
     url = options.database
-    if (url.startswith("sqlite:///") and len(url) > len("sqlite:///")) or (
-        "://" not in url and url.lower().endswith(SQLITE_ENDINGS)
-    ):
+    if re.match(r"sqlite:///.", url) or ("://" not in url and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
