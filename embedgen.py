@@ -46,6 +46,9 @@ from typing import Any, NamedTuple, Optional, TextIO, TypeVar, Union
 # Modules that only some runs need (asyncio, multiprocessing, http.client, logging, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
 
+if sys.version_info < (3, 9):  # noqa: UP036 - said in words, before a type alias fails
+    sys.exit("embedgen needs Python 3.9 or later; this is Python " + sys.version.split()[0] + ".")
+
 __version__ = "0.1.0"
 
 EXIT_DONE, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
@@ -65,6 +68,10 @@ class Stop(Exception):
         return self.message
 
 
+class Reported(Stop):
+    """A Stop after which the report has been printed."""
+
+
 class UsageError(Stop):
     """The command line, or what it names, is wrong."""
 
@@ -79,6 +86,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence, without the usage before it."""
 
     def error(self, message: str) -> Any:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            import difflib
+
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{message} (see --help)")
 
 
@@ -186,6 +199,10 @@ def create_parser() -> Parser:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the settings: flags first, then the environment, then the defaults."""
     options = create_parser().parse_args(argv)
+    for name in ("database", "table", "id", "columns", "text", "where", "target", "load", "server", "model", "noun"):
+        # As from a script's unset variable; taking it for "not given" would embed what was not meant.
+        if getattr(options, name) is not None and not getattr(options, name).strip():
+            raise UsageError(f"--{name} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
     if options.quiet and options.json:
@@ -207,7 +224,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 # =============================== text ===============================
 
-# The default text: label, and the columns that it is taken from, the first that exists.
+# The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
     ("Title", ("title", "name")),
     ("Year", ("year",)),
@@ -226,18 +243,20 @@ IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies
 class Recipe(NamedTuple):
     """How a row becomes a text: literals and columns in turn.
 
-    `parts` are (literal, column) pairs, the literal standing before the column's
-    value, or ending the text where the column is empty (""). If `labelled`, a part
-    whose column is blank is left out and the others are joined by " | ".
+    `parts` are (literal, columns) pairs, the literal standing before the value: the
+    first of the columns that is not blank; without columns it ends the text. If
+    `labelled`, a part without a value is left out and the others are joined by " | ".
     """
 
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, tuple[str, ...]], ...]
     labelled: bool
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns that it reads."""
-        return [column for _, column in self.parts if column]
+    def __str__(self) -> str:
+        """The recipe for people, in the form of --text."""
+        fields = [(before, "{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
+        if self.labelled:
+            return " | ".join(f"{label}: {field}" for label, field in fields)
+        return "".join(before + field for before, field in fields)
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -246,22 +265,24 @@ class Recipe(NamedTuple):
         and `literal(text)` that of a string. Built in the database so that a text can
         be hashed and compared there, without being moved.
         """
-        values = [value(column) for column in self.columns]
+        values = [self.first(list(map(value, columns))) for _, columns in self.parts]
+        known = [f"{one} IS NOT NULL" for one in values if one]
         pieces = []
         if self.labelled:
-            for position, (label, column) in enumerate(self.parts):
-                piece = f"{literal(label + ': ')} || {value(column)}"
+            for position, ((label, _), one) in enumerate(zip(self.parts, values)):
+                piece = f"{literal(label + ': ')} || {one}"
                 if position:
-                    earlier = " OR ".join(f"{v} IS NOT NULL" for v in values[:position])
-                    piece = f"CASE WHEN {earlier} THEN ' | ' ELSE '' END || {piece}"
+                    piece = f"CASE WHEN {' OR '.join(known[:position])} THEN ' | ' ELSE '' END || {piece}"
                 pieces.append(f"COALESCE({piece}, '')")
             return " || ".join(pieces)
-        for before, column in self.parts:
-            pieces.append(literal(before))
-            if column:
-                pieces.append(f"COALESCE({value(column)}, '')")
-        any_value = " OR ".join(f"{v} IS NOT NULL" for v in values)
-        return f"CASE WHEN {any_value} THEN {' || '.join(pieces)} ELSE '' END"
+        for (before, _), one in zip(self.parts, values):
+            pieces.append(f"{literal(before)} || COALESCE({one}, '')" if one else literal(before))
+        return f"CASE WHEN {' OR '.join(known)} THEN {' || '.join(pieces)} ELSE '' END"
+
+    @staticmethod
+    def first(values: list[str]) -> str:
+        """Return the SQL of the first value that is not NULL."""
+        return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
 
 
 def match(name: str, names: Iterable[str]) -> str | None:
@@ -291,7 +312,7 @@ def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
     parts = []
     for label, candidates in LABELS:
-        found = next((column for name in candidates if (column := match(name, columns))), None)
+        found = tuple(column for name in candidates if (column := match(name, columns)))
         if found:
             parts.append((label, found))
     if not TELLING.intersection(label for label, _ in parts):
@@ -310,7 +331,7 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
     if not all(names) or not names:
         raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
     found = [column_of(name, columns, table) for name in names]
-    return Recipe(tuple((label_of(column), column) for column in found), labelled=True)
+    return Recipe(tuple((label_of(column), (column,)) for column in found), labelled=True)
 
 
 def label_of(column: str) -> str:
@@ -329,7 +350,7 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
         raise UsageError(
             f"--text {template!r} is not a template: {error}. A brace itself is written {{{{ or }}}}."
         ) from None
-    parts: list[tuple[str, str]] = []
+    parts: list[tuple[str, tuple[str, ...]]] = []
     for before, name, form, conversion in fields:
         if name == "":
             raise UsageError(f"--text {template!r} has an empty field. Put a column's name between the braces.")
@@ -337,8 +358,8 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
             raise UsageError(
                 f"--text takes plain {{column}} fields, without the format in {{{name}:{form or conversion}}}."
             )
-        parts.append((before, column_of(name, columns, table) if name is not None else ""))
-    if not any(column for _, column in parts):
+        parts.append((before, (column_of(name, columns, table),) if name is not None else ()))
+    if not any(named for _, named in parts):
         raise UsageError(f"--text {template!r} names no column. Put one in braces, such as {{{listed(columns, 1)}}}.")
     return Recipe(tuple(parts), labelled=False)
 
@@ -450,6 +471,8 @@ def parse_server(text: str) -> Server:
     """
     from urllib.parse import unquote
 
+    if re.fullmatch(r"hash(:\w+)?", text):
+        raise UsageError(f'--server {text} is no server. The built-in embedder is called "hash:".')
     scheme, given, rest = text.strip().rpartition("://")
     scheme = scheme.lower() or "http"
     if scheme not in ("http", "https"):
@@ -504,6 +527,8 @@ def words_of(body: bytes) -> str:
         text = error["message"] if isinstance(error, dict) and error.get("message") else error
     except (ValueError, KeyError, TypeError):
         text = body.decode("utf-8", "replace")
+        if text.lstrip()[:1] == "<":
+            text = "an HTML page"
     text = " ".join(str(text).split())
     return text if len(text) <= 300 else text[:300] + "..."
 
@@ -1169,12 +1194,14 @@ def describe(error: Exception) -> str:
         return "the host's name cannot be resolved"
     if name == "SSLCertVerificationError":
         return f"the certificate is not trusted: {getattr(error, 'verify_message', error)}"
+    if name == "SSLError":
+        return f"TLS failed, does the server speak http? {getattr(error, 'reason', None) or error}"
     if isinstance(error, EOFError):
         return "the connection was closed without an answer"
     text = getattr(error, "strerror", None) or str(error) or name
     # asyncio puts its own words about the address around the number that says it all.
     number = re.search(r"\[Errno (\d+)\]", text) or (re.match(r"(\d+)", str(getattr(error, "errno", None))))
-    if number and name != "SSLError":
+    if number:
         text = os.strerror(int(number[1]))
     return text[:1].lower() + text[1:]
 
@@ -1739,6 +1766,10 @@ def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
         for fields in reader:
             if not header:
                 header = fields
+                if len(header) == 1 and re.search(r"[;\t]", header[0]):
+                    raise UsageError(
+                        f"{path}, line {line}: the fields must be separated by {delimiter!r}: {header[0]!r}."
+                    )
                 if not all(header) or len(set(header)) < len(header):
                     raise UsageError(f"{path}, line {line}: the header must name every column, each once.")
             elif fields and len(fields) != len(header):
@@ -1765,8 +1796,8 @@ def read_jsonl(file: TextIO, path: str) -> Iterator[Record]:
         if text.strip():
             try:
                 yield line, an_object(json.loads(text), path, line)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {line}: not JSON: {error}.") from None
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}.") from None
 
 
 def read_json(file: TextIO, path: str) -> Iterator[Record]:
@@ -1911,12 +1942,12 @@ class Store:
     """The table to read, called s in statements, and the table to fill, called e."""
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at")  # of a target as it is created
-    mark = "?"  # before a parameter's number in a statement
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.force: bool = options.force
         self.model: str = options.model
+        self.changing_model = False  # --force, and the target still has vectors of another model
 
     # What a subclass says to its database:
 
@@ -1930,6 +1961,14 @@ class Store:
 
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
+        raise NotImplementedError
+
+    def mark(self, number: int) -> str:
+        """Return the place of a statement's parameter, counted from 1."""
+        raise NotImplementedError
+
+    def referenced(self, relation: Relation, column: str) -> str | None:
+        """Return the name of the table that a column refers to by a foreign key."""
         raise NotImplementedError
 
     def find(self, name: str) -> Relation | None:
@@ -2003,14 +2042,15 @@ class Store:
         columns = list(described)
         self.key = self.key_name(columns, primary_key(described), relation.name)
         self.key_declared = described[self.key].type
-        recipe = self.recipe(columns, relation.name)
-        self.text = recipe.sql(lambda column: self.value_sql(column, described[column].type), literal)
+        self.how = self.recipe(columns, relation.name)
+        self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
         self.referable = relation.is_table and self.is_unique(relation, self.key)
         self.check_where()
         self.check_key()
         self.find_target()
+        self.check_dimensions()
 
     def recipe(self, columns: list[str], table: str) -> Recipe:
         """Return how a text is made, as the flags or the columns have it."""
@@ -2047,14 +2087,15 @@ class Store:
         key, table = quoted(self.key), self.relation.name
         if self.value(f"SELECT 1 FROM {self.source} AS s WHERE {key} IS NULL"):
             raise UsageError(
-                f'"{table}" has rows without a value in its key "{self.key}". Give --id COLUMN, or --where.'
+                f'"{table}" has rows without a value in its key "{self.key}". '
+                f"Leave them out with --where '{key} IS NOT NULL', or give --id COLUMN."
             )
         if not self.referable:
             twice = self.value(f"SELECT {key} FROM {self.source} AS s GROUP BY {key} HAVING count(*) > 1")
             if twice is not None:
                 raise UsageError(
                     f'"{self.key}" does not tell the rows of "{table}" apart: {twice!r} stands in several. '
-                    "Give --id COLUMN."
+                    f"Give --id COLUMN: {listed(self.columns(self.relation))}."
                 )
 
     def find_target(self) -> None:
@@ -2097,17 +2138,43 @@ class Store:
                 f"index is needed. It has: {listed(columns)}. Give --target NAME."
             )
         self.target_key = candidates[0]
+        other = self.referenced(self.target, self.target_key)
+        if self.relation.is_table and other not in (None, self.relation.name):
+            raise UsageError(f'"{self.target.name}" belongs to the table "{other}". Give --target NAME.')
 
     def check_model(self) -> None:
-        """Raise UsageError if the target holds vectors of another model."""
-        column = quoted(self.target_columns.get("model", ""))
-        if self.force or "model" not in self.target_columns:
+        """Raise UsageError if the target holds vectors of another model that this run will not replace."""
+        if "model" not in self.target_columns:
             return
-        other = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {column} <> {self.mark}1", self.model)
-        if other is not None:
+        column = quoted(self.target_columns["model"])
+        other = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
+        if other is None:
+            return
+        name = f'"{self.target.name}" holds vectors of the model "{other}"'
+        if not self.force:
             raise UsageError(
-                f'"{self.target.name}" holds vectors of the model "{other}", which do not compare with those of '
-                f'"{self.model}". Give --target NAME for a second table, or --force to replace them.'
+                f'{name}, which do not compare with those of "{self.model}". '
+                "Give --target NAME for a second table, or --force to replace them."
+            )
+        if self.partial:
+            raise UsageError(
+                f'{name}, and some of them would be left beside those of "{self.model}". '
+                "Leave out --limit and --where, or give --target NAME."
+            )
+        self.changing_model = True
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows of the table are none of this run's business."""
+        return self.options.limit is not None or bool(self.options.where)
+
+    def check_dimensions(self) -> None:
+        """Raise UsageError if the vectors asked for have another length than those that stay."""
+        wanted, stored = self.options.dimensions, self.stored_dimensions()
+        if wanted and stored and wanted != stored:
+            raise UsageError(
+                f'the vectors in "{self.target.name}" have {stored} dimensions; those of --dimensions {wanted} do not '
+                "compare. Give --target NAME for a second table, or --force for all rows to replace them."
             )
 
     def create_target(self, dimensions: int | None) -> None:
@@ -2123,10 +2190,16 @@ class Store:
         self.has_target = True
 
     def joined(self) -> tuple[str, str]:
-        """Return the FROM clause of the rows with their embeddings, and the condition that one exists."""
-        if self.force or not self.has_target:
+        """Return the FROM clause of the rows with their embeddings, and the condition that one exists.
+
+        With --force none does; but where that changes the model, what has the new one already
+        was done by a run that did not come to its end.
+        """
+        if not self.has_target or (self.force and not self.changing_model):
             return f"{self.source} AS s", "1 = 0"
         exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        if self.changing_model:
+            exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
         if "text_sha256" in self.target_columns:
             stored = f"e.{quoted(self.target_columns['text_sha256'])}"
             exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
@@ -2142,7 +2215,7 @@ class Store:
     def page_sql(self, key: str, text: str, above: bool) -> str:
         """Return the query of one page: the key and text of pending rows."""
         tables, exists = self.joined()
-        after = f"{key} > {self.mark}1 AND" if above else ""
+        after = f"{key} > {self.mark(1)} AND" if above else ""
         return f"SELECT {key}, {text} FROM {tables} WHERE {after} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
 
     def pending(self, after: Any = None) -> Iterator[Row]:
@@ -2193,6 +2266,7 @@ class SQLiteStore(Store):
         self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that Ctrl-C is heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
+        self.rows("SELECT count(*) FROM sqlite_master")  # is it a database, and may it be read?
         self.lock = self.take_lock()
 
     def connect(self, path: str, timeout: float) -> Any:
@@ -2207,7 +2281,9 @@ class SQLiteStore(Store):
         folder = os.path.dirname(self.path) or "."
         if os.path.exists(self.path) or (self.options.load and os.path.isdir(folder)):
             return
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        if not os.path.isdir(folder):
+            raise Stop(f"there is no folder {folder} for the database {self.path}. Give --database URL.")
+        names = sorted(os.listdir(folder))
         raise Stop(
             f"there is no database {self.path} (databases in {folder}: "
             f"{listed(name for name in names if name.endswith(SQLITE_ENDINGS))}). "
@@ -2279,6 +2355,15 @@ class SQLiteStore(Store):
             return str(error)
         return ""
 
+    def mark(self, number: int) -> str:
+        return "?"
+
+    def referenced(self, relation: Relation, column: str) -> str | None:
+        sql = 'SELECT "table" FROM pragma_foreign_key_list(?, ?) WHERE "from" = ?'
+        found = self.rows(sql, relation.name, relation.schema, column)
+        target = self.find_exactly(Relation(relation.schema, found[0][0], True)) if found else None
+        return target.name if target else None
+
     def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
         return self.find_exactly(Relation("main", name, True)) or self.find_exactly(Relation(schema, rest, True))
@@ -2344,7 +2429,7 @@ class SQLiteStore(Store):
         return "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL"
 
     def stored_dimensions(self) -> int | None:
-        if not self.has_target or self.force:
+        if not self.has_target or (self.force and not self.partial):
             return None
         column = quoted(self.target_columns["embedding"])
         size = self.value(f"SELECT length({column}) FROM {self.target.sql} WHERE typeof({column}) = 'blob'")
@@ -2377,16 +2462,15 @@ class SQLiteStore(Store):
         names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         columns = [quoted(self.target_columns[name]) for name in names]
         key = quoted(self.target_key)
-        values = ", ".join(f"?{place}" for place in range(1, len(columns) + 2))
         sql = (
-            f"INSERT INTO {self.target.sql} ({', '.join([key, *columns])}) SELECT {values} "
-            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?1) "
+            f"INSERT INTO {self.target.sql} ({', '.join([key, *columns])}) SELECT ?{', ?' * len(columns)} "
+            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?) "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
         )
         parameters = []
         for row, vector in vectors:
             known = {"embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now}
-            parameters.append((row.key, *(known[name] for name in names)))
+            parameters.append((row.key, *(known[name] for name in names), row.key))
         return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
@@ -2439,7 +2523,7 @@ SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
 def open_store(options: argparse.Namespace) -> Store:
     """Return the store for --database."""
     url = options.database
-    if re.match(r"sqlite:///.", url) or ("://" not in url and url.lower().endswith(SQLITE_ENDINGS)):
+    if re.match(r"sqlite:///.", url) or (not re.match(r"\w{2,}:", url) and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
@@ -2468,6 +2552,11 @@ class Counts:
         """Rows that this run is about; a failed row does not use up the limit."""
         expected = self.to_do if self.limit is None else min(self.to_do, self.limit + self.failed)
         return max(self.skipped + expected, self.done)
+
+    @property
+    def left(self) -> int:
+        """Rows that have no embedding yet and did not fail."""
+        return max(self.to_do - self.generated - self.failed, 0)
 
     def fail(self, reason: str) -> None:
         """Count a failed row."""
@@ -2518,16 +2607,12 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
     head = "Generating embeddings: "
     if columns is None:
         return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
-    room = columns - 1  # a full last column would scroll some terminals
-    cells = room - len(f"{head}{percent}|| {figures}")
-    if cells >= 4:
-        return f"{head}{percent}|{bar(share, cells)}| {figures}"
-    for line in (
-        f"{head}{percent} {figures}",
-        f"{percent.strip()} {figures}",
-        f"{counts.done}/{counts.total} {tally}",
-        tally,
-    ):
+    room = max(columns - 3, 1)  # a terminal's own ^C, of two cells, must not make the line wrap
+    for before in (f"{head}{percent}", percent.strip()):
+        cells = room - len(f"{before}|| {figures}")
+        if cells >= 4:
+            return f"{before}|{bar(share, cells)}| {figures}"
+    for line in (f"{percent.strip()} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
         if len(line) <= room:
             return line
     return percent.strip()[:room]
@@ -2596,7 +2681,18 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print one line, below the one that was being redrawn."""
-        self.write(("\n" if self.drawn else "") + text + "\n")
+        self.end_line()
+        self.write(text + "\n")
+
+    def end_line(self) -> None:
+        """Leave the line that was being redrawn as it is."""
+        if self.drawn:
+            self.drawn = 0
+            self.write("\n")
+
+    def erase(self) -> None:
+        """Take back the line that was being redrawn, and the ^C that a terminal puts behind it."""
+        self.write("\r" + " " * (self.drawn + 2) + "\r")
         self.drawn = 0
 
     def redraw(self, text: str) -> None:
@@ -2621,11 +2717,13 @@ class Report:
     def __init__(self, console: Console, options: argparse.Namespace, table: str, log_path: str) -> None:
         self.console, self.options, self.log_path = console, options, log_path
         noun = options.noun or singular(table.replace("_", " ").strip())
+        self.noun = noun.lower()
         self.nouns = (plural(noun) if options.noun else table.replace("_", " ").strip()).lower()
         self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding Generator"
         self.started = self.shown = time.monotonic()
         self.worked_from = self.started
         self.talkative = not (options.quiet or options.json)
+        self.stopping = False  # whether it was said that the run is to stop
 
     def start(self, counts: Counts) -> None:
         """Print what is going to be done."""
@@ -2643,6 +2741,10 @@ class Report:
     def update(self, counts: Counts) -> None:
         """Show the progress, if it is time to."""
         now = time.monotonic()
+        if self.console.interrupt.code and self.console.is_terminal and self.talkative and not self.stopping:
+            self.stopping = True
+            self.console.erase()
+            self.console.line(f"Stopping; requests in flight have {GRACE:.0f} s. Ctrl-C again ends at once.")
         if not self.talkative or now - self.shown < (REDRAW if self.console.is_terminal else PIPE_INTERVAL):
             return
         self.shown = now
@@ -2656,14 +2758,14 @@ class Report:
         else:
             self.console.line(text)
 
-    def finish(self, counts: Counts, code: int) -> None:
+    def finish(self, counts: Counts, code: int, error: str = "") -> None:
         """Print what was done, or how far it came."""
         now = time.monotonic()
         # Rounded first, so that the speed is what a reader gets from the figures printed.
         elapsed = round(now - self.started, 2) or now - self.started
         speed = counts.generated / elapsed if elapsed else 0.0
         if self.options.json:
-            self.finish_json(counts, elapsed, speed, code)
+            self.finish_json(counts, elapsed, speed, code, error)
             return
         if self.talkative:
             self.show(counts, now)
@@ -2681,19 +2783,27 @@ class Report:
         say(f"   ✓  Successfully generated: {counts.generated}")
         say(f"   ⊘  Skipped (already exist): {counts.skipped}")
         say(f"   ✗  Failed: {counts.failed}")
+        if not complete:
+            say(f"   …  Left for the next run: {counts.left}")
         say(f"⏱️  Time elapsed: {elapsed:.2f} seconds")
         say(f"⚡ Average speed: {speed:.2f} embeddings/second")
         say(RULE)
+        if self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
+            for reason, times in sorted(counts.reasons.items(), key=lambda item: -item[1])[:5]:
+                say(f"{times} failed: {one_line(reason)}")
+            say(f"Each {self.noun}'s reason is in the log: {self.log_path}")
 
-    def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int) -> None:
+    def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int, error: str) -> None:
         """Print one JSON object."""
         import json
 
-        summary = {
+        summary: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
-            "left": counts.total - counts.done, "seconds": round(elapsed, 2), "rate": round(speed, 2),
-            "exit_code": code, "failures": counts.reasons, "model": self.options.model, "log": self.log_path,
+            "left": counts.left, "seconds": round(elapsed, 2), "rate": round(speed, 2), "exit_code": code,
+            "failures": counts.reasons, "model": self.options.model, "log": self.log_path,
         }  # fmt: skip
+        if error:
+            summary["error"] = error
         self.console.line(json.dumps(summary, ensure_ascii=True))
 
 
@@ -2710,8 +2820,10 @@ class Log:
 
         folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
         path = os.path.join(folder, name)
-        relative = os.path.relpath(path) if os.path.splitdrive(path)[0] == os.path.splitdrive(os.getcwd())[0] else path
-        self.shown = path if relative.startswith(os.pardir) else relative
+        here = os.path.join(os.path.realpath(os.curdir), "")
+        whole = os.path.realpath(path)
+        # Relative where that is short and clear: from the root folder, everything would be.
+        self.shown = os.path.relpath(whole, here) if whole.startswith(here) and os.path.dirname(here[:-1]) else whole
         self.seen: dict[str, int] = {}
         self.logger = logging.Logger("embedgen", logging.DEBUG if options.verbose else logging.INFO)
         self.logger.addHandler(logging.NullHandler())
@@ -2721,7 +2833,10 @@ class Log:
                 path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
             )
         except OSError as error:
-            complain(f"warning: cannot write the log {self.shown} ({describe(error)}); going on without it")
+            complain(
+                f"warning: cannot write the log {whole} ({describe(error)}); going on without it. Give --log-dir DIR."
+            )
+            self.shown = "none"
             return
         handler.setFormatter(logging.Formatter("%(asctime)s - %(processName)s - %(levelname)s - %(message)s"))
         handler.handleError = self.give_up  # type: ignore[method-assign]
@@ -2850,15 +2965,15 @@ class Run:
     def fail(self, row: Row, reason: str) -> None:
         """Count and log a row that gets no embedding."""
         self.counts.fail(reason)
-        self.log.warn(f"{row.key!r} failed: {reason}", reason)
+        self.log.warn(f"{self.report.noun} {row.key!r} failed: {reason}", reason)
 
     def note(self, exchange: Exchange) -> None:
         """Log one request."""
-        text = f"{exchange.texts} texts in {exchange.seconds:.2f} s: {exchange.outcome} {exchange.reason}".rstrip()
         if exchange.outcome == "ok":
-            self.log.debug(text)
+            self.log.debug(f"{exchange.texts} texts in {exchange.seconds:.2f} s")
         else:
-            self.log.warn(text, exchange.reason)
+            text = f"a request with {exchange.texts} texts got none embedded after {exchange.seconds:.2f} s"
+            self.log.warn(f"{text}: {exchange.reason}", exchange.reason)
         pace = self.engine.pace
         if pace.reason != self.reason:
             self.reason = pace.reason
@@ -2896,6 +3011,9 @@ def generate(
         f"{options.engine} engine, {hide_password(options.database)}, table {options.table}, model {options.model} "
         f"at {wire.address}: {counts.total} rows, {counts.skipped} with their embedding"
     )
+    log.info(f"text: {store.how}")
+    if not store.referable:
+        log.info(f'the key "{store.key}" is not declared unique; without an index behind it, reading by pages is slow')
     if counts.total > counts.done:
         embed(options, store, wire, counts, report, log, interrupt)
     else:
@@ -2918,11 +3036,6 @@ def embed(
 ) -> None:
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
     stored = store.stored_dimensions()
-    if stored and options.dimensions not in (None, stored):
-        raise UsageError(
-            f"the stored vectors have {stored} dimensions; those of --dimensions {options.dimensions} do not compare. "
-            "Give --target NAME for a second table, or --force to replace them."
-        )
     if stored:
         wire.dimensions, wire.certain = stored, True
     started = False
@@ -2936,9 +3049,9 @@ def embed(
     except Stop as stop:
         if not started:
             raise
-        report.finish(counts, stop.code)
-        left = counts.total - counts.done
-        raise Stop(f"{stop.message} What was generated is saved; {left} {report.nouns} are left.", stop.code) from stop
+        message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
+        report.finish(counts, stop.code, message)
+        raise Reported(message, stop.code) from stop
     finally:
         engine.close()
 
@@ -2955,19 +3068,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored as in a shell's background: so it stays
             signal.signal(number, interrupt.on_signal)
     log: Log | None = None
+    options = None
+    console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
         wire = wire_for(options)
-        console = Console(sys.stdout, interrupt)
         with contextlib.closing(open_store(options)) as store:
             log = Log(options, ENGINES[options.engine].log_name)
             return generate(options, wire, store, log, console, interrupt)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)
+        if options and options.json and not isinstance(stop, Reported):
+            import json
+
+            console.line(json.dumps({"exit_code": stop.code, "error": stop.message}))
         complain(f"error: {stop}")
         return stop.code
     except KeyboardInterrupt:
+        console.end_line()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:
         if log is None:

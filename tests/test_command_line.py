@@ -29,7 +29,10 @@ class Usage(Case):
             (["--option", "num_ctx"], ["KEY=VALUE"]),
             (["--nonsense"], ["--nonsense"]),
             (["stray"], ["stray"]),
-            (["--forc"], ["--forc"]),
+            (["--forc"], ["--forc", "did you mean --force?"]),
+            (["--where", ""], ["--where is empty"]),
+            (["--columns", " "], ["--columns is empty"]),
+            (["--server", "hash"], ['"hash:"']),
             (["--quiet", "--json"], ["--quiet", "--json"]),
             (["--server", "ftp://host"], ["ftp://host", "http://"]),
             (["--server", "http://host:99999"], ["99999"]),
@@ -56,7 +59,7 @@ class Usage(Case):
         self.refuse(2, "--table", "films", words=["films", "movies"])
         self.refuse(2, "--id", "key", words=["key", "id, title, overview"])
         self.refuse(2, "--where", "yaer > 1", words=["yaer"])
-        self.refuse(2, "--where", "", "--columns", "name", words=["name", "id, title, overview"])
+        self.refuse(2, "--columns", "name", words=["name", "id, title, overview"])
 
     def test_files_that_are_no_database(self) -> None:
         self.database.write_text("This is a text, and a long one, but not what SQLite writes. " * 20)
@@ -178,6 +181,7 @@ class Output(Case):
         self.execute("INSERT INTO movies VALUES (11, NULL, NULL)")
         done = self.run_program("--quiet")
         self.assertEqual((done.code, done.err, done.tally), (1, "", (0, 10, 1)))
+        self.assertIn("\n1 failed: no text\n", done.out)  # a mail from cron that says why
 
     def test_json(self) -> None:
         self.make_movies(10)
@@ -189,6 +193,15 @@ class Output(Case):
         self.assertEqual({name: summary[name] for name in expected}, expected)
         others = {"left", "seconds", "rate", "model", "log"}
         self.assertEqual(set(summary), expected.keys() | others)
+
+    def test_json_when_the_run_could_not_start_or_not_go_on(self) -> None:
+        self.make_movies(10)
+        done = self.run_program("--json", "--model", "bge-m3")
+        said = json.loads(done.out)
+        self.assertEqual((done.code, said["exit_code"]), (3, 3))
+        self.assertEqual(done.err, f"error: {said['error']}\n")
+        done = self.run_program("--json", "--table", "films")
+        self.assertEqual((done.code, json.loads(done.out)["exit_code"]), (2, 2))
 
     def test_no_carriage_returns_in_a_pipe(self) -> None:
         self.make_movies(30)

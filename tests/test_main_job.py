@@ -72,7 +72,7 @@ class MainJob(Case):
                 lines = (self.folder / "logs" / name).read_text("utf-8").splitlines()
                 failed = [line for line in lines if " failed: " in line]
                 self.assertEqual([line.partition(" - WARNING - ")[2] for line in failed],
-                                 [f"7 failed: {words}", f"8 failed: {words}"])  # fmt: skip
+                                 [f"movie 7 failed: {words}", f"movie 8 failed: {words}"])  # fmt: skip
                 for line in lines:
                     self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - \w+ - [A-Z]+ - .")
 
@@ -176,6 +176,35 @@ class MainJob(Case):
         self.assertEqual(self.execute("SELECT DISTINCT model FROM movie_embeddings"), [("all-minilm",)])
         self.assertEqual(self.stored(), self.stored("other"))
 
+    def test_models_are_not_mixed_by_forcing_some_rows(self) -> None:
+        self.make_movies(10)
+        self.succeed()
+        for flags in (["--limit", "5"], ["--where", "id > 3"]):
+            with self.subTest(flags=flags):
+                words = ["all-minilm", "nomic-embed-text", "--limit", "--where"]
+                self.refuse(2, "--model", "all-minilm", "--force", *flags, words=words)
+                self.assertEqual(self.succeed("--force", *flags).code, 0)
+        self.assert_complete()
+
+    def test_a_change_of_model_goes_on_where_it_was_stopped(self) -> None:
+        self.make_movies(10)
+        self.succeed()
+        # As an interrupted change of the model leaves it.
+        self.execute("UPDATE movie_embeddings SET model = 'all-minilm' WHERE movie_id <= 4")
+        self.refuse(2, words=["all-minilm", "nomic-embed-text"])
+        self.refuse(2, "--model", "all-minilm", words=["all-minilm", "nomic-embed-text"])
+        self.assertEqual(self.succeed("--model", "all-minilm", "--force").tally, (6, 4, 0))
+        self.assertEqual(self.succeed("--model", "all-minilm", "--force").tally, (10, 0, 0))
+
+    def test_a_target_that_belongs_to_another_table_is_refused(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.execute("CREATE TABLE movie (id INTEGER PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movie VALUES (1, 'x')")
+        self.refuse(2, "--table", "movie", words=["movie_embeddings", '"movies"', "--target"])
+        self.execute("CREATE VIEW new_movies AS SELECT * FROM movies WHERE id > 1")
+        self.assertEqual(self.succeed("--table", "new_movies", "--target", "movie_embeddings").tally, (0, 2, 0))
+
     def test_latest_is_the_same_model(self) -> None:
         self.make_movies(5)
         self.succeed()
@@ -190,6 +219,7 @@ class MainJob(Case):
                 self.refuse(3, "--engine", engine, words=["16 dimensions", "8"])
         self.assertEqual(sorted(self.stored()), [1, 2, 3])
         self.refuse(2, "--dimensions", "4", words=["8", "4", "--force"])
+        self.refuse(2, "--dimensions", "4", "--force", "--limit", "2", words=["8", "4"])
         self.assertEqual(self.succeed("--force").tally, (5, 0, 0))
 
     def test_the_model_card_may_be_wrong_about_the_dimensions(self) -> None:
@@ -206,8 +236,8 @@ class MainJob(Case):
         done = self.run_program()
         self.assertEqual((done.code, done.tally), (1, (4, 0, 2)))
         self.assertEqual(len(self.ollama.texts()), 4)
-        self.assertIn("2 failed: no text\n", self.log())
-        self.assertIn("4 failed: no text\n", self.log())
+        self.assertIn("movie 2 failed: no text\n", self.log())
+        self.assertIn("movie 4 failed: no text\n", self.log())
 
     def test_where_restricts_the_rows(self) -> None:
         self.make_movies(20)
@@ -220,6 +250,12 @@ class MainJob(Case):
     def test_an_empty_table(self) -> None:
         self.make_movies(0)
         self.assertEqual(self.succeed().tally, (0, 0, 0))
+
+    def test_what_the_run_embeds_is_in_the_log(self) -> None:
+        self.make_movies(1)
+        self.succeed()
+        self.assertIn(" - INFO - text: Title: {title} | Description: {overview}\n", self.log())
+        self.assertIn("1 generated, 0 skipped, 0 failed; exit code 0\n", self.log())
 
     def test_rows_deleted_while_their_text_is_embedded_are_dropped(self) -> None:
         for engine in ENGINES:

@@ -183,6 +183,15 @@ class Texts(Case):
         ]:
             self.assertEqual(self.text(definition=definition, values=values), text)
 
+    def test_the_first_description_that_is_not_blank(self) -> None:
+        definition = "name TEXT, title TEXT, description TEXT, overview TEXT"
+        for values, text in [
+            (("N", "T", "D", "O"), "Title: T | Description: O"),
+            (("N", None, "D", " "), "Title: N | Description: D"),
+            ((None, None, None, "O"), "Description: O"),
+        ]:
+            self.assertEqual(self.text(definition=definition, values=values), text)
+
     def test_the_names_of_the_description(self) -> None:
         for name in ("overview", "plot", "summary", "description", "Overview", "PLOT"):
             self.assertEqual(self.text(definition=f"{name} TEXT", values=("D",)), "Description: D")

@@ -51,7 +51,7 @@ class ProgressLine(unittest.TestCase):
 
     def test_a_wide_terminal_is_filled_by_the_bar(self) -> None:
         for columns in (100, 200):
-            self.assertEqual(width_of(progress_line(counts(1, 2, 3, 4), 1.0, columns)), columns - 1)
+            self.assertEqual(width_of(progress_line(counts(1, 2, 3, 4), 1.0, columns)), columns - 3)
 
     def test_a_narrow_one_keeps_the_figures(self) -> None:
         line = progress_line(counts(50, 45, 5, 28_000), 61.0, 60)
@@ -164,6 +164,8 @@ class Terminal(Case):
                 lines = Screen(100, written).lines
                 heading = lines.index("⏹️  Movie Embedding Generator Stopped")
                 self.assertEqual(lines[heading - 4 : heading - 1], ["", "💾 Saving embeddings to database...", ""])
+                notice = lines.index("Stopping; requests in flight have 10 s. Ctrl-C again ends at once.")
+                self.assertEqual(heading - notice, 6)  # one progress line, redrawn, between the two
                 found = re.search(r"✓  Successfully generated: (\d+)", written)
                 assert found
                 self.assertEqual(lines[-1], "")
