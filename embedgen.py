@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(f"{hide_password(message)} (see --help)")
 
 
 def number(least: int) -> Callable[[str], int]:
@@ -285,6 +285,10 @@ class Recipe(NamedTuple):
         return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
 
 
+# White space, and what takes no space at all: a text of these alone is no text.
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) + "\u2028\u2029\u202f\u205f\u3000\ufeff"
+
+
 def match(name: str, names: Iterable[str]) -> str | None:
     """Return the one of `names` that is meant by `name`: the same, or the same but for case."""
     names = list(names)
@@ -369,9 +373,9 @@ def singular(word: str) -> str:
     low = word.lower()
     if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
         return word
-    if low.endswith("ies") and len(low) > 4 and not any(low.endswith(noun) for noun in IE_NOUNS):
+    if low.endswith("ies") and len(low) > 4 and re.split(r"[^a-z]", low)[-1] not in IE_NOUNS:
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses")):
+    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses", "viruses")) and low[-6:] != "caches":
         return word[:-2]
     return word[:-1]
 
@@ -420,11 +424,11 @@ class Trouble(Exception):
 
 
 class Unavailable(Trouble):
-    """The server cannot now, or is not there: worth another try. `answered` if it said so itself."""
+    """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
 
-    def __init__(self, message: str, answered: bool, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, crashed: bool = False, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.answered, self.retry_after = answered, retry_after
+        self.crashed, self.retry_after = crashed, retry_after
 
 
 class Silent(Trouble):
@@ -488,9 +492,9 @@ def parse_server(text: str) -> Server:
         host, _, port = hostport.partition(":")
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
-        raise UsageError(f"{port!r} in the server's address is not a port. Give --server http://HOST:PORT.")
-    if re.search(r"[\s?#\\]", host):
-        raise UsageError(f"{host!r} in the server's address is not a host name. Give --server http://HOST:PORT.")
+        raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
+    if re.search(r"[\s?#\\]", host + path):
+        raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     token = os.environ.get("OLLAMA_API_KEY", "").strip()
     authorization = f"Bearer {token}" if token else ""
@@ -504,8 +508,8 @@ def parse_server(text: str) -> Server:
 
 
 def hide_password(url: str) -> str:
-    """Return the URL without the secret before its @."""
-    return re.sub(r"(://|^)[^/@\s]*@", r"\1***@", url)
+    """Return a URL, or a text with one in it, without the secret before its last @."""
+    return re.sub(r"(://)\S*@", r"\1***@", url)
 
 
 def pack(numbers: Sequence[float]) -> bytes:
@@ -525,7 +529,7 @@ def words_of(body: bytes) -> str:
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) and error.get("message") else error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         text = body.decode("utf-8", "replace")
         if text.lstrip()[:1] == "<":
             text = "an HTML page"
@@ -575,13 +579,13 @@ class OllamaWire:
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
         reply = yield Send("/api/show", body, min(self.timeout, 30.0), connect=2.5)
         assert reply is not None
+        if reply.status == 0:
+            raise Stop(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}). {self.advice()}")
         try:
             self.check(reply, "/api/show")
             information = json.loads(reply.body).get("model_info") or {}
-        except (Unavailable, Silent) as trouble:
-            raise Stop(f"cannot reach {self.product} at {self.server.shown} ({trouble}). {self.advice()}") from None
-        except (Trouble, ValueError, AttributeError):
-            information = {}  # an older server, or another with Ollama's protocol: it will show
+        except (Trouble, ValueError, RecursionError, AttributeError):
+            information = {}  # busy, or older, or another server with Ollama's protocol: it will show
         if self.dimensions is None:
             lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
             self.dimensions = lengths[0] if lengths else None
@@ -613,7 +617,7 @@ class OllamaWire:
         try:
             answer = json.loads(reply.body)
             vectors = [answer["embedding"]] if legacy else answer["embeddings"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             said = words_of(reply.body)
             raise Garbled(f"the answer holds no embeddings: {said[:100]!r}") from None
         if legacy:
@@ -625,7 +629,7 @@ class OllamaWire:
         if reply.status == 200:
             return
         if reply.status == 0:
-            raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason, answered=False)
+            raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
         words = words_of(reply.body)
         said = f"HTTP {reply.status}: {words}" if words else f"HTTP {reply.status}"
         if reply.status in (401, 403):
@@ -645,7 +649,8 @@ class OllamaWire:
         if BAD_CONTENT.search(words):
             raise Refused(words)
         if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
-            raise Unavailable(said, answered=True, retry_after=reply.retry_after)
+            crashed = reply.status in (400, 500)  # the other codes speak of load, or of what stands in front
+            raise Unavailable(said, crashed, reply.retry_after)
         if 300 <= reply.status < 400:
             raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
@@ -781,8 +786,11 @@ Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
 
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
+LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
 SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
-TRIES_BEFORE_HALVING = 4  # of a batch that the server keeps answering with errors, some seconds in all
+# Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
+# which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
+CRASHES, CRASHES_ALONE = 4, 8
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
 
@@ -809,7 +817,7 @@ class Talk:
         if len(texts) > self.wire.most_texts:
             return (yield from self.halve(texts))
         single = len(texts) == 1
-        garbled = silences = tries = 0
+        garbled = silences = crashes = 0
         while True:
             try:
                 return list((yield from self.ask(texts)))
@@ -833,14 +841,19 @@ class Talk:
                 yield from self.until_sane()
             except Unavailable as away:
                 trouble = away
-                tries += 1
-                suspect = away.answered and (self.trying >= PATIENCE if single else tries >= TRIES_BEFORE_HALVING)
-            if suspect and not single:
-                return (yield from self.halve(texts))
+                crashes += away.crashed
+                suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
             if not suspect:
                 yield from self.pause(trouble)
-            elif (yield from self.until_sane()):
-                return [str(trouble)]
+            elif single or crashes:
+                # Is it the text, or the server? Only the server's word on a known-good text tells.
+                if (yield from self.until_sane()) and single:
+                    return [str(trouble)]
+                crashes = 0
+                if not single:
+                    return (yield from self.halve(texts))
+            else:
+                return (yield from self.halve(texts))
 
     def halve(self, texts: list[str]) -> Conversation:
         """Return the answers for each half of `texts`, asked for on its own."""
@@ -859,9 +872,10 @@ class Talk:
         except Superseded:
             raise
         except Trouble as trouble:
-            self.trying += reply.seconds
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
+            if probe or not isinstance(trouble, Silent):  # a long silence may mean that much was asked for
+                self.trying += reply.seconds
             outcome = {Silent: "timeout", Unavailable: "overloaded"}.get(type(trouble), "refused")
             if not probe:
                 yield Exchange(len(texts), reply.seconds, outcome, str(trouble))
@@ -874,15 +888,17 @@ class Talk:
     def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if dimensions == wire.dimensions:
-            return
-        if not wire.certain and not probe:
+        if not wire.certain and not probe and dimensions != wire.dimensions:
             # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            wire.dimensions = dimensions
-            yield from self.ask([KNOWN_GOOD], probe=True)
-            wire.certain = True
-            return
-        raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
+            expected, wire.dimensions = wire.dimensions, dimensions
+            try:
+                yield from self.ask([KNOWN_GOOD], probe=True)
+            except Trouble:
+                wire.dimensions = expected
+                raise
+        if dimensions != wire.dimensions:
+            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
+        wire.certain = True
 
     def until_sane(self) -> Generator[Any, Reply | None, bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
@@ -892,6 +908,8 @@ class Talk:
                 yield from self.ask([KNOWN_GOOD], probe=True)
                 return at_once
             except OtherDimensions as error:
+                if not self.wire.certain:
+                    return at_once  # nothing is known yet that it could differ from
                 raise Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.") from None
             except Superseded:
                 continue
@@ -910,10 +928,10 @@ class Talk:
                 f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
             )
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
-        wait = max(wait, min(getattr(trouble, "retry_after", 0.0), PATIENCE))
-        self.trying += wait
+        asked_for = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
-        yield Wait(wait)
+        yield Wait(max(wait, asked_for))
 
 
 # =============================== pace ===============================
@@ -958,15 +976,15 @@ class Pace:
         self._seconds = 0.0
 
     def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
-        """Learn that an exchange ended: ok, overloaded or timeout.
+        """Learn that an exchange ended: ok, overloaded, timeout or refused.
 
         `under_way` are the texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
         load = full if under_way is None else under_way
         self._first -= 1
-        if load > full or not (self._auto_in_flight or self._auto_batch):
-            return  # sent before the last reduction; or nothing to decide
+        if load > full or outcome == "refused" or not (self._auto_in_flight or self._auto_batch):
+            return  # sent before the last reduction; or no fault of the server's; or nothing to decide
         if outcome != "ok":
             self._back_off(outcome)
         elif self._first >= 0 and seconds > self._target:
@@ -1114,6 +1132,10 @@ TICK = 0.1  # seconds; how often the run saves, redraws and looks at its signals
 GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
 
 
+class Abandoned(Exception):
+    """A conversation ended because the run is to stop."""
+
+
 class Interrupt:
     """The wish to end early: set by signals and closed pipes, looked at by the loops."""
 
@@ -1137,8 +1159,9 @@ class Transport:
 
     connected = False
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, server: Server, stopping: Callable[[], bool]) -> None:
+        """`stopping` tells whether the run is to stop, so that nothing more is to be sent."""
+        self.server, self.stopping = server, stopping
 
     async def open(self, seconds: float) -> None:
         """Connect within that time."""
@@ -1155,12 +1178,29 @@ class Transport:
     def close(self) -> None:
         """Drop the connection, if there is one."""
 
+    async def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        raise NotImplementedError
+
+    async def pause(self, seconds: float) -> None:
+        """Let time pass, in short steps, or raise Abandoned."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.go_on()
+            await self.sleep(min(left, TICK))
+
+    def go_on(self) -> None:
+        """Raise Abandoned if the run is to stop."""
+        if self.stopping():
+            raise Abandoned
+
     async def exchange(self, send: Send) -> Reply:
         """Return what comes of a request; never raises for what a network can do.
 
         A kept connection that the server has closed meanwhile is replaced without a word,
         once: embedding is idempotent.
         """
+        self.go_on()
         started = time.monotonic()
         kept = self.connected
         while True:
@@ -1240,8 +1280,8 @@ class BlockingTransport(Transport):
 
         with builtin_timeout():
             self.connection.sock.settimeout(send.timeout)
-            self.connection.request("POST", self.server.path + send.path, send.body, headers_for(self.server))
             try:
+                self.connection.request("POST", self.server.path + send.path, send.body, headers_for(self.server))
                 response = self.connection.getresponse()
             except http.client.RemoteDisconnected:
                 raise EOFError from None
@@ -1260,8 +1300,7 @@ class BlockingTransport(Transport):
             self.connected = False
             self.connection.close()
 
-    async def pause(self, seconds: float) -> None:
-        """Let time pass."""
+    async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
 
@@ -1296,6 +1335,8 @@ class StreamTransport(Transport):
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
     async def talk(self, send: Send) -> Reply:
+        import asyncio
+
         head = f"POST {self.server.path}{send.path} HTTP/1.1\r\n{self.headers}Content-Length: {len(send.body)}\r\n\r\n"
         self.writer.write(head.encode("latin-1") + send.body)
         await self.within(send.timeout, self.writer.drain())
@@ -1310,7 +1351,7 @@ class StreamTransport(Transport):
         headers = {name.strip().lower(): value.strip() for name, _, value in fields}
         try:
             body = await self.body(send.timeout, headers)
-        except (EOFError, ConnectionError, ValueError):
+        except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
             raise OSError("the answer was cut off") from None
         keep = headers.get("connection", "").lower()
         if keep == "close" or (version == "HTTP/1.0" and keep != "keep-alive") or not self.framed(headers):
@@ -1364,19 +1405,41 @@ class StreamTransport(Transport):
         return b"".join(pieces)
 
     async def within(self, timeout: float, awaitable: Coroutine[Any, Any, T]) -> T:
-        """Return what the awaitable gives, or raise TimeoutError."""
+        """Return what the awaitable gives; drop the connection and raise TimeoutError if that takes too long.
+
+        The run holds up the loop while it reads or saves. What has arrived meanwhile is heard
+        first: only the turn after the one in which the time is up decides.
+        """
         import asyncio
 
-        with builtin_timeout():
-            return await asyncio.wait_for(awaitable, timeout)
+        loop = asyncio.get_running_loop()
+        state = "waiting"
+
+        def give_up() -> None:
+            nonlocal state
+            if state == "waiting":
+                state = "too late"
+                self.writer.transport.abort()
+
+        timer = loop.call_later(timeout, loop.call_soon, give_up)
+        try:
+            result = await awaitable
+        except (OSError, EOFError):
+            if state != "too late":
+                raise
+        finally:
+            timer.cancel()
+        if state == "too late":
+            raise TimeoutError
+        state = "done"
+        return result
 
     def close(self) -> None:
         if self.connected:
             self.connected = False
             self.writer.transport.abort()  # without ceremony: nothing is left to be sent
 
-    async def pause(self, seconds: float) -> None:
-        """Let time pass."""
+    async def sleep(self, seconds: float) -> None:
         import asyncio
 
         await asyncio.sleep(seconds)
@@ -1421,6 +1484,13 @@ class Engine:
         self.wire, self.pace, self.interrupt = wire, pace, interrupt
         self.failure: Exception | None = None
 
+    def stopping(self) -> bool:
+        """Whether the run is to stop."""
+        return bool(self.interrupt.code or self.failure)
+
+    def halt(self) -> None:
+        """See to it that conversations send nothing more; called once, when the run is to stop."""
+
     def greet(self) -> None:
         """Check that the server can do the work; raise Stop if not."""
         raise NotImplementedError
@@ -1447,7 +1517,7 @@ class Engine:
         flying = texts = 0  # batches and texts
         more, deadline = True, 0.0
         while True:
-            stopping = bool(self.interrupt.code or self.failure)
+            stopping = self.stopping()
             while more and not stopping and flying < self.pace.in_flight:
                 rows = next(batches, None)
                 if rows is None:
@@ -1457,20 +1527,21 @@ class Engine:
                     self.submit(Batch(rows, texts))
             if not flying:
                 break
-            if stopping:
-                deadline = deadline or time.monotonic() + GRACE
-                if time.monotonic() >= deadline:
-                    break
+            if stopping and not deadline:
+                deadline = time.monotonic() + GRACE
+                self.halt()
+            if stopping and time.monotonic() >= deadline:
+                break
             for batch, said in self.wait(TICK):
                 if isinstance(said, Exchange):
                     self.pace.observe(said.texts, said.seconds, said.outcome, batch.under_way)
                     yield said
                     continue
                 flying, texts = flying - 1, texts - len(batch.rows)
-                if isinstance(said, Exception):
-                    self.failure = self.failure or said
-                else:
+                if isinstance(said, list):
                     yield Result(batch.rows, said)
+                elif not isinstance(said, Abandoned):
+                    self.failure = self.failure or said
             yield None
         if self.failure:
             raise self.failure
@@ -1496,7 +1567,7 @@ class AsyncEngine(Engine):
 
     async def converse(self, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
         """Drive one conversation over a connection that no other uses meanwhile."""
-        transport = self.idle.pop() if self.idle else StreamTransport(self.wire.server)
+        transport = self.idle.pop() if self.idle else StreamTransport(self.wire.server, self.stopping)
         try:
             return await drive(conversation, transport, tell)
         except BaseException:
@@ -1566,17 +1637,21 @@ class Worker:
         # no worker would see that the parent has died.
         inherited = [worker.pipe for worker in kin] + [self.pipe] if START_METHOD == "fork" else []
         self.process = context.Process(target=work, args=(child, wire, inherited), name=name, daemon=True)
-        self.process.start()
+        with signals_held_back():
+            self.process.start()
         child.close()
         self.batch: Batch | None = None
 
     def submit(self, batch: Batch) -> None:
         """Give it a batch. If it is dead, that shows when it is waited for."""
         self.batch = batch
-        try:
+        with contextlib.suppress(OSError):
             self.pipe.send(batch.texts)
-        except OSError:
-            pass
+
+    def halt(self) -> None:
+        """Tell it to send nothing more to the server."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
 
     def receive(self) -> Any:
         """Return what it says, or None if it has died."""
@@ -1594,6 +1669,21 @@ class Worker:
             self.process.join()
 
 
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold signals back while a process is started: one would end the child with a traceback before it ignores them."""
+    import signal
+
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> None:
     """Be a worker process: embed the texts that come over the pipe, until it is closed."""
     import queue
@@ -1606,8 +1696,9 @@ def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> No
     for other in inherited:
         other.close()
     inbox: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(pipe, inbox.put), daemon=True).start()
-    transport = BlockingTransport(wire.server)
+    halted = threading.Event()
+    threading.Thread(target=listen, args=(pipe, inbox.put, halted.set), daemon=True).start()
+    transport = BlockingTransport(wire.server, halted.is_set)
     while True:
         try:
             pipe.send(answer(wire, inbox.get(), transport, pipe.send))
@@ -1621,21 +1712,25 @@ def answer(
     """Return what came of a conversation, an exception in a form that a pipe can carry."""
     try:
         return run_now(drive(wire.converse(texts), transport, tell))
-    except Stop as stop:
-        return stop
+    except (Stop, Abandoned) as end:
+        return end
     except OSError:  # from the pipe; a transport raises none
         raise
     except Exception:
         import traceback
 
-        return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+        return RuntimeError(f"a worker process failed\n{traceback.format_exc()}")
 
 
-def listen(pipe: Any, put: Callable[[list[str]], None]) -> None:
-    """Pass on what the parent sends; end this process when the parent has closed the pipe or died."""
+def listen(pipe: Any, put: Callable[[list[str]], None], halt: Callable[[], None]) -> None:
+    """Pass on what the parent sends, texts or None for halt; end this process when the pipe is closed or broken."""
     try:
         while True:
-            put(pipe.recv())
+            texts = pipe.recv()
+            if texts is None:
+                halt()
+            else:
+                put(texts)
     except (EOFError, OSError):
         os._exit(0)  # at once, even in the middle of a request
 
@@ -1661,7 +1756,7 @@ class ProcessEngine(Engine):
         self.started = self.deaths = 0
 
     def greet(self) -> None:
-        transport = BlockingTransport(self.wire.server)
+        transport = BlockingTransport(self.wire.server, self.stopping)
         try:
             run_now(drive(self.wire.greet(), transport, lambda exchange: None))
         finally:
@@ -1690,11 +1785,17 @@ class ProcessEngine(Engine):
                     worker.batch, self.deaths = None, 0
                 continue
             self.bury(worker)
-            if self.deaths <= DEATHS_IN_A_ROW:
+            if self.stopping():
+                events.append((batch, Abandoned()))
+            elif self.deaths <= DEATHS_IN_A_ROW:
                 self.submit(batch)
             else:
                 events.append((batch, Stop("worker processes keep dying. Is the machine out of memory?")))
         return events
+
+    def halt(self) -> None:
+        for worker in self.workers:
+            worker.halt()
 
     def bury(self, dead: Worker) -> None:
         """Forget a worker that has died; the next batch submitted starts another."""
@@ -1871,8 +1972,8 @@ def type_of(value: Any, typed: bool) -> int:
     # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
     if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
         return 0
-    if not typed and re.fullmatch(r"-?(0|[1-9]\d*)\.\d+([eE][-+]?\d+)?", value, re.ASCII):
-        return 1
+    if not typed and re.fullmatch(r"-?\d+\.\d+", value, re.ASCII) and repr(float(value)) == value:
+        return 1  # and not 1.10, which is more likely a version
     return 2
 
 
@@ -1883,7 +1984,7 @@ def column_types(path: str) -> dict[str, str]:
     for _, row in read_file(path):
         for column, value in row.items():
             found[column] = max(found.get(column, -1), type_of(value, typed) if value is not None else -1)
-    return {column: TYPES[index] for column, index in found.items()}
+    return {column: TYPES[index] if index >= 0 else "TEXT" for column, index in found.items()}
 
 
 def records(path: str, columns: list[str], key: int) -> Iterator[list[Any]]:
@@ -2131,7 +2232,8 @@ class Store:
             )
         others = [column for column in columns if column not in self.target_columns.values()]
         primary, named = primary_key(described), match(self.target_key, others)
-        candidates = primary if len(primary) == 1 else [named] if named else others
+        # A column that is named for it is the key, even beside a primary key of the target's own.
+        candidates = [named] if named else primary if len(primary) == 1 else others
         if len(candidates) != 1 or not self.is_unique(self.target, candidates[0]):
             raise UsageError(
                 f'"{self.target.name}" has no key to store vectors under: one column with a primary key or unique '
@@ -2335,13 +2437,15 @@ class SQLiteStore(Store):
             return Stop(
                 f"{path} has been locked by another program for {LOCK_PATIENCE:.0f} s. Close it, and run again."
             )
-        if "full" in text or "disk I/O error" in text:
+        if text in ("database or disk is full", "disk I/O error"):
             return Stop(f"{path} cannot grow ({text}): the disk is full, or failing. Make room, and run again.")
-        if "unable to open" in text:
+        if text == "unable to open database file":
             return Stop(f"{path} cannot be opened. Check that it is a file, its permissions and those of its folder.")
-        if "readonly" in text:
+        if text.startswith("attempt to write a readonly database"):
             return Stop(f"{path} cannot be written ({text}). Check its permissions and those of its folder.")
-        if "not a database" in text or "malformed" in text:
+        if text == "file is not a database" or text.startswith(
+            ("database disk image is malformed", "malformed database")
+        ):
             return Stop(f"{path} is not a sound SQLite database ({text}). Give --database URL.")
         return Stop(f"SQLite says of {path}: {text}.")
 
@@ -2407,7 +2511,7 @@ class SQLiteStore(Store):
 
     def value_sql(self, column: str, declared: str) -> str:
         name = f"s.{quoted(column)}"
-        return f"CASE WHEN trim({name}, char(9, 10, 11, 12, 13, 32)) <> '' THEN {name} END"
+        return f"CASE WHEN trim({name}, char({', '.join(str(ord(blank)) for blank in BLANKS)})) <> '' THEN {name} END"
 
     def text_sql(self) -> str:
         """Return the SQL of a row's text as bytes: it may hold NUL, or bytes that are no text at all."""
@@ -2420,7 +2524,9 @@ class SQLiteStore(Store):
         """Return the key's type by SQLite's rule (https://sqlite.org/datatype3.html, section 3.1)."""
         upper = declared.upper()
         if "INT" in upper:
-            return "INTEGER"
+            # Only INTEGER PRIMARY KEY keeps texts out of the source; the target's own would refuse them.
+            other = f"SELECT 1 FROM {self.relation.sql} WHERE typeof({quoted(self.key)}) <> 'integer'"
+            return "INTEGER" if self.value(other) is None else "BLOB"
         if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
             return "TEXT"
         return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
@@ -2514,7 +2620,7 @@ class SQLiteStore(Store):
 
 def is_locked(error: Exception) -> bool:
     """Whether SQLite says that somebody else is at work on the database."""
-    return "locked" in str(error) or "busy" in str(error)
+    return str(error).startswith(("database is locked", "database table is locked", "database schema is locked"))
 
 
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
@@ -2907,8 +3013,19 @@ class Run:
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
         try:
+            self.rounds()
+        except KeyboardInterrupt:
+            raise  # at once: saving could mean to wait for a lock
+        except BaseException:
+            self.save()
+            raise
+        else:
+            self.save()
+
+    def rounds(self) -> None:
+        """Embed what is pending, in a second round only where rows of the first have failed and left room."""
+        try:
             while self.more and self.room():
-                # A second round only where rows of the first have failed and left room in the limit.
                 for event in self.engine.run(self.batches()):
                     if isinstance(event, Result):
                         self.take(event)
@@ -2918,8 +3035,8 @@ class Run:
                     self.report.update(self.counts)
                 if self.engine.interrupt.code:
                     return
+                self.save()  # what is dropped here leaves room in the limit
         finally:
-            self.save()
             pace = self.engine.pace
             self.log.info(f"at the end {pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
 
@@ -2933,8 +3050,11 @@ class Run:
         size = 0
         for row in self.store.pending(self.last_key):
             self.last_key = row.key
-            if not row.text.strip():
+            if not row.text.strip(BLANKS):
                 self.fail(row, "no text")
+                self.report.update(self.counts)
+                if self.engine.interrupt.code:
+                    return
                 continue
             if batch and size + len(row.text) > MOST_CHARACTERS:
                 yield batch
@@ -2990,7 +3110,9 @@ class Run:
         if vectors:
             saved = self.store.save(vectors)
             self.counts.generated += saved
-            self.counts.to_do -= len(vectors) - saved  # rows that were deleted meanwhile
+            dropped = len(vectors) - saved  # rows that were deleted meanwhile
+            self.counts.to_do -= dropped
+            self.handed_out -= dropped
 
 
 def generate(
@@ -3092,8 +3214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log is None:
             raise
         log.error(f"{type(error).__name__}: {error}", traceback=True)
+        first = one_line(str(error).partition("\n")[0])
         complain(
-            f"error: {type(error).__name__}: {error}. This is a fault of embedgen itself; the log {log.shown} has more."
+            f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; the log {log.shown} has more."
         )
         return EXIT_STOPPED
     finally:

@@ -37,6 +37,7 @@ class Usage(Case):
             (["--server", "ftp://host"], ["ftp://host", "http://"]),
             (["--server", "http://host:99999"], ["99999"]),
             (["--server", "http://ho st"], ["ho st"]),
+            (["--server", "http://host/a b"], ["http://host/a b"]),
             (["--database", "mysql://host/db"], ["mysql://host/db", "sqlite:///"]),
             (["--database", "movies"], ["movies", ".db"]),
             (["--database", "sqlite:///"], ["sqlite:///"]),
@@ -67,6 +68,15 @@ class Usage(Case):
         self.database.unlink()
         self.database.mkdir()
         self.refuse(3, words=["movies.db"])
+
+    def test_what_sqlite_says_is_not_mistaken(self) -> None:
+        self.make_movies(3)
+        self.execute("CREATE VIEW broken AS SELECT id, fullname AS title FROM movies")
+        self.refuse(3, "--table", "broken", words=["no such column: fullname"])
+        self.execute("CREATE VIEW locked AS SELECT id, is_locked AS title FROM movies")
+        self.refuse(3, "--table", "locked", words=["no such column: is_locked"])
+        error = self.refuse(3, "--where", "json_extract(overview, '$.a') = 1", words=["malformed JSON"])
+        self.assertNotIn("not a sound", error)
 
     def test_forms_of_the_databases_address(self) -> None:
         self.make_movies(2)
@@ -168,6 +178,13 @@ class Unreachable(Case):
         done = self.succeed("--server", address, "--verbose")
         refused = self.refuse(3, "--server", f"http://user:s3cr3t@127.0.0.1:{self.free_port()}", "--force")
         self.refuse(2, "--server", "ftp://user:s3cr3t@host", words=["***"])
+        for flags in (
+            ["--server", "http://user:p@s3cr3t@host:99999"],
+            ["--server", "http://user:pa/s3cr3t@localhost:1"],
+            ["--database", "mysql://user:pa/s3cr3t@host/db"],
+            ["--servr", "http://user:s3cr3t@host"],
+        ):
+            refused += self.refuse(2, *flags)
         self.assertNotIn("s3cr3t", done.out + refused + self.log())
         headers = {name.lower(): value for name, value in self.ollama.log()[0]["headers"].items()}
         self.assertEqual(headers["authorization"], "Basic dXNlcjpzM2NyM3Q=")

@@ -127,8 +127,34 @@ class Conversations(unittest.TestCase):
 
     def test_retry_after_is_heeded(self) -> None:
         talked = Talked(TEXTS, script(error(503, "busy", retry_after=30.0), error(429, "busy", retry_after=9999.0)))
-        self.assertEqual(talked.waits, [30.0, 120.0])
+        self.assertEqual(talked.waits, [30.0, 600.0])
         self.assertEqual(talked.answers, VECTORS)
+        # Waiting as it is asked to is no reason to give the server up.
+        talked = Talked(TEXTS, script(*[error(429, "busy", retry_after=60.0)] * 4))
+        self.assertEqual((talked.waits, talked.answers), ([60.0] * 4, VECTORS))
+
+    def test_load_is_never_blamed_on_a_row(self) -> None:
+        for reply in (error(503, "busy"), error(429, "busy"), error(502, "bad gateway"), REFUSED):
+            with self.subTest(reply=reply):
+                talked = Talked(["text 0"], lambda asked, reply=reply: good(asked) if asked == PROBE else reply)
+                self.assertIsNotNone(talked.stop)
+                self.assertEqual(talked.answers, [])
+
+    def test_one_time_out_and_one_refusal_do_not_end_the_run(self) -> None:
+        talked = Talked(TEXTS, script(SILENCE, error(503, "busy")))
+        self.assertEqual(talked.answers, VECTORS)
+
+    def test_one_answer_of_other_dimensions_is_not_believed(self) -> None:
+        longer = [[0.6] + [number * 0.8 for number in vector(text)] for text in TEXTS]  # of length 1, too
+        odd = Reply(200, json.dumps({"embeddings": longer}).encode(), 0.1)
+        for dimensions in (8, 99, None):  # what the model card says
+            for before in (0, 1, 3):
+                with self.subTest(dimensions=dimensions, before=before):
+                    on = wire(dimensions=None)
+                    on.dimensions = dimensions
+                    serve = script(*[None] * before, odd)
+                    for _ in range(3):
+                        self.assertEqual(Talked(TEXTS, serve, on).answers, VECTORS)
 
     def test_a_server_that_stays_away_stops_the_run(self) -> None:
         for reply in (REFUSED, error(503, "busy"), error(400, "EOF"), SILENCE):
@@ -194,8 +220,19 @@ class Conversations(unittest.TestCase):
         talked = Talked(TEXTS, serve)
         self.assertEqual(talked.answers[:5] + talked.answers[6:], VECTORS[:5] + VECTORS[6:])
         self.assertEqual(talked.answers[5], "HTTP 400: do embedding request: EOF")
-        # The others were done long before the one was given up.
-        self.assertLess(talked.seconds, 300.0)
+        self.assertLess(talked.seconds, 120.0)
+
+    def test_such_a_text_anywhere_in_a_large_batch(self) -> None:
+        texts = [f"text {number}" for number in range(128)]
+        for bad in ("text 0", "text 64", "text 127"):
+            for reply in (error(500, "llama runner process has terminated"), error(400, "EOF")):
+
+                def serve(asked: list[str], bad: str = bad, reply: Reply = reply) -> Reply:
+                    return reply if bad in asked else good(asked)
+
+                talked = Talked(texts, serve)
+                self.assertIsNone(talked.stop)
+                self.assertEqual([text for text, answer in zip(texts, talked.answers) if answer != blob(text)], [bad])
 
     def test_unusable_answers_are_never_stored(self) -> None:
         sound = [vector(text) for text in TEXTS]
@@ -340,14 +377,14 @@ class Greetings(unittest.TestCase):
 
     def test_servers_that_show_nothing(self) -> None:
         for reply in (Reply(404, b"404 page not found"), Reply(200, b"{}"), Reply(200, b"[]"), Reply(200, b"<html>"),
-                      Reply(200, b'{"model_info": null}'), error(400, "what?")):  # fmt: skip
+                      Reply(200, b'{"model_info": null}'), error(400, "what?"), error(503, "busy")):  # fmt: skip
             with self.subTest(reply=reply):
-                on = self.greet(reply)
+                on = self.greet(reply)  # a busy server is not an absent one
                 self.assertIsNone(on.dimensions)
                 self.assertFalse(on.legacy)
 
     def test_a_server_that_is_not_there(self) -> None:
-        for reply in (REFUSED, SILENCE, error(503, "starting")):
+        for reply in (REFUSED, SILENCE):
             conversation = wire().greet()
             next(conversation)
             with self.assertRaises(Stop) as caught:

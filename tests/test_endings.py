@@ -127,6 +127,46 @@ class Signals(Case):
         done = self.finish(process, seconds=5)
         self.assertEqual((done.code, done.err), (130, ""))
 
+    def test_nothing_is_sent_after_the_first_interrupt(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                process = self.start_slow(engine)
+                self.ollama.configure(seconds_per_text=0, faults={"503": 1.0})
+                self.wait_for(lambda: self.ollama.log()[-1]["status"] == 503, "the first refusal")
+                os.killpg(process.pid, signal.SIGINT)
+                started = time.monotonic()
+                self.assertEqual(self.finish(process).code, 130)
+                # No conversation waits for its next try, and none makes one.
+                self.assertLess(time.monotonic() - started, 5.0)
+
+    def test_the_second_interrupt_does_not_wait_for_a_lock(self) -> None:
+        process = self.start_slow("async", UNSAVED_SECONDS=0.5)
+        blocker = sqlite3.connect(self.database, isolation_level=None, timeout=30)
+        self.addCleanup(blocker.close)
+        blocker.execute("BEGIN IMMEDIATE")
+        time.sleep(1.5)
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        self.assertIsNone(process.poll())
+        os.kill(process.pid, signal.SIGINT)
+        done = self.finish(process, seconds=5)
+        self.assertEqual((done.code, done.err), (130, ""))
+
+    def test_an_interrupt_while_workers_start(self) -> None:
+        for method in ("fork", "spawn"):
+            with self.subTest(method=method):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(500)
+                self.ollama.configure(seconds_per_text=0.05, slots=1)
+                process = self.start_program(
+                    "--engine", "process", "--workers", 8, "--batch-size", 2, START_METHOD=method
+                )
+                self.wait_for(lambda: len(self.ollama.texts()) > 1, "the first request")
+                os.killpg(process.pid, signal.SIGINT)
+                done = self.finish(process)
+                self.assertEqual((done.code, done.err), (130, ""))
+
     @unittest.skipUnless(PROC, "/proc is needed to find the workers")
     def test_killed_workers_cost_nothing_but_time(self) -> None:
         process = self.start_slow("process")
@@ -226,6 +266,24 @@ class Signals(Case):
 
 
 class Databases(Case):
+    def test_what_arrives_while_the_database_is_locked_is_not_late(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(40)
+                self.ollama.configure(network=0.3)
+                flags = ("--engine", engine, "--timeout", 1, "--concurrent", 4, "--batch-size", 1)
+                process = self.start_program(*flags, UNSAVED_ROWS=8)
+                self.wait_for(lambda: len(self.ollama.texts()) > 3, "the first requests")
+                blocker = sqlite3.connect(self.database, isolation_level=None, timeout=30)
+                blocker.execute("BEGIN IMMEDIATE")
+                time.sleep(2.5)
+                blocker.close()
+                _, err = process.communicate(timeout=60)
+                self.assertEqual((process.returncode, err), (0, b""))
+                self.assertNotIn("no answer", self.log())
+
     def test_locked_for_a_while(self) -> None:
         self.make_movies(50)
         self.succeed("--limit", 10)

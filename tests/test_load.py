@@ -42,6 +42,8 @@ class Load(Case):
 
     def test_types(self) -> None:
         content = "id,title,code,big,share,mixed,none\n1,a,007,9223372036854775808,1.5,1,\n2,b,8,1,2,x,\n"
+        self.assertEqual(self.load("b.csv", "id,title\n1,1.9\n2,1.10\n"), [(1, "1.9"), (2, "1.10")])
+        self.database.unlink()
         rows = self.load("a.csv", content)
         self.assertEqual(rows, [
             (1, "a", "007", "9223372036854775808", 1.5, "1", None), (2, "b", "8", "1", 2.0, "x", None),
@@ -138,6 +140,10 @@ class Load(Case):
         (self.folder / "a.csv").write_text("id,the title\n1,x\n", "utf-8")
         self.succeed("--load", "a.csv", "--table", 'my "books"', "--columns", "the title", "--server", "hash:")
         self.assertEqual(self.execute('SELECT "the title" FROM "my ""books"""'), [("x",)])
+        (self.folder / "b.csv").write_text("id,title\n1,x\n", "utf-8")
+        self.succeed("--load", "b.csv", "--table", "main.books", "--server", "hash:")
+        self.assertEqual(self.execute("SELECT * FROM books"), [(1, "x")])
+        self.assertEqual(len(self.stored("book_embeddings", "book_id")), 1)
 
 
 if __name__ == "__main__":

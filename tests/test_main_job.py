@@ -272,6 +272,16 @@ class MainJob(Case):
                 self.assertIn("✓  Successfully generated: 15\n", out.decode())
                 self.assert_complete()
 
+    def test_rows_deleted_meanwhile_do_not_use_up_the_limit(self) -> None:
+        self.make_movies(20)
+        self.ollama.configure(network=0.5)
+        process = self.start_program("--limit", 8, "--batch-size", 8, "--concurrent", 1)
+        self.wait_for(lambda: self.ollama.texts(), "the request")
+        self.execute("DELETE FROM movies WHERE id <= 3")
+        out, _ = process.communicate(timeout=60)
+        self.assertIn("✓  Successfully generated: 8\n", out.decode())
+        self.assertEqual(sorted(self.stored()), list(range(4, 12)))
+
     def test_the_targets_columns_are_as_documented(self) -> None:
         self.make_movies(2)
         self.succeed()
@@ -308,6 +318,15 @@ class MainJob(Case):
         # By key alone: a changed text is no reason.
         self.execute("UPDATE movies SET title = 'Renamed' WHERE id = 7")
         self.assertEqual(self.succeed("--target", "vectors").tally, (0, 10, 0))
+
+    def test_a_target_with_a_key_of_its_own_beside_the_rows(self) -> None:
+        self.make_movies(5)
+        self.execute(
+            "CREATE TABLE movie_embeddings (id INTEGER PRIMARY KEY AUTOINCREMENT, "
+            "movie_id INTEGER UNIQUE NOT NULL REFERENCES movies(id), embedding BLOB)"
+        )
+        self.assertEqual(self.succeed().tally, (5, 0, 0))
+        self.assert_complete()
 
     def test_unusable_targets_are_refused(self) -> None:
         self.make_movies(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+import embedgen
 from tests.ollama import blob
 from tests.support import ENGINES, Case
 
@@ -65,6 +66,8 @@ class Names(Case):
             ("boxes", "Box", "boxes"),
             ("courses", "Course", "courses"),
             ("address", "Address", "address"),
+            ("cities", "City", "cities"),
+            ("companies", "Company", "companies"),
         ]:
             with self.subTest(table=table):
                 self.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, title TEXT)")
@@ -75,6 +78,25 @@ class Names(Case):
         done = self.succeed("--table", "courses", "--noun", "story")
         self.assertIn("🧠 Story Embedding Generator\n", done.out)
         self.assertIn("📊 Total stories processed: 0\n", done.out)
+
+    def test_singulars(self) -> None:
+        for word, one in {
+            "movies": "movie", "stories": "story", "properties": "property", "parties": "party", "copies": "copy",
+            "entities": "entity", "ties": "tie", "my cookies": "my cookie", "series": "series", "news": "news",
+            "boxes": "box", "branches": "branch", "caches": "cache", "dishes": "dish", "classes": "class",
+            "buses": "bus", "viruses": "virus", "statuses": "status", "houses": "house", "databases": "database",
+            "courses": "course", "sizes": "size", "quizzes": "quizz", "address": "address", "analysis": "analysis",
+            "people": "people", "Articles": "Article", "STORIES": "STORY", "user_reviews": "user_review",
+        }.items():  # fmt: skip
+            self.assertEqual(embedgen.singular(word), one)
+        for word, many in {
+            "movie": "movies",
+            "story": "stories",
+            "box": "boxes",
+            "day": "days",
+            "class": "classes",
+        }.items():
+            self.assertEqual(embedgen.plural(word), many)
 
     def test_the_targets_name_comes_from_the_table(self) -> None:
         self.execute("CREATE TABLE stories (id INTEGER PRIMARY KEY, title TEXT)")
@@ -146,6 +168,9 @@ class Keys(Case):
         self.refuse(2, words=["id", "without a value"])
         self.assertEqual(self.succeed("--where", "id IS NOT NULL").tally, (2, 0, 0))
 
+    def test_a_text_in_a_column_for_integers(self) -> None:
+        self.assertEqual(len(self.keys("id INT PRIMARY KEY", [1, 2, "x3"])), 3)
+
     def test_no_key_at_all(self) -> None:
         self.execute("CREATE TABLE movies (title TEXT, slug TEXT)")
         self.refuse(2, words=["--id", "title, slug"])
@@ -178,6 +203,7 @@ class Texts(Case):
         definition = "title TEXT, year INTEGER, genres TEXT, plot TEXT, language TEXT"
         for values, text in [
             (("T", None, "", " \t\n", "L"), "Title: T | Language: L"),
+            (("\xa0", None, "\u3000", "\u200b\ufeff", "L"), "Language: L"),
             ((None, 1999, None, "P", None), "Year: 1999 | Description: P"),
             (("", "", "", "", "L"), "Language: L"),
         ]:

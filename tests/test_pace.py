@@ -86,6 +86,13 @@ class PaceByHand(unittest.TestCase):
                 pace.observe(pace.batch_size, 1.0, outcome, pace.in_flight * pace.batch_size)
             self.assertEqual((pace.in_flight, pace.batch_size), (1, 1))
 
+    def test_refused_texts_are_no_overload(self) -> None:
+        pace = Pace(None, None)
+        settings = (pace.in_flight, pace.batch_size)
+        for _ in range(50):
+            pace.observe(4, 0.01, "refused", 8)
+        self.assertEqual((pace.in_flight, pace.batch_size), settings)
+
     def test_it_says_why(self) -> None:
         pace = Pace(None, None)
         reasons = set()
