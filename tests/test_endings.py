@@ -90,14 +90,14 @@ class Signals(Case):
         self.assertEqual(embedgen.GRACE, 10.0)
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                process = self.start_slow(engine, GRACE=1.0)
+                process = self.start_slow(engine, GRACE=0.5)
                 self.ollama.configure(hang=["Film"])
                 time.sleep(0.2)
                 os.kill(process.pid, signal.SIGTERM)
                 started = time.monotonic()
                 done = self.finish(process)
                 self.assertEqual(done.code, 143)
-                self.assertGreaterEqual(time.monotonic() - started, 1.0)
+                self.assertGreaterEqual(time.monotonic() - started, 0.5)
                 self.assertEqual(done.tally[0], len(self.stored()))
 
     def test_the_second_interrupt_ends_at_once(self) -> None:
@@ -144,9 +144,9 @@ class Signals(Case):
         blocker = sqlite3.connect(self.database, isolation_level=None, timeout=30)
         self.addCleanup(blocker.close)
         blocker.execute("BEGIN IMMEDIATE")
-        time.sleep(1.5)
+        time.sleep(1.0)
         os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(0.3)
         self.assertIsNone(process.poll())
         os.kill(process.pid, signal.SIGINT)
         done = self.finish(process, seconds=5)
@@ -240,9 +240,9 @@ class Signals(Case):
     def test_the_server_killed_and_started_again(self) -> None:
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                process = self.start_slow(engine)
+                process = self.start_slow(engine, LONGEST_WAIT=0.5)
                 self.ollama.kill()
-                time.sleep(1.0)
+                time.sleep(0.5)
                 self.ollama.start()
                 self.ollama.configure(seconds_per_text=0)
                 done = self.finish(process, seconds=60)
@@ -257,7 +257,7 @@ class Signals(Case):
                 self.ollama.reset()
                 self.make_movies(60)
                 self.ollama.configure(next=["ok"] * 5)
-                with mock.patch.object(embedgen, "PATIENCE", 1.0):
+                with mock.patch.multiple(embedgen, PATIENCE=0.5, FIRST_WAIT=0.1):
                     self.ollama.configure(next=["ok"] * 5, faults={"503": 1.0})
                     done = self.run_program("--engine", engine, "--concurrent", 1, "--batch-size", 4)
                 self.assertEqual((done.code, done.tally), (3, (20, 0, 0)))
@@ -271,14 +271,14 @@ class Databases(Case):
             with self.subTest(engine=engine):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
-                self.make_movies(40)
-                self.ollama.configure(network=0.3)
-                flags = ("--engine", engine, "--timeout", 1, "--concurrent", 4, "--batch-size", 1)
+                self.make_movies(20)
+                self.ollama.configure(network=0.2)
+                flags = ("--engine", engine, "--timeout", 0.7, "--concurrent", 4, "--batch-size", 1)
                 process = self.start_program(*flags, UNSAVED_ROWS=8)
                 self.wait_for(lambda: len(self.ollama.texts()) > 3, "the first requests")
                 blocker = sqlite3.connect(self.database, isolation_level=None, timeout=30)
                 blocker.execute("BEGIN IMMEDIATE")
-                time.sleep(2.5)
+                time.sleep(1.2)
                 blocker.close()
                 _, err = process.communicate(timeout=60)
                 self.assertEqual((process.returncode, err), (0, b""))
@@ -293,7 +293,7 @@ class Databases(Case):
             with self.subTest(statement=statement):
                 blocker.execute(statement)
                 process = self.start_program("--limit", 10)
-                time.sleep(1.5)
+                time.sleep(0.8)
                 self.assertIsNone(process.poll())
                 blocker.execute("ROLLBACK")
                 _, err = process.communicate(timeout=30)
@@ -306,7 +306,7 @@ class Databases(Case):
         blocker = sqlite3.connect(self.database, isolation_level=None)
         self.addCleanup(blocker.close)
         for statement in ("BEGIN EXCLUSIVE", "BEGIN IMMEDIATE"):
-            with self.subTest(statement=statement), mock.patch.object(embedgen, "LOCK_PATIENCE", 1.0):
+            with self.subTest(statement=statement), mock.patch.object(embedgen, "LOCK_PATIENCE", 0.6):
                 blocker.execute(statement)
                 self.refuse(3, words=["locked", "movies.db"])
                 blocker.execute("ROLLBACK")

@@ -263,7 +263,7 @@ class MainJob(Case):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
                 self.make_movies(20)
-                self.ollama.configure(network=1.0)
+                self.ollama.configure(network=0.4)
                 process = self.start_program("--engine", engine, "--batch-size", 20)
                 self.wait_for(lambda: self.ollama.texts(), "the request")
                 self.execute("DELETE FROM movies WHERE id > 15")
@@ -274,7 +274,7 @@ class MainJob(Case):
 
     def test_rows_deleted_meanwhile_do_not_use_up_the_limit(self) -> None:
         self.make_movies(20)
-        self.ollama.configure(network=0.5)
+        self.ollama.configure(network=0.3)
         process = self.start_program("--limit", 8, "--batch-size", 8, "--concurrent", 1)
         self.wait_for(lambda: self.ollama.texts(), "the request")
         self.execute("DELETE FROM movies WHERE id <= 3")

@@ -134,7 +134,7 @@ class Terminal(Case):
 
     def test_the_line_is_redrawn_in_place(self) -> None:
         self.make_movies(60)
-        self.ollama.configure(seconds_per_text=0.01, slots=1)
+        self.ollama.configure(seconds_per_text=0.006, slots=1)
         for engine in ENGINES:
             for columns in (60, 200):
                 with self.subTest(engine=engine, columns=columns):

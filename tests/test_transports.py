@@ -124,10 +124,6 @@ class Framing(unittest.TestCase):
 class Tls(Case):
     """A real TLS server on loopback, with a root of its own."""
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-
     def certificate(self, name: str, days: str = "2") -> tuple[Path, Path]:
         """Make a self-signed certificate for a name; return it and its key."""
         files = self.folder / f"{name}.pem", self.folder / f"{name}.key"
@@ -164,8 +160,19 @@ class Tls(Case):
 
     def test_https_to_a_server_that_speaks_http(self) -> None:
         self.make_movies(5)
-        for engine in ENGINES:
-            self.refuse(3, "--server", self.ollama.url.replace("http://", "https://"), "--engine", engine)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def work() -> None:
+                for _ in ENGINES:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+            threading.Thread(target=work, daemon=True).start()
+            for engine in ENGINES:
+                address = f"https://127.0.0.1:{listener.getsockname()[1]}"
+                self.refuse(3, "--server", address, "--engine", engine, words=["does the server speak http?"])
 
 
 if __name__ == "__main__":
