@@ -41,7 +41,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Optional, TextIO, TypeVar, Union
+from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
 
 # Modules that only some runs need (asyncio, multiprocessing, http.client, logging, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
@@ -394,6 +394,14 @@ def digest_of(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()
 
 
+class Row(NamedTuple):
+    """One row to embed: its key, its text, and the text's SHA-256."""
+
+    key: Any
+    text: str
+    digest: bytes
+
+
 # =============================== wire ===============================
 # Bytes in, vectors out: what is sent to a server, and what its answers mean. No I/O here.
 # Ollama's forms are those of its docs/api.md and server/routes.go.
@@ -420,19 +428,24 @@ class Reply(NamedTuple):
 
 
 class Trouble(Exception):
-    """A request did not give vectors; the message is for people."""
+    """A request did not give vectors; the message is for people, the outcome for the pace."""
+
+    outcome = "failed"  # as such, no sign that less should be asked for
 
 
 class Unavailable(Trouble):
     """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
 
-    def __init__(self, message: str, crashed: bool = False, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, answered: bool = False, crashed: bool = False, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.crashed, self.retry_after = crashed, retry_after
+        self.outcome = "overloaded" if answered else "failed"
 
 
 class Silent(Trouble):
     """No answer within the time."""
+
+    outcome = "timeout"
 
 
 class Refused(Trouble):
@@ -535,6 +548,42 @@ def words_of(body: bytes) -> str:
             text = "an HTML page"
     text = " ".join(str(text).split())
     return text if len(text) <= 300 else text[:300] + "..."
+
+
+def describe(error: Exception) -> str:
+    """Return a network error in words."""
+    name = type(error).__name__
+    if name == "gaierror":
+        return "the host's name cannot be resolved"
+    if name == "SSLCertVerificationError":
+        return f"the certificate is not trusted: {getattr(error, 'verify_message', error)}"
+    if name == "SSLError":
+        return f"TLS failed, does the server speak http? {getattr(error, 'reason', None) or error}"
+    if isinstance(error, EOFError):
+        return "the connection was closed without an answer"
+    text = getattr(error, "strerror", None) or str(error) or name
+    # asyncio puts its own words about the address around the number that says it all.
+    number = re.search(r"\[Errno (\d+)\]", text) or (re.match(r"(\d+)", str(getattr(error, "errno", None))))
+    if number:
+        text = os.strerror(int(number[1]))
+    return text[:1].lower() + text[1:]
+
+
+def headers_for(server: Server) -> dict[str, str]:
+    """Return the headers of every request."""
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "User-Agent": f"embedgen/{__version__}",
+    }
+    if server.authorization:
+        headers["Authorization"] = server.authorization
+    return headers
+
+
+def retry_after(value: str) -> float:
+    """Return the seconds of a Retry-After header; its form as a date is not worth a parser and counts as none."""
+    return float(value) if re.fullmatch(r"\d{1,6}", value.strip(), re.ASCII) else 0.0
 
 
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
@@ -650,7 +699,7 @@ class OllamaWire:
             raise Refused(words)
         if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
             crashed = reply.status in (400, 500)  # the other codes speak of load, or of what stands in front
-            raise Unavailable(said, crashed, reply.retry_after)
+            raise Unavailable(said, answered=True, crashed=crashed, retry_after=reply.retry_after)
         if 300 <= reply.status < 400:
             raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
@@ -773,7 +822,7 @@ class Wait(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or refused."""
+    """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed."""
 
     texts: int
     seconds: float
@@ -876,7 +925,7 @@ class Talk:
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
             if probe or not isinstance(trouble, Silent):  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            outcome = {Silent: "timeout", Unavailable: "overloaded"}.get(type(trouble), "refused")
+            outcome = trouble.outcome
             if not probe:
                 yield Exchange(len(texts), reply.seconds, outcome, str(trouble))
             raise
@@ -955,6 +1004,9 @@ class Pace:
     LEAP = 1.4  # times the throughput: beyond any noise; also what the start, a leap of 8, must bring
     PAUSE, LONGEST_PAUSE = 60.0, 600.0  # seconds of rest, doubling: looking around costs 2 s of work in a pause
     RECOVERY = 10.0  # seconds of the first rest after an overload
+    # How fast trouble counts: more than half of it, from none, takes 14 answers that speak of overload, or 3 time-outs
+    # in a row. Some servers fail now and then whatever is asked of them, and a slow-down would not help them.
+    WEIGHT: ClassVar[dict[str, float]] = {"ok": 0.05, "overloaded": 0.05, "timeout": 0.25}
     ROUND = ("smaller requests", "more in flight", "larger requests", "fewer in flight")  # experiments, in order
 
     def __init__(self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0) -> None:
@@ -971,22 +1023,25 @@ class Pace:
         self._step = 2  # times as many in flight next time; 4 while that nearly doubles the throughput
         self._costly = False  # every request takes the same time, however small: only larger ones help
         self._rested, self._pause = 0.0, self.PAUSE
+        self._trouble = 0.0  # from 0, all is well, to 1, nothing is
         self._first = self.in_flight  # answers that may have waited for the model to load
         self._count = self._texts = self._load = 0  # the measurement so far
         self._seconds = 0.0
 
     def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
-        """Learn that an exchange ended: ok, overloaded, timeout or refused.
+        """Learn that an exchange ended: ok, overloaded, timeout, or failed for another reason.
 
         `under_way` are the texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
         load = full if under_way is None else under_way
         self._first -= 1
-        if load > full or outcome == "refused" or not (self._auto_in_flight or self._auto_batch):
-            return  # sent before the last reduction; or no fault of the server's; or nothing to decide
+        if load > full or outcome == "failed" or not (self._auto_in_flight or self._auto_batch):
+            return  # sent before the last reduction; or no sign of too much; or nothing to decide
+        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT.get(outcome, 0.0)
         if outcome != "ok":
-            self._back_off(outcome)
+            if self._trouble > 0.5:
+                self._back_off(outcome)
         elif self._first >= 0 and seconds > self._target:
             return
         elif load >= 0.75 * full and abs(texts - self.batch_size) <= 0.2 * self.batch_size:  # sent as things are now
@@ -1089,21 +1144,13 @@ class Pace:
                 batch = max(1, batch // 2)
             self._pause = self.RECOVERY
         self._move, self._needed, self._moves, self._step = "", 0.0, [], 2
-        self._rate = self._rested = 0.0
-        self._change(in_flight, batch, "a request timed out" if outcome == "timeout" else "the server is overloaded")
+        self._rate = self._rested = self._trouble = 0.0
+        self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
 
 # =============================== engines ===============================
 # An engine turns batches into results, in any order, holding a bounded number in flight.
 # Engine.run is that loop; a subclass says how one batch is sent on its way and waited for.
-
-
-class Row(NamedTuple):
-    """One row to embed: its key, its text, and the text's SHA-256."""
-
-    key: Any
-    text: str
-    digest: bytes
 
 
 class Batch(NamedTuple):
@@ -1225,42 +1272,6 @@ class Transport:
         except TimeoutError:
             raise ConnectionError(f"no connection within {seconds:g} s") from None
         self.connected = True
-
-
-def describe(error: Exception) -> str:
-    """Return a network error in words."""
-    name = type(error).__name__
-    if name == "gaierror":
-        return "the host's name cannot be resolved"
-    if name == "SSLCertVerificationError":
-        return f"the certificate is not trusted: {getattr(error, 'verify_message', error)}"
-    if name == "SSLError":
-        return f"TLS failed, does the server speak http? {getattr(error, 'reason', None) or error}"
-    if isinstance(error, EOFError):
-        return "the connection was closed without an answer"
-    text = getattr(error, "strerror", None) or str(error) or name
-    # asyncio puts its own words about the address around the number that says it all.
-    number = re.search(r"\[Errno (\d+)\]", text) or (re.match(r"(\d+)", str(getattr(error, "errno", None))))
-    if number:
-        text = os.strerror(int(number[1]))
-    return text[:1].lower() + text[1:]
-
-
-def headers_for(server: Server) -> dict[str, str]:
-    """Return the headers of every request."""
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "User-Agent": f"embedgen/{__version__}",
-    }
-    if server.authorization:
-        headers["Authorization"] = server.authorization
-    return headers
-
-
-def retry_after(value: str) -> float:
-    """Return the seconds of a Retry-After header; its form as a date is not worth a parser and counts as none."""
-    return float(value) if re.fullmatch(r"\d{1,6}", value.strip(), re.ASCII) else 0.0
 
 
 class BlockingTransport(Transport):
@@ -2347,6 +2358,7 @@ class Store:
         return key, columns
 
 
+SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # of a path that is taken for a database
 CACHE_KIB = 512  # of SQLite's pages; the default is 2,000
 LOCK_PATIENCE = 60.0  # seconds to wait for a locked database
 
@@ -2621,9 +2633,6 @@ class SQLiteStore(Store):
 def is_locked(error: Exception) -> bool:
     """Whether SQLite says that somebody else is at work on the database."""
     return str(error).startswith(("database is locked", "database table is locked", "database schema is locked"))
-
-
-SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")
 
 
 def open_store(options: argparse.Namespace) -> Store:

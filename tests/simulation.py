@@ -48,6 +48,7 @@ class Slots:
     cold: float = 0.0  # seconds until the model is loaded
     limit: int = 10**9  # more requests than this at once are refused
     away: tuple[float, float] = (0.0, 0.0)  # every request between these times is refused
+    flaky: float = 0.0  # the share of requests that fail at random, whatever is asked
     sigma: float = 0.0  # of the log-normal factor on a request's work
     speed: Callable[[float], float] = always
     seed: int = 0
@@ -62,7 +63,7 @@ class Slots:
         """When the answer to a request sent now arrives; None: refused at once."""
         while self.leaving and self.leaving[0] <= now:
             heapq.heappop(self.leaving)
-        if len(self.leaving) >= self.limit or self.away[0] <= now < self.away[1]:
+        if self.random.random() < self.flaky or len(self.leaving) >= self.limit or self.away[0] <= now < self.away[1]:
             return None
         noise = self.random.lognormvariate(-(self.sigma**2) / 2, self.sigma) if self.sigma else 1.0
         arrival, done = now + self.latency / 2, 0.0
@@ -268,6 +269,8 @@ SCENARIOS = [
     Scenario("f   one text takes 12 s, 1000 s", lambda seed: Slots(1, 12.0), seconds=1000),
     Scenario("f   one text takes 25 s, 3000 s", lambda seed: Slots(1, 25.0), seconds=3000),
     Scenario("f   b2, away from 40 to 50 s", lambda seed: Slots(4, 0.02, whole=True, away=(40, 50))),
+    Scenario("f   b2, one in ten fails", lambda seed: Slots(4, 0.02, whole=True, flaky=0.1, seed=seed)),
+    Scenario("f   b2, one in five fails", lambda seed: Slots(4, 0.02, whole=True, flaky=0.2, seed=seed)),
     Scenario("f   b1, batch fixed at 1", lambda seed: Slots(4, 0.02), fixed=(None, 1)),
     Scenario("f   c sharp 5000, 8 in flight fixed", lambda seed: Sharing(sharp(5000)), fixed=(8, None)),
     Scenario("f   a, cold start of 60 s", lambda seed: Slots(1, 0.35, cold=60)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import unittest
 
 from embedgen import Pace
@@ -55,6 +56,9 @@ class PaceAgainstServers(unittest.TestCase):
     def test_a_server_that_refuses_above_eight(self) -> None:
         self.check("f 16 slots, 503 above 8", share=0.93)
 
+    def test_a_server_that_fails_one_request_in_five(self) -> None:
+        self.check("f b2, one in five fails", share=0.85)
+
     def test_a_cold_start(self) -> None:
         self.check("f a, cold start of 60 s", share=0.93)
 
@@ -62,7 +66,7 @@ class PaceAgainstServers(unittest.TestCase):
 class PaceByHand(unittest.TestCase):
     def test_fixed_numbers_stay(self) -> None:
         pace = Pace(10, 32)
-        for outcome in ("ok", "overloaded", "timeout", "refused") * 50:
+        for outcome in ("ok", "overloaded", "timeout", "failed") * 50:
             pace.observe(32, 0.5, outcome, 320)
         self.assertEqual((pace.in_flight, pace.batch_size), (10, 32))
 
@@ -74,7 +78,8 @@ class PaceByHand(unittest.TestCase):
                 pace.observe(pace.batch_size, 0.01, "ok", full)
                 for now, fixed in zip((pace.in_flight, pace.batch_size), given):
                     self.assertIn(fixed, (None, now))
-            pace.observe(pace.batch_size, 10.0, "timeout", pace.in_flight * pace.batch_size)
+            for _ in range(10):
+                pace.observe(pace.batch_size, 10.0, "timeout", pace.in_flight * pace.batch_size)
             self.assertIn(given[0], (None, pace.in_flight))
             self.assertIn(given[1], (None, pace.batch_size))
 
@@ -82,16 +87,28 @@ class PaceByHand(unittest.TestCase):
         for outcome in ("timeout", "overloaded"):
             pace = Pace(None, None)
             pace.in_flight, pace.batch_size = 64, 512
-            for _ in range(20):
+            for _ in range(250):
                 pace.observe(pace.batch_size, 1.0, outcome, pace.in_flight * pace.batch_size)
             self.assertEqual((pace.in_flight, pace.batch_size), (1, 1))
 
-    def test_refused_texts_are_no_overload(self) -> None:
+    def test_what_is_no_sign_of_too_much_changes_nothing(self) -> None:
         pace = Pace(None, None)
         settings = (pace.in_flight, pace.batch_size)
         for _ in range(50):
-            pace.observe(4, 0.01, "refused", 8)
+            pace.observe(4, 0.01, "failed", 8)
+        for _ in range(2):  # nor do one or two time-outs
+            pace.observe(4, 10.0, "timeout", 8)
         self.assertEqual((pace.in_flight, pace.batch_size), settings)
+
+    def test_a_server_that_fails_now_and_then(self) -> None:
+        draw = random.Random(3)
+        pace = Pace(None, None)
+        for _ in range(3000):
+            outcome = draw.choices(("ok", "overloaded", "failed", "timeout"), (85, 8, 6, 1))[0]
+            pace.observe(
+                pace.batch_size, pace.in_flight * pace.batch_size * 0.01, outcome, pace.in_flight * pace.batch_size
+            )
+        self.assertGreaterEqual(pace.in_flight * pace.batch_size, 16)
 
     def test_it_says_why(self) -> None:
         pace = Pace(None, None)
@@ -103,9 +120,12 @@ class PaceByHand(unittest.TestCase):
 
     def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
         pace = Pace(None, None)
-        pace.observe(4, 1.0, "timeout", 8)
+        for _ in range(3):
+            pace.observe(4, 1.0, "timeout", 8)
         settings = (pace.in_flight, pace.batch_size)
-        pace.observe(4, 1.0, "timeout", 8)
+        self.assertEqual(settings, (1, 2))
+        for _ in range(3):
+            pace.observe(4, 1.0, "timeout", 8)
         self.assertEqual((pace.in_flight, pace.batch_size), settings)
 
 
