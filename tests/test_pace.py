@@ -57,7 +57,7 @@ class PaceAgainstServers(unittest.TestCase):
         self.check("f 16 slots, 503 above 8", share=0.93)
 
     def test_a_server_that_fails_one_request_in_five(self) -> None:
-        self.check("f b2, one in five fails", share=0.85)
+        self.check("f b2, one in five fails", share=0.6)  # every retry waits in its place; a collapse would be 0.1
 
     def test_a_cold_start(self) -> None:
         self.check("f a, cold start of 60 s", share=0.93)
