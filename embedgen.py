@@ -822,7 +822,10 @@ class Wait(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed."""
+    """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed.
+
+    `texts` is 0 for the known-good text, which is none of the table's.
+    """
 
     texts: int
     seconds: float
@@ -925,9 +928,10 @@ class Talk:
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
             if probe or not isinstance(trouble, Silent):  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            outcome = trouble.outcome
-            if not probe:
-                yield Exchange(len(texts), reply.seconds, outcome, str(trouble))
+            if probe:
+                yield Exchange(0, reply.seconds, "failed", str(trouble))
+            else:
+                yield Exchange(len(texts), reply.seconds, trouble.outcome, str(trouble))
             raise
         self.trying = self.waits = 0
         if not probe:
@@ -2859,7 +2863,7 @@ class Report:
         if self.console.interrupt.code and self.console.is_terminal and self.talkative and not self.stopping:
             self.stopping = True
             self.console.erase()
-            self.console.line(f"Stopping; requests in flight have {GRACE:.0f} s. Ctrl-C again ends at once.")
+            self.console.line(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
         if not self.talkative or now - self.shown < (REDRAW if self.console.is_terminal else PIPE_INTERVAL):
             return
         self.shown = now
@@ -3101,7 +3105,8 @@ class Run:
         if exchange.outcome == "ok":
             self.log.debug(f"{exchange.texts} texts in {exchange.seconds:.2f} s")
         else:
-            text = f"a request with {exchange.texts} texts got none embedded after {exchange.seconds:.2f} s"
+            what = f"with {exchange.texts} texts" if exchange.texts else "with the known-good text"
+            text = f"a request {what} gave no embeddings after {exchange.seconds:.2f} s"
             self.log.warn(f"{text}: {exchange.reason}", exchange.reason)
         pace = self.engine.pace
         if pace.reason != self.reason:

@@ -164,7 +164,7 @@ class Terminal(Case):
                 lines = Screen(100, written).lines
                 heading = lines.index("⏹️  Movie Embedding Generator Stopped")
                 self.assertEqual(lines[heading - 4 : heading - 1], ["", "💾 Saving embeddings to database...", ""])
-                notice = lines.index("Stopping; requests in flight have 10 s. Ctrl-C again ends at once.")
+                notice = lines.index("Stopping within 10 s. Ctrl-C again ends at once.")
                 self.assertEqual(heading - notice, 6)  # one progress line, redrawn, between the two
                 found = re.search(r"✓  Successfully generated: (\d+)", written)
                 assert found
