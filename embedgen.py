@@ -47,7 +47,8 @@ from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
 # are imported where they are used: --help and a run with nothing to do start in half the time.
 
 if sys.version_info < (3, 9):  # noqa: UP036 - said in words, before a type alias fails
-    sys.exit("embedgen needs Python 3.9 or later; this is Python " + sys.version.split()[0] + ".")
+    print("error: embedgen needs Python 3.9 or later; this is " + sys.version.split()[0] + ".", file=sys.stderr)
+    sys.exit(3)
 
 __version__ = "0.1.0"
 
