@@ -93,7 +93,8 @@ class Parser(argparse.ArgumentParser):
 
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{hide_password(message)} (see --help)")
+        message = re.sub(r"\S*@", "***@", message)  # a password in the URL of a misspelt flag
+        raise UsageError(f"{message} (see --help)")
 
 
 def number(least: int) -> Callable[[str], int]:
@@ -437,10 +438,14 @@ class Trouble(Exception):
 class Unavailable(Trouble):
     """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
 
-    def __init__(self, message: str, answered: bool = False, crashed: bool = False, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
+        """`status` is that of the server's answer, 0 if none came."""
         super().__init__(message)
-        self.crashed, self.retry_after = crashed, retry_after
-        self.outcome = "overloaded" if answered else "failed"
+        self.retry_after = retry_after
+        self.outcome = "overloaded" if status else "failed"
+        self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
+        self.busy = status in (429, 503)
+        self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
 
 
 class Silent(Trouble):
@@ -507,7 +512,7 @@ def parse_server(text: str) -> Server:
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
         raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
-    if re.search(r"[\s?#\\]", host + path):
+    if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     token = os.environ.get("OLLAMA_API_KEY", "").strip()
@@ -522,8 +527,8 @@ def parse_server(text: str) -> Server:
 
 
 def hide_password(url: str) -> str:
-    """Return a URL, or a text with one in it, without the secret before its last @."""
-    return re.sub(r"(://)\S*@", r"\1***@", url)
+    """Return a URL without the secret before its last @."""
+    return re.sub(r"^(.*?://)?.*@", r"\1***@", url, flags=re.DOTALL)
 
 
 def pack(numbers: Sequence[float]) -> bytes:
@@ -590,7 +595,7 @@ def retry_after(value: str) -> float:
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
 # and these, whatever their status, speak of the content (NaN was a 500 before 0.14).
 DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
-BAD_CONTENT = re.compile(r"\bNaN\b|context length|context size|too long|too large to process")
+BAD_CONTENT = re.compile(r"\bNaN\b|context length|context size|input (?:is )?too long|too large to process")
 
 
 class OllamaWire:
@@ -696,11 +701,10 @@ class OllamaWire:
                 raise Superseded(said)
         if "does not support embeddings" in words:
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
-        if BAD_CONTENT.search(words):
+        if reply.status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
             raise Refused(words)
         if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
-            crashed = reply.status in (400, 500)  # the other codes speak of load, or of what stands in front
-            raise Unavailable(said, answered=True, crashed=crashed, retry_after=reply.retry_after)
+            raise Unavailable(said, reply.status, reply.retry_after)
         if 300 <= reply.status < 400:
             raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
@@ -844,6 +848,7 @@ SILENCES = 3  # a text that alone, in a request of its own, times out so often h
 # Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
 # which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
 CRASHES, CRASHES_ALONE = 4, 8
+SUSPICIONS = 3  # of one text, before it fails although the server was not well right after it either
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
 
@@ -870,7 +875,7 @@ class Talk:
         if len(texts) > self.wire.most_texts:
             return (yield from self.halve(texts))
         single = len(texts) == 1
-        garbled = silences = crashes = 0
+        garbled = silences = crashes = suspicions = 0
         while True:
             try:
                 return list((yield from self.ask(texts)))
@@ -894,17 +899,19 @@ class Talk:
                 yield from self.until_sane()
             except Unavailable as away:
                 trouble = away
-                crashes += away.crashed
+                crashes += away.crashed if single else CRASHES // 2 if away.slow else not away.busy
                 suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
             if not suspect:
                 yield from self.pause(trouble)
             elif single or crashes:
                 # Is it the text, or the server? Only the server's word on a known-good text tells.
-                if (yield from self.until_sane()) and single:
-                    return [str(trouble)]
-                crashes = 0
+                innocent = yield from self.until_sane()
                 if not single:
                     return (yield from self.halve(texts))
+                suspicions += 1
+                if innocent or suspicions >= SUSPICIONS:
+                    return [str(trouble)]
+                crashes = 0
             else:
                 return (yield from self.halve(texts))
 
@@ -927,7 +934,8 @@ class Talk:
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
-            if probe or not isinstance(trouble, Silent):  # a long silence may mean that much was asked for
+            # A long silence may mean that much was asked for.
+            if probe or not (isinstance(trouble, Silent) or getattr(trouble, "slow", False)):
                 self.trying += reply.seconds
             if probe:
                 yield Exchange(0, reply.seconds, "failed", str(trouble))
@@ -942,14 +950,13 @@ class Talk:
     def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if not wire.certain and not probe and dimensions != wire.dimensions:
+        if probe and not wire.certain:
+            return  # nothing is known yet that it could differ from
+        if not wire.certain and dimensions != wire.dimensions:
             # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            expected, wire.dimensions = wire.dimensions, dimensions
-            try:
-                yield from self.ask([KNOWN_GOOD], probe=True)
-            except Trouble:
-                wire.dimensions = expected
-                raise
+            vectors = yield from self.ask([KNOWN_GOOD], probe=True)
+            if not wire.certain and len(vectors[0]) // 4 == dimensions:  # no other conversation has settled it
+                wire.dimensions = dimensions
         if dimensions != wire.dimensions:
             raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
         wire.certain = True
@@ -962,8 +969,6 @@ class Talk:
                 yield from self.ask([KNOWN_GOOD], probe=True)
                 return at_once
             except OtherDimensions as error:
-                if not self.wire.certain:
-                    return at_once  # nothing is known yet that it could differ from
                 raise Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.") from None
             except Superseded:
                 continue
@@ -2064,6 +2069,7 @@ class Store:
         self.options = options
         self.force: bool = options.force
         self.model: str = options.model
+        self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
         self.changing_model = False  # --force, and the target still has vectors of another model
 
     # What a subclass says to its database:
@@ -2265,7 +2271,10 @@ class Store:
         if "model" not in self.target_columns:
             return
         column = quoted(self.target_columns["model"])
-        other = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
+        # Of rows that exist: what is left of deleted ones is in nobody's way.
+        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+        tables = f"{self.target.sql} AS e JOIN {self.relation.sql} AS s ON {on}"
+        other = self.value(f"SELECT e.{column} FROM {tables} WHERE e.{column} <> {self.mark(1)}", self.model)
         if other is None:
             return
         name = f'"{self.target.name}" holds vectors of the model "{other}"'
@@ -2280,6 +2289,12 @@ class Store:
                 "Leave out --limit and --where, or give --target NAME."
             )
         self.changing_model = True
+
+    def end_change(self) -> None:
+        """After --force has changed the model, remove what the new one gave no vector for: it compares with nothing."""
+        if self.changing_model:
+            column = quoted(self.target_columns["model"])
+            self.rows(f"DELETE FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
 
     @property
     def partial(self) -> bool:
@@ -2437,11 +2452,13 @@ class SQLiteStore(Store):
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what the action returns; try for a minute while the database is locked by somebody else."""
-        deadline = time.monotonic() + LOCK_PATIENCE
+        deadline, hurried = time.monotonic() + LOCK_PATIENCE, False
         while True:
             try:
                 return action()
             except self.sqlite3.Error as error:
+                if self.stopping() and not hurried:
+                    deadline, hurried = min(deadline, time.monotonic() + GRACE / 2), True
                 if not is_locked(error) or time.monotonic() >= deadline:
                     raise self.translated(error) from error
 
@@ -3035,6 +3052,11 @@ class Run:
             raise
         else:
             self.save()
+            if not self.more and not self.engine.interrupt.code:
+                self.counts.to_do = (
+                    self.counts.generated + self.counts.failed
+                )  # others were deleted before they were read
+                self.store.end_change()
 
     def rounds(self) -> None:
         """Embed what is pending, in a second round only where rows of the first have failed and left room."""
@@ -3187,8 +3209,9 @@ def embed(
         if not started:
             raise
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
-        report.finish(counts, stop.code, message)
-        raise Reported(message, stop.code) from stop
+        code = interrupt.code or stop.code
+        report.finish(counts, code, message)
+        raise Reported(message, code) from stop
     finally:
         engine.close()
 
@@ -3205,18 +3228,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored as in a shell's background: so it stays
             signal.signal(number, interrupt.on_signal)
     log: Log | None = None
-    options = None
     console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
         wire = wire_for(options)
         with contextlib.closing(open_store(options)) as store:
+            store.stopping = lambda: bool(interrupt.code)
             log = Log(options, ENGINES[options.engine].log_name)
             return generate(options, wire, store, log, console, interrupt)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)
-        if options and options.json and not isinstance(stop, Reported):
+        if "--json" in (sys.argv if argv is None else argv) and not isinstance(stop, Reported):
             import json
 
             console.line(json.dumps({"exit_code": stop.code, "error": stop.message}))

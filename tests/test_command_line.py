@@ -183,6 +183,9 @@ class Unreachable(Case):
             ["--server", "http://user:pa/s3cr3t@localhost:1"],
             ["--database", "mysql://user:pa/s3cr3t@host/db"],
             ["--servr", "http://user:s3cr3t@host"],
+            ["--server", "user:s3cr3t@host:99999"],
+            ["--server", "http://user:my s3cr3t@host:99999"],
+            ["--server", "ftp//user:s3cr3t@host"],
         ):
             refused += self.refuse(2, *flags)
         self.assertNotIn("s3cr3t", done.out + refused + self.log())
@@ -217,6 +220,8 @@ class Output(Case):
         said = json.loads(done.out)
         self.assertEqual((done.code, said["exit_code"]), (3, 3))
         self.assertEqual(done.err, f"error: {said['error']}\n")
+        done = self.run_program("--json", "--limit", "x")
+        self.assertEqual((done.code, json.loads(done.out)["exit_code"]), (2, 2))
         done = self.run_program("--json", "--table", "films")
         self.assertEqual((done.code, json.loads(done.out)["exit_code"]), (2, 2))
 

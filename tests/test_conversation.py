@@ -103,7 +103,6 @@ class Conversations(unittest.TestCase):
             REFUSED,
             Reply(0, reason="connection reset"),
             Reply(0, reason="the answer was cut off"),
-            error(408, "timeout"),
             error(429, "slow down"),
             error(500, "llama runner process has terminated"),
             error(502, "bad gateway"),
@@ -140,6 +139,44 @@ class Conversations(unittest.TestCase):
                 talked = Talked(["text 0"], lambda asked, reply=reply: good(asked) if asked == PROBE else reply)
                 self.assertIsNotNone(talked.stop)
                 self.assertEqual(talked.answers, [])
+
+    def test_words_of_load_are_no_words_about_the_text(self) -> None:
+        for reply in (error(504, "upstream took too long to respond"), error(503, "the queue is too long")):
+            self.assertEqual(Talked(["text 0"], script(reply)).answers, VECTORS[:1])
+
+    def test_a_gateway_that_times_out_gets_less(self) -> None:
+        late = Reply(504, b"", 60.0)
+        talked = Talked(TEXTS, lambda asked: late if len(asked) > 2 else good(asked))
+        self.assertEqual(talked.answers, VECTORS)
+        self.assertEqual([len(sent) for sent in talked.sent if sent != PROBE], [8, 8, 4, 4, 2, 2, 4, 4, 2, 2])
+
+    def test_a_bad_text_on_a_server_that_answers_every_other_request(self) -> None:
+        turn = [0]
+
+        def serve(asked: list[str]) -> Reply:
+            turn[0] += 1
+            return (
+                error(400, NAN)
+                if asked == ["bad"] and turn[0] % 2
+                else error(429, "slow down")
+                if turn[0] % 2 == 0
+                else good(asked)
+            )
+
+        self.assertEqual(Talked(["bad"], serve).answers, [NAN])
+
+    def test_two_conversations_do_not_confirm_each_others_odd_answers(self) -> None:
+        on = wire(dimensions=None)
+        on.dimensions = 8
+        odd = Reply(200, json.dumps({"embeddings": [vector("x", 16)]}).encode())
+        one, two = embedgen.Talk(on, lambda: 0.5).embed(["a"]), embedgen.Talk(on, lambda: 0.5).embed(["b"])
+        next(one)
+        next(two)
+        for conversation in (one, two):  # both hear the same odd answer before either has asked again
+            step = conversation.send(odd)
+            assert isinstance(step, Send)
+            self.assertEqual(json.loads(step.body)["input"], PROBE)
+        self.assertEqual(on.dimensions, 8)
 
     def test_one_time_out_and_one_refusal_do_not_end_the_run(self) -> None:
         talked = Talked(TEXTS, script(SILENCE, error(503, "busy")))

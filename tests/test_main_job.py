@@ -196,6 +196,15 @@ class MainJob(Case):
         self.assertEqual(self.succeed("--model", "all-minilm", "--force").tally, (6, 4, 0))
         self.assertEqual(self.succeed("--model", "all-minilm", "--force").tally, (10, 0, 0))
 
+    def test_after_a_change_of_model_the_plain_command_goes_on(self) -> None:
+        self.make_movies(10, lambda key: f"Film {key}.")
+        self.succeed()
+        self.execute("DELETE FROM movies WHERE id = 5")  # its vector stays, as SQLite has it by default
+        self.ollama.configure(refuse=[{"contains": "Film 3.", "status": 400, "error": "no"}])
+        self.assertEqual(self.run_program("--model", "all-minilm", "--force").tally, (8, 0, 1))
+        self.assertEqual(self.execute("SELECT DISTINCT model FROM movie_embeddings"), [("all-minilm",)])
+        self.assertEqual(self.run_program("--model", "all-minilm").tally, (0, 8, 1))
+
     def test_a_target_that_belongs_to_another_table_is_refused(self) -> None:
         self.make_movies(3)
         self.succeed()
