@@ -869,8 +869,8 @@ class Talk:
         """Return the answers for `texts`; raise Stop where the server is away or of no use.
 
         A batch that is refused, or keeps failing, is halved until the texts at fault stand
-        alone. A single text is failed only when the server, asked for a known-good text,
-        shows that the fault is not its own.
+        alone. A single text is failed only when the server embeds a known-good text right after
+        it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
         if len(texts) > self.wire.most_texts:
             return (yield from self.halve(texts))
@@ -903,17 +903,16 @@ class Talk:
                 suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
             if not suspect:
                 yield from self.pause(trouble)
-            elif single or crashes:
-                # Is it the text, or the server? Only the server's word on a known-good text tells.
-                innocent = yield from self.until_sane()
-                if not single:
-                    return (yield from self.halve(texts))
-                suspicions += 1
-                if innocent or suspicions >= SUSPICIONS:
-                    return [str(trouble)]
-                crashes = 0
-            else:
+                continue
+            if not single:
+                if crashes:
+                    yield from self.until_sane()  # halves sent to a server that is down would prove nothing
                 return (yield from self.halve(texts))
+            # Is it the text, or the server? Only the server's word on a known-good text tells.
+            suspicions += 1
+            if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
+                return [str(trouble)]
+            crashes = 0
 
     def halve(self, texts: list[str]) -> Conversation:
         """Return the answers for each half of `texts`, asked for on its own."""
