@@ -1697,6 +1697,10 @@ def signals_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    if START_METHOD == "spawn":
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # or the first spawn would start it, which lets signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

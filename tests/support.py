@@ -30,6 +30,10 @@ ENGINES = ("async", "process")
 # Set in continuous integration: the sizes that the promises name, where the suite takes smaller ones.
 FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
 
+# In a shell's background Ctrl-C is ignored, and programs started from there ignore it, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # How worker processes are started: the program's own choice, or fork or spawn.
 START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
 if START_METHOD:
