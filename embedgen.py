@@ -1530,9 +1530,10 @@ class Engine:
     def run(self, batches: Iterator[list[Row]]) -> Iterator[Result | Exchange | None]:
         """Yield a Result for each batch, in any order, every Exchange, and None each TICK at the latest.
 
-        Nothing is taken from `batches` before there is room for it. After an interrupt, or
-        a conversation that raised, no more is taken and what is in flight has GRACE seconds
-        to end; then the exception, if there was one, is raised.
+        Nothing is taken from `batches` before there is room for it; an empty batch means that there
+        is nothing right now, and it is asked again by and by. After an interrupt, or a conversation
+        that raised, no more is taken and what is in flight has GRACE seconds to end; then the
+        exception, if there was one, is raised.
         """
         flying = texts = 0  # batches and texts
         more, deadline = True, 0.0
@@ -1542,10 +1543,12 @@ class Engine:
                 rows = next(batches, None)
                 if rows is None:
                     more = False
+                elif not rows:
+                    break
                 else:
                     flying, texts = flying + 1, texts + len(rows)
                     self.submit(Batch(rows, texts))
-            if not flying:
+            if not flying and (stopping or not more):
                 break
             if stopping and not deadline:
                 deadline = time.monotonic() + GRACE
@@ -1799,6 +1802,8 @@ class ProcessEngine(Engine):
 
         events: list[Event] = []
         busy = {worker.pipe: worker for worker in self.workers if worker.batch is not None}
+        if not busy:
+            time.sleep(seconds)
         for pipe in wait(list(busy), seconds):
             worker = busy[pipe]
             said, batch = worker.receive(), worker.batch
