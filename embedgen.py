@@ -147,8 +147,8 @@ def create_parser() -> Parser:
     )
     rows = parser.add_argument_group("what is embedded")
     add = rows.add_argument
-    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db or a path ending in .db, "
-        ".sqlite or .sqlite3 (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
+    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, "
+        ".sqlite or .sqlite3, or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
     add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
     add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
     add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
@@ -156,6 +156,7 @@ def create_parser() -> Parser:
     add("--where", metavar="SQL", help="only rows that fulfil this condition")
     add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
     add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
+    add("--index", action="store_true", help="Postgres: build the HNSW index for cosine distance after the run")
     add("--force", action="store_true", help="embed every row again, existing or not")
     add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
 
@@ -186,6 +187,8 @@ def create_parser() -> Parser:
     add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
     add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
         help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
+
+    add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
 
     output = parser.add_argument_group("output")
     add = output.add_argument
@@ -541,6 +544,16 @@ def pack(numbers: Sequence[float]) -> bytes:
     return packed.tobytes()
 
 
+def unpack(vector: bytes) -> Sequence[float]:
+    """Return the numbers of a stored vector."""
+    from array import array
+
+    numbers = array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
 def words_of(body: bytes) -> str:
     """Return what an error's body says, on one line: `error` is a string on /api, an object on /v1."""
     import json
@@ -641,9 +654,11 @@ class OllamaWire:
             information = json.loads(reply.body).get("model_info") or {}
         except (Trouble, ValueError, RecursionError, AttributeError):
             information = {}  # busy, or older, or another server with Ollama's protocol: it will show
+        lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
         if self.dimensions is None:
-            lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
             self.dimensions = lengths[0] if lengths else None
+        elif lengths[:1] != [self.dimensions]:
+            yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
     def advice(self) -> str:
@@ -1511,9 +1526,26 @@ class Engine:
     def halt(self) -> None:
         """See to it that conversations send nothing more; called once, when the run is to stop."""
 
+    def hold(self, conversation: Conversation) -> Answers:
+        """Hold one conversation, before or apart from the run, and return its answers."""
+        raise NotImplementedError
+
     def greet(self) -> None:
         """Check that the server can do the work; raise Stop if not."""
-        raise NotImplementedError
+        self.hold(self.wire.greet())
+
+    def embed(self, texts: list[str]) -> Answers:
+        """Return the answers for a few texts."""
+        return self.hold(self.wire.converse(texts))
+
+    def dimensions(self) -> int:
+        """Return the length of the server's vectors, as its vector for a known-good text has it."""
+        if self.wire.dimensions is None or not self.wire.certain:
+            answer = self.embed([KNOWN_GOOD])[0]
+            if isinstance(answer, str):
+                raise Stop(f"{self.wire.address} does not embed even a short text: {answer}.")
+            self.wire.dimensions, self.wire.certain = len(answer) // 4, True
+        return self.wire.dimensions
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -1585,8 +1617,8 @@ class AsyncEngine(Engine):
         self.events: list[Event] = []
         self.waiting = False  # whether the loop runs for `wait`, to be stopped when something has happened
 
-    def greet(self) -> None:
-        self.loop.run_until_complete(self.converse(self.wire.greet(), lambda exchange: None))
+    def hold(self, conversation: Conversation) -> Answers:
+        return self.loop.run_until_complete(self.converse(conversation, lambda exchange: None))
 
     async def converse(self, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
         """Drive one conversation over a connection that no other uses meanwhile."""
@@ -1782,10 +1814,10 @@ class ProcessEngine(Engine):
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
-    def greet(self) -> None:
+    def hold(self, conversation: Conversation) -> Answers:
         transport = BlockingTransport(self.wire.server, self.stopping)
         try:
-            run_now(drive(self.wire.greet(), transport, lambda exchange: None))
+            return run_now(drive(conversation, transport, lambda exchange: None))
         finally:
             transport.close()
 
@@ -2072,9 +2104,11 @@ class Store:
     """The table to read, called s in statements, and the table to fill, called e."""
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at")  # of a target as it is created
+    other_dimensions = ", or --force for all rows to replace them"  # a way out where vectors have another length
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.shown = hide_password(options.database)  # the database, as it may be logged
         self.force: bool = options.force
         self.model: str = options.model
         self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
@@ -2134,8 +2168,12 @@ class Store:
         """Return the type of the target's key, for that of the source's key."""
         raise NotImplementedError
 
-    def create_sql(self, dimensions: int | None) -> str:
-        """Return the columns of a new target behind its key."""
+    def references_sql(self) -> str:
+        """Return how a new target's key refers to the source's, "" if it cannot."""
+        raise NotImplementedError
+
+    def create_sql(self, measure: Callable[[], int]) -> str:
+        """Return the columns of a new target behind its key; `measure` tells the length of the vectors."""
         raise NotImplementedError
 
     def stored_dimensions(self) -> int | None:
@@ -2152,6 +2190,30 @@ class Store:
 
     def load(self, path: str) -> int:
         """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+        raise NotImplementedError
+
+    # What a store says that can be filled by several machines at once; another has nothing to say:
+
+    def join(self) -> str:
+        """Take part in filling the table, from now on to `close`; return a remark for the log."""
+        return ""
+
+    def tend(self) -> None:
+        """Do what is due by and by; called every TICK or so."""
+
+    def give_up(self, row: Row) -> None:
+        """Note that a pending row has failed and will not be saved."""
+
+    def elsewhere(self) -> tuple[int, int]:
+        """Return how many rows other machines have generated, and how many have failed there, since `count`."""
+        return 0, 0
+
+    def samples(self) -> list[tuple[str, bytes]]:
+        """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same."""
+        return []
+
+    def build_index(self) -> Iterator[float]:
+        """Build the index that --index asks for; yield the share that is done, from 0 to 1."""
         raise NotImplementedError
 
     # What is the same for all:
@@ -2315,20 +2377,21 @@ class Store:
         if wanted and stored and wanted != stored:
             raise UsageError(
                 f'the vectors in "{self.target.name}" have {stored} dimensions; those of --dimensions {wanted} do not '
-                "compare. Give --target NAME for a second table, or --force for all rows to replace them."
+                f"compare. Give --target NAME for a second table{self.other_dimensions}."
             )
 
-    def create_target(self, dimensions: int | None) -> None:
-        """Create the target unless it exists; `dimensions` is the length of the vectors, if it is known."""
+    def create_target(self, measure: Callable[[], int]) -> None:
+        """Create the target unless it exists; `measure` asks the server for the length of its vectors."""
         if self.has_target:
             return
-        references = ""
-        # Only a declared key can be referred to, and SQLite's references cannot reach into another schema.
-        if self.referable and self.relation.schema == self.target.schema:
-            references = f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE"
+        references = self.references_sql() if self.referable else ""  # only a declared key can be referred to
         key = f"{quoted(self.target_key)} {self.key_type(self.key_declared)} PRIMARY KEY{references}"
-        self.rows(f"CREATE TABLE {self.target.sql} ({key}, {self.create_sql(dimensions)})")
+        self.create(f"{self.target.sql} ({key}, {self.create_sql(measure)})")
         self.has_target = True
+
+    def create(self, table: str) -> None:
+        """Create a table, given by its name and columns."""
+        self.rows(f"CREATE TABLE {table}")
 
     def joined(self) -> tuple[str, str]:
         """Return the FROM clause of the rows with their embeddings, and the condition that one exists.
@@ -2359,10 +2422,12 @@ class Store:
         after = f"{key} > {self.mark(1)} AND" if above else ""
         return f"SELECT {key}, {text} FROM {tables} WHERE {after} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
 
-    def pending(self, after: Any = None) -> Iterator[Row]:
+    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force.
 
         Read by pages, so that no statement is open, and no lock held, while requests are under way.
+        Where several machines share the table, at least `wanted` rows are taken at a time, and None
+        means that there is nothing to take right now.
         """
         more = True
         while more:
@@ -2396,6 +2461,8 @@ class SQLiteStore(Store):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
+        if options.index:
+            raise UsageError("--index is for Postgres; a search in SQLite is exact and needs none. Leave it out.")
         import sqlite3
 
         self.sqlite3 = sqlite3
@@ -2573,7 +2640,12 @@ class SQLiteStore(Store):
             return "TEXT"
         return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
 
-    def create_sql(self, dimensions: int | None) -> str:
+    def references_sql(self) -> str:
+        # References cannot reach into another schema.
+        same = self.relation.schema == self.target.schema
+        return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE" if same else ""
+
+    def create_sql(self, measure: Callable[[], int]) -> str:
         return "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL"
 
     def stored_dimensions(self) -> int | None:
@@ -2665,27 +2737,911 @@ def is_locked(error: Exception) -> bool:
     return str(error).startswith(("database is locked", "database table is locked", "database schema is locked"))
 
 
+RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
+ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
+ALIKE = 0.99  # cosine above which two vectors of one text are of one model; rounding and batching stay above 0.999
+SAMPLES = 3  # embedded rows that a server's vectors are compared with
+PG_TYPES = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}  # of the columns of a loaded file
+MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
+
+
+class Forbidden(Stop):
+    """Postgres refuses something to this role."""
+
+
+class PostgresStore(Store):
+    """A table in Postgres with pgvector, through psycopg 3."""
+
+    other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        try:
+            import psycopg
+        except ImportError as error:
+            raise Stop(f'Postgres needs the package psycopg ({error}). Run: pip install "psycopg[binary]"') from None
+        if not hasattr(psycopg, "RawCursor"):
+            raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
+        self.psycopg: Any = psycopg
+        self.fleet: Fleet | None = None
+        self.array_of: Any = None  # the type of a list of vectors that psycopg sends as an array of pgvector's
+        self.connection = self.connect()
+        info = self.connection.info
+        self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
+        self.blanks = BLANKS
+        if self.value("SELECT current_setting('server_encoding')") != "UTF8":
+            self.blanks = BLANKS.encode("ascii", "ignore").decode()  # others are unknown to that database
+
+    def connect(self) -> Any:
+        """Return a new connection; raise Stop where that fails."""
+        psycopg, url = self.psycopg, self.options.database
+        try:
+            settings = psycopg.conninfo.conninfo_to_dict(url)
+            if "PGCONNECT_TIMEOUT" not in os.environ:
+                settings.setdefault("connect_timeout", 10)  # seconds; libpq would wait for a dead host without end
+            settings.setdefault("tcp_user_timeout", 30_000)  # milliseconds, likewise for one that dies later
+            settings.setdefault("application_name", "embedgen")
+            return psycopg.connect(
+                **{**settings, "client_encoding": "utf8"},
+                autocommit=True,
+                cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
+                prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
+            )
+        except psycopg.Error as error:
+            reason = one_line(re.sub(r"\s*\n\s*", " ", str(error).strip()))
+            for secret in re.findall(r"//[^/@]*?:([^@]+)@|password=([^&\s]+)", url):
+                reason = reason.replace("".join(secret), "***")
+            usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
+            raise Stop(
+                f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
+            ) from None
+
+    def close(self) -> None:
+        if self.fleet:
+            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
+                self.fleet.leave()
+        self.connection.close()
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Return what the action returns; if the connection is lost, connect again, for two minutes, and repeat it."""
+        deadline, wait = 0.0, FIRST_WAIT
+        errors = self.psycopg.errors
+        while True:
+            try:
+                if self.connection.closed:
+                    self.connection = self.connect()
+                return action()
+            except (self.psycopg.Error, Stop) as error:
+                # A deadlock, for one; or a row that was deleted between the look at it and the reference to it.
+                again = isinstance(error, (errors.TransactionRollback, errors.ForeignKeyViolation))
+                if not again and not self.connection.closed:
+                    raise self.translated(error) from error
+                deadline = deadline or time.monotonic() + (GRACE / 2 if self.stopping() else RECONNECT_PATIENCE)
+                if self.stopping():
+                    deadline = min(deadline, time.monotonic() + GRACE / 2)
+                if time.monotonic() + wait > deadline:
+                    raise self.translated(error) from error
+                time.sleep(wait)
+                wait = min(wait * 2, LONGEST_WAIT)
+
+    def translated(self, error: Exception) -> Exception:
+        """Return the exception to raise for one of psycopg's."""
+        if isinstance(error, Stop):
+            return error
+        text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
+        if isinstance(error, errors.InsufficientPrivilege):
+            return Forbidden(f"Postgres refuses: {text}. Ask its administrator, or give another user in --database.")
+        if isinstance(error, errors.DiskFull):
+            return Stop(f"Postgres has no room ({text}). Make room, and run the same command again.")
+        if isinstance(error, errors.LockNotAvailable):
+            return Stop(f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later.")
+        if isinstance(error, errors.ReadOnlySqlTransaction):
+            return Stop(f"Postgres takes no writes ({text}). Give the address of the primary server in --database.")
+        if self.connection.closed:
+            return Stop(f"the connection to Postgres is lost ({text}). Run the same command again when it is back.")
+        return Stop(f"Postgres says: {text}.")
+
+    def rows(self, sql: str, *parameters: Any) -> list[Any]:
+        def read() -> list[Any]:
+            cursor = self.connection.execute(sql, parameters)
+            return list(cursor.fetchall()) if cursor.description else []
+
+        return self.patiently(read)
+
+    def transaction(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, done as a whole or not at all."""
+
+        def whole() -> T:
+            with self.connection.transaction():
+                return action()
+
+        return self.patiently(whole)
+
+    def alone(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
+
+        def locked() -> T:
+            self.connection.execute("SELECT pg_advisory_xact_lock($1)", [ONE_AT_A_TIME])
+            return action()
+
+        return self.transaction(locked)
+
+    def complaint(self, sql: str) -> str:
+        try:
+            self.connection.execute(sql, binary=True)  # the form that takes one statement only
+        except self.psycopg.Error as error:
+            return one_line(str(error).partition("\n")[0])
+        return ""
+
+    def mark(self, number: int) -> str:
+        return f"${number}"
+
+    def find(self, name: str) -> Relation | None:
+        schema, _, rest = name.partition(".")
+        for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
+            # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
+            for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
+                if path and (found := self.relation_of(path)):
+                    return found
+        return None
+
+    def relation_of(self, path: str) -> Relation | None:
+        """Return the table or view of a quoted name."""
+        sql = (
+            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
+        )
+        return next((Relation(*row) for row in self.rows(sql, path)), None)
+
+    def find_exactly(self, relation: Relation) -> Relation | None:
+        return self.relation_of(relation.sql)
+
+    def place(self, name: str, beside: str) -> Relation:
+        schema, _, rest = name.partition(".")
+        known = rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema)
+        return Relation(schema, rest, True) if known else Relation(beside, name, True)
+
+    def tables(self) -> list[str]:
+        sql = (
+            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
+            "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
+            "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
+        )
+        return [name for (name,) in self.rows(sql)]
+
+    def columns(self, relation: Relation) -> dict[str, Column]:
+        sql = (
+            "SELECT a.attname, format_type(a.atttypid, a.atttypmod), "
+            "COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0) FROM pg_attribute a "
+            "LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
+            "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
+            "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
+        )
+        return {name: Column(declared, place) for name, declared, place in self.rows(sql, relation.sql)}
+
+    def is_unique(self, relation: Relation, column: str) -> bool:
+        sql = (
+            "SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
+            "WHERE i.indrelid = to_regclass($1) AND a.attname = $2 AND i.indnkeyatts = 1 "
+            "AND i.indisunique AND i.indisvalid AND i.indpred IS NULL"
+        )
+        return bool(self.rows(sql, relation.sql, column))
+
+    def referenced(self, relation: Relation, column: str) -> str | None:
+        sql = (
+            "SELECT c.relname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
+            "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
+            "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
+        )
+        return next((name for (name,) in self.rows(sql, relation.sql, column)), None)
+
+    def value_sql(self, column: str, declared: str) -> str:
+        name = f"s.{quoted(column)}"
+        value = f"array_to_string({name}, ', ')" if declared.endswith("[]") else f"{name}::text"
+        return f"CASE WHEN btrim({value}, {literal(self.blanks)}) <> '' THEN {value} END"
+
+    def digest_sql(self) -> str:
+        return f"sha256(convert_to({self.text}, 'UTF8'))"
+
+    def key_type(self, declared: str) -> str:
+        kind = declared.partition("(")[0]
+        if kind in ("smallint", "integer", "bigint"):
+            return "bigint"
+        return "text" if kind in ("character varying", "text") else declared
+
+    def references_sql(self) -> str:
+        sql = "SELECT has_column_privilege(to_regclass($1), $2, 'REFERENCES')"
+        if not self.value(sql, self.relation.sql, self.key):
+            return ""
+        return f" REFERENCES {self.relation.sql}({quoted(self.key)}) ON DELETE CASCADE"
+
+    def create(self, table: str) -> None:
+        self.alone(lambda: self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table}"))
+
+    def find_vector(self) -> tuple[str, int, int]:
+        """Return pgvector's schema, quoted, and the OIDs of its type vector and its array; create it if need be."""
+        sql = (
+            "SELECT quote_ident(n.nspname), t.oid::bigint, t.typarray::bigint FROM pg_type t "
+            "JOIN pg_namespace n ON n.oid = t.typnamespace JOIN pg_depend d ON d.objid = t.oid AND d.deptype = 'e' "
+            "JOIN pg_extension e ON e.oid = d.refobjid WHERE e.extname = 'vector' AND t.typname = 'vector'"
+        )
+        found = self.rows(sql)
+        if not found:
+            try:
+                self.alone(lambda: self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector"))
+            except Stop as stop:
+                raise Stop(
+                    f"the extension pgvector is missing, and cannot be created here ({stop.message}) "
+                    "Have it installed on the database server (https://github.com/pgvector/pgvector), and let an "
+                    "administrator run in this database: CREATE EXTENSION vector;"
+                ) from None
+            found = self.rows(sql)
+        schema, element, array = found[0]
+        return schema, element, array
+
+    def create_sql(self, measure: Callable[[], int]) -> str:
+        schema, _, _ = self.find_vector()
+        self.check_index("vector", measure())
+        return (
+            f"embedding {schema}.vector({measure()}) NOT NULL, model text NOT NULL, "
+            "text_sha256 bytea NOT NULL, updated_at timestamptz NOT NULL"
+        )
+
+    def use_target(self) -> None:
+        super().use_target()
+        declared = self.columns(self.target)[self.target_columns["embedding"]].type
+        kind, _, dimensions = declared.rpartition(".")[2].rstrip(")").partition("(")
+        if kind not in MOST_INDEXED:
+            raise UsageError(
+                f'the column "embedding" of "{self.target.name}" is of the type {declared}, '
+                "not vector or halfvec. Give --target NAME."
+            )
+        self.check_index(kind, int(dimensions or 0))
+
+    def check_index(self, kind: str, dimensions: int) -> None:
+        """Raise UsageError if --index is asked for and cannot be had for a column of that type."""
+        most = MOST_INDEXED[kind]
+        if self.options.index and dimensions > most:
+            wider = f"a target made with halfvec({dimensions}), " if dimensions <= MOST_INDEXED["halfvec"] else ""
+            raise UsageError(
+                f"--index: pgvector indexes at most {most:,} dimensions of the type {kind}; these vectors have "
+                f"{dimensions:,}. Ways out: {wider}--dimensions {most} or fewer if the model offers it, "
+                "or no index: an exact search needs none."
+            )
+        if self.options.index and not dimensions:
+            raise UsageError(
+                f'--index: the column "embedding" of "{self.target.name}" must say its dimensions. '
+                f"Run: ALTER TABLE {self.target.sql} ALTER COLUMN embedding TYPE {kind}(N);"
+            )
+
+    def stored_dimensions(self) -> int | None:
+        if not self.has_target:
+            return None
+        column = self.target_columns["embedding"]
+        declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
+        if declared:
+            return int(declared[1])
+        if self.force and not self.partial:
+            return None
+        name = quoted(column)
+        # As text, which both types have in the same form.
+        text = self.value(f"SELECT {name}::text FROM {self.target.sql} WHERE {name} IS NOT NULL")
+        return text.count(",") + 1 if text else None
+
+    def check_model(self) -> None:
+        # Most tables hold one model, which shows without a look at the source.
+        if column := self.target_columns.get("model"):
+            sql = f"SELECT 1 FROM {self.target.sql} WHERE {quoted(column)} <> $1"
+            if self.value(sql, self.model):
+                super().check_model()
+
+    def count(self) -> tuple[int, int]:
+        self.fleet = Fleet(self)
+        tables, exists = self.joined()
+        # In one statement, and so of one moment: what the others do from then on is counted by them.
+        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
+        total, existing, tally = self.rows(sql)[0]
+        self.fleet.before = {machine: done for machine, *done in tally or []}
+        return total, existing
+
+    def join(self) -> str:
+        try:
+            assert self.fleet is not None
+            return self.fleet.join()
+        except Forbidden as forbidden:
+            self.fleet = None
+            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
+
+    def tend(self) -> None:
+        if self.fleet:
+            self.fleet.tend()
+
+    def give_up(self, row: Row) -> None:
+        if self.fleet:
+            self.fleet.give_up(row)
+
+    def elsewhere(self) -> tuple[int, int]:
+        return self.fleet.elsewhere() if self.fleet else (0, 0)
+
+    def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
+        """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
+        tables, exists = self.joined()
+        key = f"s.{quoted(self.key)}"
+        bounds = [(sign, value) for sign, value in ((">", above), ("<=", upto)) if value is not None]
+        within = "".join(f"{key} {sign} ${place} AND " for place, (sign, _) in enumerate(bounds, 1))
+        # The sum ends a page early where its texts are long, before they are sent.
+        sql = (
+            "SELECT key, text, found FROM (SELECT key, text, count(*) OVER () AS found, "
+            "sum(octet_length(text)) OVER (ORDER BY key) - octet_length(text) AS before FROM ("
+            f"SELECT {key} AS key, {self.text} AS text FROM {tables} WHERE {within} NOT ({exists}) "
+            f"ORDER BY {key} LIMIT {most}) AS page) AS sized WHERE before < {PAGE_BYTES} ORDER BY key"
+        )
+        found = self.rows(sql, *(value for _, value in bounds))
+        page = [Row(key, text, digest_of(text)) for key, text, _ in found]
+        return page, len(page) == (found[0][2] if found else 0) < most
+
+    def key_after(self, above: Any, count: int) -> Any:
+        """Return the key of the row that is `count` rows after a key (None: the beginning), None if there are fewer."""
+        key = f"s.{quoted(self.key)}"
+        within, parameters = ("", []) if above is None else (f"WHERE {key} > $1", [above])
+        return self.value(
+            f"SELECT {key} FROM {self.source} AS s {within} ORDER BY {key} OFFSET {count - 1}", *parameters
+        )
+
+    def page(self, after: Any) -> tuple[list[Row], bool]:
+        page, whole = self.read(after, None, PAGE_ROWS)
+        return page, not whole
+
+    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
+
+    def vectors(self, vectors: list[bytes]) -> Any:
+        """Return stored vectors in the form of a statement's parameter, an array of pgvector's type."""
+        if self.array_of is None:
+            _, element, array = self.find_vector()
+            self.array_of, dumper = vectors_type(self.psycopg, element, array)
+            for adapters in (
+                self.psycopg.adapters,
+                self.connection.adapters,
+            ):  # of connections to come, and of this one
+                adapters.register_dumper(self.array_of, dumper)
+        return self.array_of(vectors)
+
+    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+        known = {"embedding": "b.embedding", "model": literal(self.model)}
+        known |= {"text_sha256": "b.digest", "updated_at": "now()"}
+        names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
+        key = quoted(self.target_key)
+        share, more = self.fleet.saving([row for row, _ in vectors]) if self.fleet else ("", [])
+        # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
+        # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
+        # is the one in which other programs are likely to lock them.
+        sql = (
+            f"WITH patience AS (SELECT set_config('lock_timeout', '{ROW_LOCK_PATIENCE}s', true)), saved AS ("
+            f"INSERT INTO {self.target.sql} ({key}, {', '.join(names)}) "
+            f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
+            "FROM patience, unnest($1::text[], $2, $3::bytea[]) AS b(key, embedding, digest) "
+            f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
+            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
+            f"){share} SELECT count(*) FROM saved"
+        )
+        keys = [str(row.key) for row, _ in vectors]
+        embeddings = self.vectors([vector for _, vector in vectors])
+        saved = int(self.rows(sql, keys, embeddings, [row.digest for row, _ in vectors], *more)[0][0])
+        if self.fleet:
+            self.fleet.saved(saved)
+        return saved
+
+    def samples(self) -> list[tuple[str, bytes]]:
+        if self.force or not self.has_target or "text_sha256" not in self.target_columns:
+            return []  # all are replaced, or may be of another text
+        import json
+
+        tables, exists = self.joined()
+        embedding = f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
+        found = self.rows(f"SELECT {self.text}, {embedding} FROM {tables} WHERE {exists} LIMIT {SAMPLES}")
+        return [(text, pack(json.loads(vector))) for text, vector in found]
+
+    def load(self, path: str) -> int:
+        types = column_types(path)
+        relation = self.find(self.options.table)
+        key, columns = self.load_columns(path, list(types), relation)
+        table = (relation or self.place(self.options.table, self.value("SELECT current_schema()") or "public")).sql
+        declared = {name: PG_TYPES[kind] for name, kind in types.items()}
+        create = ", ".join(f"{quoted(c)} {kind}{' PRIMARY KEY' * (c == key)}" for c, kind in declared.items())
+        if relation:
+            described = self.columns(relation)
+            declared = {name: described[name].type for name in columns}
+        names = ", ".join(map(quoted, columns))
+        others = [quoted(column) for column in columns if column != key]
+        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
+        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in declared.items())
+        # The last row of a key counts; one statement must not change a row twice.
+        insert = (
+            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
+            f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
+            f"ON CONFLICT ({quoted(key)}) DO {update}"
+        )
+
+        def insert_all() -> int:
+            execute, line = self.connection.execute, 0
+            if relation is None:
+                execute(f"CREATE TABLE {table} ({create})")
+            texts = "".join(f", {quoted(name)} text" for name in columns)
+            execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
+            try:
+                with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
+                    for line, values in enumerate(records(path, list(types), columns.index(key)), 1):
+                        copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
+                execute(insert)
+            except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
+                raise UsageError(f"--load {path}: Postgres says: {one_line(str(error).strip())}.") from None
+            return line
+
+        return self.transaction(insert_all)
+
+    def build_index(self) -> Iterator[float]:
+        """Build the HNSW index for cosine distance unless there is one; yield the share that is done, from 0 to 1.
+
+        CONCURRENTLY: the table can be read and written meanwhile.
+        """
+        import threading
+
+        column = self.target_columns["embedding"]
+        kind = self.columns(self.target)[column].type.rpartition(".")[2].partition("(")[0]
+        name = f"{self.target.name}_{column}_hnsw".encode()[:63].decode("utf-8", "ignore")  # the longest name
+        index = f"{quoted(self.target.schema)}.{quoted(name)}"
+        existing = (
+            "SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "JOIN pg_am m ON m.oid = c.relam JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a "
+            "ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indrelid = to_regclass($1) "
+            "AND a.attname = $2 AND m.amname = 'hnsw' AND o.opcname LIKE '%cosine_ops' AND i.indpred IS NULL "
+            "ORDER BY i.indisvalid"
+        )
+        progress = (
+            "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
+            "WHERE relid = to_regclass($1)"
+        )
+        found = self.rows(existing, self.target.sql, column)
+        while found and not found[-1][0] and self.rows(progress, self.target.sql):  # by another run
+            yield self.rows(progress, self.target.sql)[0][0]
+            time.sleep(LOOK)
+            found = self.rows(existing, self.target.sql, column)
+        if found and found[-1][0]:
+            return
+        schema, _, _ = self.find_vector()
+        failure: list[Exception] = []
+        builder = self.connect()
+
+        def build() -> None:
+            try:
+                for _, broken in found:  # left by a build that was broken off
+                    builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {broken}")
+                builder.execute(
+                    f"CREATE INDEX CONCURRENTLY {quoted(name)} ON {self.target.sql} "
+                    f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
+                )
+            except Exception as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=build, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive() and not self.stopping():
+                yield next((share for (share,) in self.rows(progress, self.target.sql)), 0.0)
+                thread.join(LOOK)
+        finally:
+            if thread.is_alive():
+                builder.cancel()
+                thread.join(GRACE)
+                self.rows(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+            builder.close()
+        if failure and not self.stopping():
+            raise self.translated(failure[0]) from failure[0]
+        yield 1.0
+
+
+def as_text(value: Any) -> str:
+    """Return a value of a loaded file as COPY takes it for a column of any type."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+LEASE = 8.0  # seconds without a sign of life after which a machine's share goes to the others
+RENEWAL = 2.0  # seconds between two such signs
+LOOK = 0.5  # seconds between two looks at what the others have left
+STRETCH = 20_000  # rows of the table, embedded or not, that one statement looks through: some ten milliseconds
+SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one takes less
+ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
+
+
+class Fleet:
+    """This machine's part in a table that any number of them fill together, without knowing of one another.
+
+    One pass goes through the table, shared by all: whoever needs work reads the next pending
+    rows behind the point that the pass has `reached`, and moves that point behind them, which
+    only one of several can do at once (compare and set). The stretch of keys so taken is
+    noted as a lease. When its rows are saved, the lease goes; when its machine gives no sign
+    of life for LEASE seconds, another takes it over. The pass is over at the end of the table
+    when no lease is left.
+
+    Leases in tables, rather than advisory locks: those belong to a session, which a pooler
+    such as PgBouncer shares out by the transaction, and a machine that loses power would
+    keep them until TCP gives up, hours later. No transaction is open between two statements.
+    """
+
+    TABLES: ClassVar[dict[str, str]] = {
+        # One for each kind of work: table, text, model, target.
+        "embedgen_passes": "job bytea PRIMARY KEY, target text NOT NULL, model text NOT NULL, "
+        "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
+        "embedgen_machines": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
+        "name text NOT NULL, expires timestamptz NOT NULL, generated bigint NOT NULL DEFAULT 0, "
+        "failed bigint NOT NULL DEFAULT 0",
+        # The keys above `above` and up to `upto`; NULL is the table's beginning.
+        "embedgen_leases": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
+        "machine bigint NOT NULL, above text, upto text NOT NULL",
+    }
+    # Who has left is gone at once. After Postgres itself was away, everybody has time to say something again.
+    ALIVE = (
+        f"m.expires > '-infinity' AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now()"
+    )
+    EXPIRY = f"now() + interval '{LEASE} s'"
+
+    def __init__(self, store: PostgresStore) -> None:
+        import collections
+        import hashlib
+
+        options = store.options
+        work = [
+            store.source, store.key, store.text, store.target.sql, store.model, options.dimensions,
+            sorted(map(repr, options.option)), store.force,
+        ]  # fmt: skip
+        self.store, self.job = store, hashlib.sha256(repr(work).encode("utf-8")).digest()
+        schema = quoted(store.target.schema)
+        self.passes, self.machines, self.leases = (f"{schema}.{quoted(name)}" for name in self.TABLES)
+        self.key = store.key_declared
+        self.machine = 0  # our row in machines
+        self.before: dict[int, list[int]] = {}  # what each machine had generated and failed when rows were counted
+        self.others = 0, 0  # what those other than this one have since
+        self.generated = self.failed = 0  # and this one
+        self.round = 0  # of the pass that we take part in
+        self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
+        self.late = (
+            False  # whether the pass was under way when we joined, so that it proves nothing about its beginning
+        )
+        self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
+        self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
+        self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
+        self.done: list[int] = []  # leases to be given back
+        self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
+        self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
+        self.bounded = False  # whether it is known
+        self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
+        self.last_sign, self.last_look = -LEASE, -LOOK
+
+    def rows(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement."""
+        return self.store.rows(sql, *parameters)
+
+    def exist(self) -> bool:
+        """Whether the tables exist."""
+        return all(self.store.relation_of(name) for name in (self.passes, self.machines, self.leases))
+
+    def tally_sql(self) -> str:
+        """Return the SQL of what each machine has done: an array of [machine, generated, failed]."""
+        if not self.exist():
+            return "NULL::bigint[]"
+        job = f"'\\x{self.job.hex()}'::bytea"
+        return f"(SELECT array_agg(ARRAY[m.id, m.generated, m.failed]) FROM {self.machines} AS m WHERE m.job = {job})"
+
+    # Coming and going
+
+    def join(self) -> str:
+        """Take part in the pass that is under way, or begin one; return a remark for the log."""
+        self.generated = self.failed = 0  # of this machine as the others know it
+        self.round, self.late, self.machine = self.store.alone(self.enter)
+        self.last_sign = time.monotonic()
+        return "joined a pass over the table that is under way" if self.late else ""
+
+    def enter(self) -> tuple[int, bool, int]:
+        """Return the pass's round, whether it is under way, and the number that this machine has from now on."""
+        import socket
+
+        def execute(sql: str, *parameters: Any) -> list[Any]:
+            cursor = self.store.connection.execute(sql, parameters)
+            return list(cursor.fetchall()) if cursor.description else []
+
+        for name, columns in zip((self.passes, self.machines, self.leases), self.TABLES.values()):
+            if not execute("SELECT to_regclass($1)", name)[0][0]:
+                execute(f"CREATE TABLE {name} ({columns})")
+        target, model = self.store.target.name, self.store.model
+        alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
+        other = execute(
+            f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND p.model <> $2 AND {alive}", target, model
+        )
+        if other:
+            raise Stop(
+                f'another run fills "{target}" with vectors of the model "{other[0][0]}", which do not compare with '
+                f'those of "{model}". Wait for its end, or give --target NAME.'
+            )
+        execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+                self.job, target, model)  # fmt: skip
+        fresh = execute(
+            f"UPDATE {self.passes} AS p SET round = round + 1, reached = NULL, ended = false "
+            f"WHERE job = $1 AND NOT {alive} RETURNING 1",
+            self.job,
+        )
+        if fresh:  # whoever took part is gone: what they left is found anew
+            execute(f"DELETE FROM {self.leases} WHERE job = $1", self.job)
+            execute(f"DELETE FROM {self.machines} WHERE job = $1", self.job)
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        sql = f"INSERT INTO {self.machines} (job, name, expires) VALUES ($1, $2, {self.EXPIRY}) RETURNING id"
+        number = execute(sql, self.job, name)[0][0]
+        seen = execute(f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1", self.job)
+        return seen[0][0], seen[0][1], number
+
+    def leave(self) -> None:
+        """Give back what is not done; what was generated and failed stays for the others to count."""
+        if self.machine:
+            gone = f"UPDATE {self.machines} SET expires = '-infinity', failed = $2 WHERE id = $1"
+            self.store.connection.execute(f"WITH gone AS ({gone}) DELETE FROM {self.leases} WHERE id = ANY($3)",
+                                          [self.machine, self.failed, self.done])  # fmt: skip
+
+    def tend(self) -> None:
+        """Give the others a sign of life and learn what they have done, if it is time to."""
+        if self.machine and time.monotonic() - self.last_sign >= RENEWAL:
+            self.renew()
+
+    def renew(self) -> None:
+        """Give the others a sign of life and learn what they have done."""
+        done = list(self.done)
+        sql = (
+            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3 WHERE id = $2 "
+            f"RETURNING 1), done AS (DELETE FROM {self.leases} WHERE id = ANY($4)) SELECT m.id, m.generated, m.failed, "
+            f"EXISTS (SELECT 1 FROM sign) FROM {self.machines} AS m WHERE m.job = $1"
+        )
+        found = self.rows(sql, self.job, self.machine, self.failed, done)
+        self.last_sign = time.monotonic()
+        self.done = self.done[len(done) :]
+        if not found or not found[0][3]:  # we were taken for dead; what we held is with others now
+            self.held.clear()
+            self.lease_of.clear()
+            self.join()
+            return
+        nothing = [0, 0]
+        since = [
+            (generated - self.before.get(machine, nothing)[0], failed - self.before.get(machine, nothing)[1])
+            for machine, generated, failed, _ in found
+            if machine != self.machine
+        ]
+        self.others = sum(generated for generated, _ in since), sum(failed for _, failed in since)
+
+    def elsewhere(self) -> tuple[int, int]:
+        """Return how many rows the other machines have generated, and how many have failed there."""
+        return self.others
+
+    # Taking rows
+
+    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        """Yield rows that are ours to embed, None where there are none right now; end with the pass."""
+        while True:
+            while self.ready:
+                yield self.ready.popleft()
+            taken = self.take(max(wanted(), int(self.rate * SHARE)))
+            if taken is None:
+                self.renew()  # so that the count of what the others have done is the last
+                return
+            self.ready.extend(taken)
+            if not taken and not self.is_look_due():
+                yield None
+
+    def is_look_due(self) -> bool:
+        """Whether it is time to see what the others have left."""
+        return time.monotonic() - self.last_look >= LOOK
+
+    def take(self, count: int) -> list[Row] | None:
+        """Return rows, about `count`, that are ours from now on; none for none right now, None for none any more."""
+        if time.monotonic() - self.last_sign > LEASE:
+            self.renew()
+        if self.is_look_due():
+            inherited = self.inherit()
+            if inherited or self.is_over():
+                return inherited or None
+            self.last_look = time.monotonic()
+        return self.advance(count)
+
+    def inherit(self) -> list[Row]:
+        """Return the rows of a lease whose machine gives no sign of life any more."""
+        sql = (  # or one of ours that we know nothing of, since the connection broke as we took it
+            f"UPDATE {self.leases} SET machine = $2 WHERE id = ANY (ARRAY(SELECT l.id FROM {self.leases} AS l "
+            f"WHERE l.job = $1 AND l.id <> ALL($3) AND (l.machine = $2 OR NOT EXISTS ("
+            f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
+            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{self.key}, upto::{self.key}"
+        )
+        while found := self.rows(sql, self.job, self.machine, [*self.held, *self.done]):
+            lease, above, upto = found[0]
+            rows: list[Row] = []
+            whole = False
+            while not whole:
+                page, whole = self.store.read(rows[-1].key if rows else above, upto, PAGE_ROWS)
+                rows += page
+            if rows := self.hold(lease, rows):
+                return rows
+        return []
+
+    def hold(self, lease: int, rows: list[Row]) -> list[Row]:
+        """Note that a lease is ours, with those of its rows that we have not failed at; return them."""
+        rows = [row for row in rows if row.key not in self.hopeless]
+        self.held[lease] = len(rows)
+        self.lease_of.update((row.key, lease) for row in rows)
+        if not rows:
+            del self.held[lease]
+            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", lease)
+        return rows
+
+    def look(self) -> bool:
+        """See how far the pass is; return whether other machines hold leases."""
+        sql = (
+            f"SELECT p.round, p.reached::{self.key}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
+            f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
+        )
+        self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
+        self.bounded = False
+        return bool(others)
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to take and nothing may come back from another machine."""
+        others = self.look()
+        if self.round_seen != self.round:
+            return True  # ours had its end, and somebody has begun another since
+        if others or not self.ended:
+            return False
+        if not self.late or self.store.force:
+            return True
+        # The rows before the point at which we came may have been changed since they were passed.
+        sql = (
+            f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
+            "WHERE job = $1 AND round = $2 AND ended RETURNING round"
+        )
+        if self.rows(sql, self.job, self.round):
+            self.round, self.late, self.reached, self.ended = self.round + 1, False, None, False
+        return False
+
+    def advance(self, count: int) -> list[Row]:
+        """Take the next pending rows of the pass, none if there are none right now."""
+        began = time.monotonic()
+        while not self.ended and time.monotonic() - began < SHARE:
+            if not self.bounded:
+                self.bound, self.bounded = self.store.key_after(self.reached, STRETCH), True
+            rows, whole = self.store.read(self.reached, self.bound, min(count, PAGE_ROWS))
+            ended = whole and self.bound is None
+            upto = self.bound if whole and not ended else rows[-1].key if rows else self.reached
+            lease = self.move(upto, ended, bool(rows))
+            if lease is None:  # somebody else was quicker
+                self.look()
+                if self.round_seen != self.round:
+                    break
+            else:
+                self.reached, self.ended = upto, ended
+                self.bounded = not whole
+                if ended:
+                    self.last_look = -LOOK  # nothing but what the others may leave
+                if rows and (rows := self.hold(lease, rows)):
+                    return rows
+        return []
+
+    def move(self, upto: Any, ended: bool, take: bool) -> int | None:
+        """Move the pass from `reached` to `upto`; return the lease of what is between, 0 if none, None if it failed."""
+        kind = self.key
+        sql = (
+            f"WITH moved AS (UPDATE {self.passes} SET reached = $3::{kind}::text, ended = $4 "
+            f"WHERE job = $1 AND round = $6 AND NOT ended AND reached IS NOT DISTINCT FROM $2::{kind}::text "
+            f"RETURNING 1), taken AS (INSERT INTO {self.leases} (job, machine, above, upto) "
+            f"SELECT $1, $5, $2::{kind}::text, $3::{kind}::text FROM moved WHERE $7 RETURNING id) "
+            "SELECT COALESCE((SELECT id FROM taken), 0) FROM moved"
+        )
+        found = self.rows(sql, self.job, self.reached, upto, ended, self.machine, self.round, take)
+        return int(found[0][0]) if found else None
+
+    # Giving them back
+
+    def decided(self, row: Row) -> None:
+        """Note that one of our rows is saved or has failed."""
+        lease = self.lease_of.pop(row.key, 0)
+        if lease in self.held:
+            self.held[lease] -= 1
+            if not self.held[lease]:
+                del self.held[lease]
+                self.done.append(lease)
+
+    def give_up(self, row: Row) -> None:
+        """Note that a row has failed."""
+        self.failed += 1
+        if self.late:
+            self.hopeless.add(row.key)
+        self.decided(row)
+
+    def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
+        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $4.
+
+        So that a lease is given back, and a row counted, in the moment in which it is saved;
+        counted from a total that does not change if the statement has to be repeated.
+        """
+        for row in rows:
+            self.decided(row)
+        now = time.monotonic()
+        self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
+        self.giving = list(self.done)
+        sql = (
+            f", sign AS (UPDATE {self.machines} SET generated = $5 + (SELECT count(*) FROM saved), failed = $6, "
+            f"expires = {self.EXPIRY} WHERE id = $4), done AS (DELETE FROM {self.leases} WHERE id = ANY($7))"
+        )
+        return sql, [self.machine, self.generated, self.failed, self.giving]
+
+    def saved(self, count: int) -> None:
+        """Note that the statement has been executed and has saved so many rows."""
+        self.generated += count
+        self.done = self.done[len(self.giving) :]
+
+
+def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
+    """Return a list type of stored vectors, and psycopg's dumper that sends it as a binary array of pgvector's.
+
+    `element` and `array` are OIDs. An array is its dimensions, a flag, the element's OID, its length
+    and lower bound, then each element behind its length (array_recv in Postgres); a vector is the number
+    of its dimensions, two bytes of zero, and float32, all big-endian (vector_recv in pgvector).
+    """
+    from array import array as numbers
+
+    class Vectors(list):  # type: ignore[type-arg]
+        pass
+
+    class Dumper(psycopg.adapt.Dumper):  # type: ignore[misc]
+        format = psycopg.pq.Format.BINARY
+        oid = array
+
+        def dump(self, vectors: list[bytes]) -> bytes:
+            pieces = [b"".join(value.to_bytes(4, "big") for value in (1, 0, element, len(vectors), 1))]
+            for vector in vectors:
+                swapped = numbers("I", vector)  # four bytes, whatever they mean
+                if sys.byteorder == "little":
+                    swapped.byteswap()
+                head = (len(vector) + 4).to_bytes(4, "big") + (len(vector) // 4).to_bytes(2, "big") + b"\0\0"
+                pieces += (head, swapped.tobytes())
+            return b"".join(pieces)
+
+    return Vectors, Dumper
+
+
 def open_store(options: argparse.Namespace) -> Store:
     """Return the store for --database."""
     url = options.database
     if re.match(r"sqlite:///.", url) or (not re.match(r"\w{2,}:", url) and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
+    if re.match(r"postgres(ql)?://", url):
+        return PostgresStore(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
-        f"sqlite:////absolute.db or a path ending in {', '.join(SQLITE_ENDINGS)}."
+        f"sqlite:////absolute.db, a path ending in {', '.join(SQLITE_ENDINGS)}, or postgresql://..."
     )
 
 
 # =============================== progress and report ===============================
 
 
+ELSEWHERE = "failed on another machine, whose log has the reason"
+
+
 class Counts:
     """What has become of the rows; generated + skipped + failed is the total."""
 
     def __init__(self, rows: int, existing: int, limit: int | None) -> None:
-        self.skipped, self.to_do, self.limit = existing, rows - existing, limit
+        self.existing = self.skipped = existing
+        self.to_do, self.limit = rows - existing, limit
         self.generated = self.failed = 0
         self.reasons: dict[str, int] = {}
+        self.others = 0, 0
 
     @property
     def done(self) -> int:
@@ -2702,6 +3658,14 @@ class Counts:
     def left(self) -> int:
         """Rows that have no embedding yet and did not fail."""
         return max(self.to_do - self.generated - self.failed, 0)
+
+    def elsewhere(self, generated: int, failed: int) -> None:
+        """Take in how many rows other machines have generated, which exist for this one, and how many failed there."""
+        more, self.others = generated - self.others[0], (generated, failed)
+        self.skipped, self.to_do = self.skipped + more, self.to_do - more
+        self.failed += failed - self.reasons.pop(ELSEWHERE, 0)
+        if failed:
+            self.reasons[ELSEWHERE] = failed
 
     def fail(self, reason: str) -> None:
         """Count a failed row."""
@@ -2742,7 +3706,7 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
 
     The time left is reckoned from the rows that were really worked on.
     """
-    worked = counts.generated + counts.failed
+    worked = counts.done - counts.existing
     share = counts.done / counts.total if counts.total else 1.0
     left = counts.total - counts.done
     eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
@@ -2869,6 +3833,7 @@ class Report:
         self.worked_from = self.started
         self.talkative = not (options.quiet or options.json)
         self.stopping = False  # whether it was said that the run is to stop
+        self.ended = 0.0  # when the last row was done
 
     def start(self, counts: Counts) -> None:
         """Print what is going to be done."""
@@ -2905,17 +3870,14 @@ class Report:
 
     def finish(self, counts: Counts, code: int, error: str = "") -> None:
         """Print what was done, or how far it came."""
-        now = time.monotonic()
+        self.end(counts)
         # Rounded first, so that the speed is what a reader gets from the figures printed.
-        elapsed = round(now - self.started, 2) or now - self.started
+        elapsed = round(self.ended - self.started, 2) or self.ended - self.started
         speed = counts.generated / elapsed if elapsed else 0.0
         if self.options.json:
             self.finish_json(counts, elapsed, speed, code, error)
             return
         if self.talkative:
-            self.show(counts, now)
-            self.console.line()
-            self.console.line("💾 Saving embeddings to database...")
             self.console.line()
         elif code == EXIT_DONE:
             return
@@ -2937,6 +3899,23 @@ class Report:
             for reason, times in sorted(counts.reasons.items(), key=lambda item: -item[1])[:5]:
                 say(f"{times} failed: {one_line(reason)}")
             say(f"Each {self.noun}'s reason is in the log: {self.log_path}")
+
+    def end(self, counts: Counts) -> None:
+        """Show that the last row is done, once."""
+        if not self.ended:
+            self.ended = time.monotonic()
+            if self.talkative:
+                self.show(counts, self.ended)
+                self.console.line()
+                self.console.line("💾 Saving embeddings to database...")
+
+    def show_index(self, share: float) -> None:
+        """Show how far the index is; where there is no terminal, only that it is done."""
+        text = f"🔎 Building the index: {int(share * 100):3}%|{bar(share, PIPE_BAR)}|"
+        if self.talkative and self.console.is_terminal:
+            self.console.redraw(text)
+        elif self.talkative and share == 1:
+            self.console.line(text)
 
     def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int, error: str) -> None:
         """Print one JSON object."""
@@ -3060,6 +4039,7 @@ class Run:
             raise
         else:
             self.save()
+            self.counts.elsewhere(*self.store.elsewhere())
             if not self.more and not self.engine.interrupt.code:
                 self.counts.to_do = (
                     self.counts.generated + self.counts.failed
@@ -3076,6 +4056,8 @@ class Run:
                     elif isinstance(event, Exchange):
                         self.note(event)
                     self.save_if_due()
+                    self.store.tend()
+                    self.counts.elsewhere(*self.store.elsewhere())
                     self.report.update(self.counts)
                 if self.engine.interrupt.code:
                     return
@@ -3092,7 +4074,11 @@ class Run:
         """Yield batches of pending rows, each as large as the pace has it when it is taken."""
         batch: list[Row] = []
         size = 0
-        for row in self.store.pending(self.last_key):
+        for row in self.store.pending(self.last_key, lambda: self.engine.pace.batch_size):
+            if row is None:  # nothing right now: what there is need not wait for more
+                yield batch
+                batch, size = [], 0
+                continue
             self.last_key = row.key
             if not row.text.strip(BLANKS):
                 self.fail(row, "no text")
@@ -3129,7 +4115,9 @@ class Run:
     def fail(self, row: Row, reason: str) -> None:
         """Count and log a row that gets no embedding."""
         self.counts.fail(reason)
-        self.log.warn(f"{self.report.noun} {row.key!r} failed: {reason}", reason)
+        self.store.give_up(row)
+        key = repr(row.key) if isinstance(row.key, (str, bytes)) else row.key
+        self.log.warn(f"{self.report.noun} {key} failed: {reason}", reason)
 
     def note(self, exchange: Exchange) -> None:
         """Log one request."""
@@ -3175,7 +4163,7 @@ def generate(
     store.prepare()
     counts = Counts(*store.count(), options.limit)
     log.info(
-        f"{options.engine} engine, {hide_password(options.database)}, table {options.table}, model {options.model} "
+        f"{options.engine} engine, {store.shown}, table {options.table}, model {options.model} "
         f"at {wire.address}: {counts.total} rows, {counts.skipped} with their embedding"
     )
     log.info(f"text: {store.how}")
@@ -3185,6 +4173,10 @@ def generate(
         embed(options, store, wire, counts, report, log, interrupt)
     else:
         report.start(counts)
+    if options.index and not interrupt.code:
+        report.end(counts)
+        for share in store.build_index():
+            report.show_index(share)
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
     report.finish(counts, code)
     log.sum_up()
@@ -3209,7 +4201,11 @@ def embed(
     engine = ENGINES[options.engine](wire, Pace(options.in_flight, options.batch_size, options.timeout), interrupt)
     try:
         engine.greet()
-        store.create_target(wire.dimensions)
+        store.create_target(engine.dimensions)
+        if not options.accept_drift:
+            check_drift(options, engine, store.samples())
+        if remark := store.join():
+            log.info(remark)
         report.start(counts)
         started = interrupt.gentle = True
         Run(store, engine, counts, report, log).work()
@@ -3222,6 +4218,31 @@ def embed(
         raise Reported(message, code) from stop
     finally:
         engine.close()
+
+
+def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:
+    """Raise Stop if the server's vectors differ from those that are stored for the same texts."""
+    answers = engine.embed([text for text, _ in samples]) if samples else []
+    cosines = [
+        cosine(answer, vector)
+        for answer, (_, vector) in zip(answers, samples)
+        if isinstance(answer, bytes) and len(answer) == len(vector)
+    ]
+    different = [value for value in cosines if value < ALIKE]
+    if 2 * len(different) > len(cosines):  # a single one may have been stored by some accident
+        raise Stop(
+            f'{engine.wire.address} gives other vectors than those stored as of the model "{options.model}" (cosine '
+            f"{max(different):.3f} for the same text; {ALIKE} or more is usual). It may hold another version of it. "
+            "Give another --server, --target NAME for a second table, --force for all rows again, or --accept-drift."
+        )
+
+
+def cosine(one: bytes, other: bytes) -> float:
+    """Return the cosine of the angle between two stored vectors."""
+    import math
+
+    a, b = unpack(one), unpack(other)
+    return sum(x * y for x, y in zip(a, b)) / ((math.hypot(*a) * math.hypot(*b)) or 1.0)
 
 
 # =============================== main ===============================

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import embedgen
+from tests.databases import Postgres, SQLite
 from tests.ollama import Ollama, blob
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,9 +85,13 @@ class Finished(NamedTuple):
 
 
 class Case(unittest.TestCase):
-    """A test with a folder of its own, in which the program runs, and a double of Ollama."""
+    """A test with a folder of its own, in which the program runs, a database, and a double of Ollama.
+
+    The same tests are run on Postgres by a subclass `class XOnPostgres(OnPostgres, X)`.
+    """
 
     ollama: Ollama
+    db: SQLite | Postgres
     maxDiff = None
 
     @classmethod
@@ -100,12 +104,18 @@ class Case(unittest.TestCase):
         self.folder = Path(tempfile.mkdtemp(prefix="embedgen-test-"))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.database = self.folder / "movies.db"
+        self.open_database()
+
+    def open_database(self) -> None:
+        """Have an empty database."""
+        self.db = SQLite(self.folder)
 
     # Running the program
 
     def arguments(self, *given: object, **constants: object) -> list[str]:
         """Return a command line, with the double as the server unless another is given."""
         flags = [] if "--server" in given else ["--server", self.ollama.url]
+        flags += [] if "--database" in given else self.db.flags
         return command("--log-dir", self.folder / "logs", *flags, *given, **constants)
 
     def run_program(
@@ -191,19 +201,19 @@ class Case(unittest.TestCase):
         """Return what the program has logged, with both engines."""
         return "".join(path.read_text("utf-8") for path in sorted((self.folder / "logs").glob("*.log*")))
 
+    def asked(self) -> list[str]:
+        """Return the texts that the server was asked for, but for the known-good one, which is no row's."""
+        return [text for text in self.ollama.texts() if text != embedgen.KNOWN_GOOD]
+
     # The database
+
+    def wipe(self) -> None:
+        """Start anew, without a table."""
+        self.db.wipe()
 
     def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
         """Execute a statement, once or for each of `parameters`, and return its rows."""
-        connection = sqlite3.connect(self.database)
-        try:
-            with connection:
-                if parameters is not None:
-                    connection.executemany(sql, parameters)
-                    return []
-                return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
+        return self.db.execute(sql, parameters)
 
     def make_movies(self, count: int, title: Callable[[int], str] = "Film {}".format) -> None:
         """Make the table movies, with the keys from 1 to `count`."""
@@ -220,7 +230,7 @@ class Case(unittest.TestCase):
 
     def stored(self, target: str = "movie_embeddings", key: str = "movie_id") -> dict[Any, bytes]:
         """Return the vectors in a target."""
-        return dict(self.execute(f'SELECT "{key}", embedding FROM "{target}"'))
+        return self.db.vectors(target, key)
 
     def assert_complete(self, but: Iterable[int] = ()) -> None:
         """Every row of movies must have its own vector, but for some that must have none."""
@@ -228,7 +238,7 @@ class Case(unittest.TestCase):
         self.assertEqual(set(expected) - but, set(stored))
         wrong = [key for key in stored if stored[key] != expected[key]]
         self.assertEqual(wrong, [])
-        self.assertEqual(self.execute("PRAGMA integrity_check"), [("ok",)])
+        self.assertEqual(self.db.check(), "ok")
 
     def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
         """Wait until something is the case; the time only bounds a test that fails."""
@@ -239,3 +249,10 @@ class Case(unittest.TestCase):
                 return found
             time.sleep(0.02)
         raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class OnPostgres(Case):
+    """Put before another Case, it has that one's tests run on Postgres."""
+
+    def open_database(self) -> None:
+        self.db = Postgres(self.folder)

@@ -6,7 +6,7 @@ import json
 import unittest
 
 import embedgen
-from tests.support import MOVIES, Case
+from tests.support import MOVIES, Case, OnPostgres
 
 
 class Load(Case):
@@ -23,27 +23,29 @@ class Load(Case):
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         self.refuse(2, "--load", path, "--server", "hash:", words=[name, *words])
         self.assertFalse(self.database.exists())
+        self.assertEqual(self.db.tables(), [])
         self.make_movies(3)
         before = self.execute("SELECT * FROM movies")
         self.refuse(2, "--load", path, "--server", "hash:", words=[name, *words])
         self.assertEqual(self.execute("SELECT * FROM movies"), before)
-        self.database.unlink()
+        self.wipe()
 
     def test_the_sample_films(self) -> None:
         self.assertEqual(self.succeed("--load", MOVIES, "--server", "hash:").tally, (200, 0, 0))
-        declared = dict(self.execute("SELECT name, type FROM pragma_table_info('movies')"))
+        declared = {name: kind for name, (kind, _) in self.db.types("movies").items()}
         self.assertEqual(declared, {
-            "id": "INTEGER", "title": "TEXT", "year": "INTEGER", "genres": "TEXT", "cast": "TEXT",
-            "language": "TEXT", "rating": "REAL", "overview": "TEXT",
+            "id": self.db.loaded[0], "title": self.db.loaded[1], "year": self.db.loaded[0], "genres": self.db.loaded[1],
+            "cast": self.db.loaded[1], "language": self.db.loaded[1], "rating": self.db.loaded[2],
+            "overview": self.db.loaded[1],
         })  # fmt: skip
-        types = self.execute("SELECT DISTINCT typeof(id), typeof(title), typeof(year), typeof(rating) FROM movies")
-        self.assertEqual(types, [("integer", "text", "integer", "real")])
+        row = self.execute("SELECT id, title, year, rating FROM movies WHERE id = 1")[0]
+        self.assertEqual([type(value) for value in row], [int, str, int, float])
         self.assertEqual(self.execute("SELECT count(DISTINCT title), min(id), max(id) FROM movies"), [(200, 1, 200)])
 
     def test_types(self) -> None:
         content = "id,title,code,big,share,mixed,none\n1,a,007,9223372036854775808,1.5,1,\n2,b,8,1,2,x,\n"
         self.assertEqual(self.load("b.csv", "id,title\n1,1.9\n2,1.10\n"), [(1, "1.9"), (2, "1.10")])
-        self.database.unlink()
+        self.wipe()
         rows = self.load("a.csv", content)
         self.assertEqual(rows, [
             (1, "a", "007", "9223372036854775808", 1.5, "1", None), (2, "b", "8", "1", 2.0, "x", None),
@@ -80,9 +82,9 @@ class Load(Case):
         ]
         expected = [(1, "a", "x, y", 1.5, 1, None), (2, "12", None, None, None, '{"k": [1]}')]
         self.assertEqual(self.load("a.json", json.dumps(objects, indent=2)), expected)
-        self.database.unlink()
+        self.wipe()
         self.assertEqual(self.load("a.jsonl", "\n".join(map(json.dumps, objects)) + "\n\n"), expected)
-        self.database.unlink()
+        self.wipe()
 
     def test_a_json_array_is_read_piece_by_piece(self) -> None:
         path = self.folder / "a.json"
@@ -132,7 +134,7 @@ class Load(Case):
         path.write_text("id,title,stars\n1,a,5\n", "utf-8")
         self.refuse(2, "--load", path, words=["stars", "id, title, overview"])
         path.write_text("slug,title\nx,a\n", "utf-8")
-        self.database.unlink()
+        self.wipe()
         self.succeed("--load", path, "--id", "slug", "--server", "hash:")
         self.assertEqual(self.execute("SELECT movie_id FROM movie_embeddings"), [("x",)])
 
@@ -141,9 +143,18 @@ class Load(Case):
         self.succeed("--load", "a.csv", "--table", 'my "books"', "--columns", "the title", "--server", "hash:")
         self.assertEqual(self.execute('SELECT "the title" FROM "my ""books"""'), [("x",)])
         (self.folder / "b.csv").write_text("id,title\n1,x\n", "utf-8")
-        self.succeed("--load", "b.csv", "--table", "main.books", "--server", "hash:")
+        self.succeed("--load", "b.csv", "--table", f"{self.db.schema}.books", "--server", "hash:")
         self.assertEqual(self.execute("SELECT * FROM books"), [(1, "x")])
         self.assertEqual(len(self.stored("book_embeddings", "book_id")), 1)
+
+
+class LoadOnPostgres(OnPostgres, Load):
+    def test_what_the_columns_do_not_take(self) -> None:
+        self.make_movies(1)
+        for content, words in [("id,title\nx,a\n", ["x"]), ("id,title\n1,a\0b\n", ["NUL"])]:
+            (self.folder / "a.csv").write_text(content, "utf-8")
+            self.refuse(2, "--load", "a.csv", words=["a.csv", *words])
+        self.assertEqual(self.execute("SELECT id, title FROM movies"), [(1, "Film 1")])
 
 
 if __name__ == "__main__":

