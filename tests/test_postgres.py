@@ -1,0 +1,448 @@
+"""What only Postgres has: a table that several machines fill together, roles, restarts, the index."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import embedgen
+from tests.databases import Postgres, postgres_url, start_server
+from tests.ollama import Ollama
+from tests.support import ENGINES, FULL, Case, Finished, OnPostgres
+
+ROWS = 20_000 if FULL else 1_500
+SPEED = 1_000.0 if FULL else 250.0  # texts per second of a usual machine's server
+
+
+class PostgresCase(OnPostgres, Case):
+    db: Postgres
+
+    def finish(self, process: Any) -> Finished:
+        """Return how a program has ended."""
+        out, err = process.communicate(timeout=300)
+        return Finished(process.returncode, out.decode(), err.decode())
+
+    def embedded(self) -> int:
+        """Return how many rows have their embedding."""
+        if "movie_embeddings" not in self.db.tables():
+            return 0
+        return int(self.execute("SELECT count(*) FROM movie_embeddings")[0][0])
+
+
+class Fleet(PostgresCase):
+    """Four programs, both engines, each with a server of its own, the last of which is four times slower."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.servers = [self.ollama]
+        for _ in range(3):
+            self.servers.append(Ollama())
+            self.addCleanup(self.servers[-1].close)
+        self.begin()
+
+    def begin(self) -> None:
+        """Have the servers forget what they were asked."""
+        for number, server in enumerate(self.servers):
+            server.reset()
+            server.configure(seconds_per_text=(4 if number == 3 else 1) / SPEED, slots=1)
+
+    def start_all(self, *flags: object, **constants: object) -> list[Any]:
+        """Start the four programs."""
+        return [
+            self.start_program("--engine", ENGINES[number % 2], "--server", server.url, *flags, **constants)
+            for number, server in enumerate(self.servers)
+        ]
+
+    def finish_all(self, processes: list[Any]) -> tuple[list[Finished], list[float]]:
+        """Return how each program has ended, and when."""
+
+        def finish(process: Any) -> tuple[Finished, float]:
+            return self.finish(process), time.monotonic()
+
+        with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+            done, ended = zip(*pool.map(finish, processes))
+        return list(done), list(ended)
+
+    def asked(self) -> list[str]:
+        """Return the texts of rows that the servers were asked for."""
+        return [text for server in self.servers for text in server.texts() if text != embedgen.KNOWN_GOOD]
+
+    def test_each_row_is_embedded_once(self) -> None:
+        self.make_movies(ROWS)
+        for flags in ([], ["--force"]):
+            with self.subTest(flags=flags):
+                self.begin()
+                done, ended = self.finish_all(self.start_all(*flags))
+                for one in done:
+                    self.assertEqual((one.code, one.err), (0, ""), one.out)
+                    self.assertEqual(sum(one.tally), ROWS)
+                self.assert_complete()
+                asked = self.asked()
+                self.assertEqual(len(set(asked)), ROWS)
+                # A machine that comes when others have begun embeds three of their rows again to compare them.
+                self.assertLessEqual(len(asked), ROWS * 1.01)
+                generated = [one.tally[0] for one in done]
+                self.assertEqual(sum(generated), ROWS)
+                self.assertLess(generated[3], min(generated[:3]))
+                # The slow one's last requests, at most.
+                self.assertLess(max(ended) - min(ended), 10.0)
+
+    def test_a_machine_that_dies_leaves_its_share_to_the_others(self) -> None:
+        self.make_movies(ROWS)
+        processes = self.start_all("--limit", ROWS)
+        self.wait_for(lambda: self.embedded() > ROWS / 4, "a quarter of the rows", seconds=120)
+        os.killpg(processes[0].pid, signal.SIGKILL)
+        for process in processes[1:]:
+            done = self.finish(process)
+            self.assertEqual((done.code, done.err), (0, ""), done.out)
+            self.assertEqual(sum(done.tally), ROWS)
+        self.assert_complete()
+        # What the dead one had under way was asked for twice, and no more.
+        self.assertLess(len(self.asked()), ROWS + 3 * embedgen.PAGE_ROWS)
+
+    def test_a_machine_that_is_stopped_leaves_its_share_at_once(self) -> None:
+        self.make_movies(ROWS)
+        processes = self.start_all()
+        self.wait_for(lambda: self.embedded() > ROWS / 4, "a quarter of the rows", seconds=120)
+        for process in processes[:2]:
+            os.kill(process.pid, signal.SIGTERM)
+        ended = [self.finish(process) for process in processes]
+        self.assertEqual([(done.code, done.err) for done in ended], [(143, ""), (143, ""), (0, ""), (0, "")])
+        self.assert_complete()
+        self.assertLessEqual(len(self.asked()), ROWS * 1.05 + 4 * embedgen.PAGE_ROWS)
+
+    def test_failures_are_known_to_all(self) -> None:
+        self.make_movies(400, lambda key: "Poison" if key % 50 == 7 else f"Film {key}")
+        for server in self.servers:
+            server.configure(refuse=[{"contains": "Poison", "status": 400, "error": "no"}])
+        for done in [self.finish(process) for process in self.start_all()]:
+            self.assertEqual((done.code, done.err), (1, ""), done.out)
+            self.assertEqual(sum(done.tally), 400)
+            self.assertEqual(done.tally[2], 8)
+        self.assert_complete(but=range(7, 400, 50))
+
+    def test_who_comes_late_looks_at_the_beginning_too(self) -> None:
+        self.make_movies(400)
+        self.servers[0].configure(seconds_per_text=0.01)
+        first = self.start_program("--server", self.servers[0].url)
+        self.wait_for(lambda: self.embedded() > 50, "the first rows")
+        self.execute("INSERT INTO movies VALUES (-1, 'Before the first', 'x')")
+        second = self.start_program("--server", self.servers[1].url)
+        self.assertEqual([self.finish(process).code for process in (first, second)], [0, 0])
+        self.assert_complete()
+
+    def test_another_model_at_the_same_time_is_refused(self) -> None:
+        self.make_movies(400)
+        self.ollama.configure(seconds_per_text=0.01)
+        first = self.start_program("--batch-size", 2)
+        self.wait_for(lambda: "embedgen_machines" in self.db.tables(), "the first run")
+        self.refuse(2 if self.embedded() else 3, "--model", "all-minilm", words=["nomic-embed-text", "all-minilm"])
+        self.assertEqual(self.finish(first).code, 0)
+
+    def test_a_server_with_other_vectors_does_not_take_part(self) -> None:
+        self.make_movies(20)
+        self.succeed("--limit", 10)
+        self.ollama.configure(models={"nomic-embed-text": {"seed": "another version"}})
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                words = [self.ollama.url.partition("//")[2], "nomic-embed-text", "--accept-drift", "cosine"]
+                self.refuse(3, "--engine", engine, words=words)
+        self.assertEqual(self.embedded(), 10)
+        self.assertEqual(self.succeed("--accept-drift").tally, (10, 10, 0))
+
+    def test_a_role_without_a_place_for_leases_works_alone(self) -> None:
+        self.make_movies(30)
+        self.succeed("--limit", 10)
+        self.execute("DROP TABLE embedgen_leases, embedgen_machines, embedgen_passes")
+        with self.role("GRANT SELECT ON movies TO {role}",
+                       "GRANT SELECT, INSERT, UPDATE ON movie_embeddings TO {role}") as url:  # fmt: skip
+            self.assertEqual(self.succeed("--database", url).tally, (20, 10, 0))
+        self.assertIn("shares the table with no other", self.log())
+        self.assert_complete()
+
+    @contextlib.contextmanager
+    def role(self, *grants: str) -> Iterator[str]:
+        """Make a role that may use the schema, and what is granted; give its URL."""
+        role = f"{self.db.name}_reader"
+        self.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            for grant in ("GRANT USAGE ON SCHEMA public, extensions TO {role}", *grants):
+                self.execute(grant.format(role=role))
+            yield re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.db.url, count=1)
+        finally:
+            self.execute(f"DROP OWNED BY {role}")
+            self.execute(f"DROP ROLE {role}")
+
+    def test_a_source_that_may_only_be_read(self) -> None:
+        self.make_movies(30)
+        self.execute("CREATE SCHEMA vectors")
+        with self.role("GRANT SELECT ON movies TO {role}", "GRANT ALL ON SCHEMA vectors TO {role}") as url:
+            self.refuse(3, "--database", url, words=["permission denied", "public"])
+            flags = ("--database", url, "--target", "vectors.films")
+            self.assertEqual(self.succeed(*flags).tally, (30, 0, 0))
+            self.assertEqual(self.succeed(*flags).tally, (0, 30, 0))
+            self.assertEqual(self.execute("SELECT count(*) FROM vectors.films"), [(30,)])
+            self.execute(f"REVOKE SELECT ON movies FROM {self.db.name}_reader")
+            self.refuse(3, *flags, words=["movies", "SELECT"])
+        self.execute("DROP SCHEMA vectors CASCADE")
+
+
+class Neighbours(PostgresCase):
+    """Other programs that use the table at the same time."""
+
+    def test_updates_do_not_wait_and_are_seen_by_the_next_run(self) -> None:
+        self.make_movies(600)
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.execute("DROP TABLE IF EXISTS movie_embeddings")
+                self.ollama.reset()
+                self.ollama.configure(seconds_per_text=0.002, slots=1)
+                process = self.start_program("--engine", engine, "--batch-size", 10, UNSAVED_SECONDS=0.05)
+                changed = 0
+                self.wait_for(self.embedded, "the first rows")
+                while process.poll() is None:
+                    key = changed * 37 % 600 + 1
+                    # Raises if it waits for a lock.
+                    self.db.execute_with(
+                        "lock_timeout = '100ms'", f"UPDATE movies SET title = '{engine}' WHERE id = {key}"
+                    )
+                    changed += 1
+                self.assertEqual(self.finish(process).code, 0)
+                self.assertGreater(changed, 5)
+                self.succeed("--accept-drift")
+                self.assert_complete()
+
+    def test_no_transaction_is_open_during_a_request(self) -> None:
+        self.make_movies(60)
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.ollama.reset()
+                self.ollama.configure(network=1.5)
+                process = self.start_program("--engine", engine, "--force", "--batch-size", 60, RENEWAL=60.0)
+                self.wait_for(self.asked, "the request")
+                self.wait_for(self.is_idle, "a connection without a transaction and without locks")
+                self.assertEqual(self.finish(process).code, 0)
+
+    def is_idle(self) -> bool:
+        """Whether the program's connection has neither a transaction nor a lock."""
+        found = self.execute(
+            "SELECT state, (SELECT count(*) FROM pg_locks l WHERE l.pid = a.pid) FROM pg_stat_activity a "
+            "WHERE application_name = 'embedgen' AND datname = current_database()"
+        )
+        return found == [("idle", 0)]
+
+    def test_rows_deleted_under_way_leave_nothing(self) -> None:
+        self.make_movies(600)
+        self.ollama.configure(seconds_per_text=0.002, slots=1)
+        process = self.start_program("--batch-size", 10, UNSAVED_SECONDS=0.05)
+        self.wait_for(self.embedded, "the first rows")
+        key = 1
+        while process.poll() is None and key < 300:
+            self.db.execute_with("lock_timeout = '10s'", f"DELETE FROM movies WHERE id IN ({key}, {600 - key})")
+            key += 2
+        self.assertEqual(self.finish(process).code, 0)
+        self.assert_complete()
+
+
+class Losses(PostgresCase):
+    """A connection that breaks, a server that restarts."""
+
+    def test_a_connection_that_is_cut_is_made_again(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.wipe()
+                self.ollama.reset()
+                self.make_movies(400)
+                self.ollama.configure(seconds_per_text=0.005, slots=1)
+                process = self.start_program("--engine", engine)
+                for part in (1, 100, 200):
+                    self.wait_for(lambda part=part: self.embedded() >= part, "progress")
+                    self.execute(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE application_name = 'embedgen' AND datname = current_database()"
+                    )
+                done = self.finish(process)
+                self.assertEqual((done.code, done.err, sum(done.tally)), (0, "", 400))
+                self.assert_complete()
+                self.assertEqual(len(self.asked()), 400)
+
+    def test_no_database_at_that_address(self) -> None:
+        self.refuse(3, "--database", "postgresql://user:secret@127.0.0.1:1/x", words=["127.0.0.1", "refused"])
+        other = self.db.url.replace(self.db.name, "no_such_database")
+        self.refuse(3, "--database", other, words=["no_such_database"])
+        for code, url in [
+            (2, "postgresql://user:secret@host/x?nonsense=1"),
+            (2, "postgresql://user:secret@[host/x"),
+            (3, "postgresql://user:secret@host:port/x"),
+        ]:
+            with self.subTest(url=url):
+                self.assertNotIn("secret", self.refuse(code, "--database", url))
+
+    def test_without_psycopg(self) -> None:
+        with mock.patch.dict("sys.modules", {"psycopg": None}):
+            self.refuse(3, words=['pip install "psycopg[binary]"'])
+
+
+class Restarts(Case):
+    """A Postgres of its own, which can be stopped at once, as by `pg_ctl restart -m immediate`."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        postgres_url()  # skips where there is none
+        self.data = tempfile.mkdtemp(prefix="embedgen-pg-")
+        self.addCleanup(shutil.rmtree, self.data, ignore_errors=True)
+        self.server = start_server(self.data)
+        self.addCleanup(self.server.cleanup)
+        with mock.patch.dict("tests.databases.SERVER", {"url": str(self.server.get_uri())}):
+            self.db = Postgres(self.folder)
+
+    def restart(self) -> None:
+        """Restart the server without a checkpoint, as after a crash."""
+        pid = self.server.get_pid()
+        os.kill(pid, signal.SIGQUIT)
+        self.wait_for(lambda: not Path(f"/proc/{pid}").exists() or is_zombie(pid), "the server's end")
+        self.server.ensure_postgres_running()
+
+    def test_a_restart_in_mid_run(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.wipe()
+                self.ollama.reset()
+                self.make_movies(600)
+                self.ollama.configure(seconds_per_text=0.01, slots=1)
+                process = self.start_program("--engine", engine)
+                for part in (1, 250):
+                    self.wait_for(lambda part=part: self.count() >= part, "progress")
+                    self.restart()
+                out, err = process.communicate(timeout=120)
+                done = Finished(process.returncode, out.decode(), err.decode())
+                self.assertEqual((done.code, done.err, sum(done.tally)), (0, "", 600))
+                self.assert_complete()
+
+    def count(self) -> int:
+        """Return how many rows have their embedding."""
+        if "movie_embeddings" not in self.db.tables():
+            return 0
+        return int(self.execute("SELECT count(*) FROM movie_embeddings")[0][0])
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether a process has ended and only waits to be buried."""
+    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+class Targets(PostgresCase):
+    def test_other_dimensions_are_noticed_before_a_row_is_read(self) -> None:
+        self.make_movies(5)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding vector(768))")
+        for engine in ENGINES:
+            self.refuse(3, "--engine", engine, words=["768", "8 dimensions"])
+        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.db.types("movie_embeddings")["embedding"][0], "vector(768)")
+
+    def test_half_precision(self) -> None:
+        self.make_movies(40)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding halfvec(8), "
+                     "model text, text_sha256 bytea)")  # fmt: skip
+        self.assertEqual(self.succeed("--limit", 20).tally, (20, 0, 0))
+        self.assertEqual(self.succeed("--index").tally, (20, 20, 0))
+        expected = self.expected()
+        for key, stored in self.stored().items():
+            for one, other in zip(embedgen.unpack(stored), embedgen.unpack(expected[key])):
+                self.assertAlmostEqual(one, other, places=3)
+        self.assertIn("halfvec_cosine_ops", self.index())
+
+    def test_a_column_without_dimensions(self) -> None:
+        self.make_movies(10)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding vector)")
+        self.assertEqual(self.succeed().tally, (10, 0, 0))
+        self.assert_complete()
+        self.refuse(2, "--index", words=["dimensions", "ALTER TABLE"])
+
+    def test_a_column_of_another_type(self) -> None:
+        self.make_movies(3)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding real[])")
+        self.refuse(2, words=["real[]", "vector"])
+
+    def test_the_extension_is_created(self) -> None:
+        self.make_movies(3)
+        self.execute("DROP EXTENSION vector")
+        self.addCleanup(self.execute, "ALTER EXTENSION vector SET SCHEMA extensions")
+        self.assertEqual(self.succeed().tally, (3, 0, 0))
+        self.assertEqual(self.execute("SELECT extname FROM pg_extension WHERE extname = 'vector'"), [("vector",)])
+
+    def test_an_extension_that_cannot_be_created(self) -> None:
+        self.make_movies(3)
+        missing = "SELECT 1, 2, 3 WHERE false"
+        real = embedgen.PostgresStore.rows
+
+        def rows(store: Any, sql: str, *parameters: Any) -> Any:
+            return real(store, missing if "pg_depend" in sql else sql, *parameters)
+
+        def alone(store: Any, action: Callable[[], Any]) -> Any:
+            raise embedgen.Forbidden("Postgres refuses: permission denied to create extension.")
+
+        with mock.patch.object(embedgen.PostgresStore, "rows", rows):
+            with mock.patch.object(embedgen.PostgresStore, "alone", alone):
+                self.refuse(3, words=["pgvector", "CREATE EXTENSION vector;", "administrator"])
+
+    def index(self) -> str:
+        """Return how the index is defined."""
+        sql = "SELECT indexdef FROM pg_indexes WHERE tablename = 'movie_embeddings' AND indexdef LIKE '%hnsw%'"
+        return "".join(row[0] for row in self.execute(sql))
+
+    def test_the_index(self) -> None:
+        self.make_movies(50)
+        done = self.succeed("--index")
+        self.assertIn("Building the index: 100%", done.out)
+        self.assertIn(
+            "USING hnsw (embedding extensions.vector_cosine_ops)",
+            self.index().replace("(embedding vector_", "(embedding extensions.vector_"),
+        )
+        self.assertNotIn("Building", self.succeed("--index").out)
+        name = "'movie_embeddings_embedding_hnsw'::regclass"
+        # One that a broken build has left is built anew.
+        self.execute(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = {name}")
+        self.assertIn("Building the index: 100%", self.succeed("--index").out)
+        self.assertEqual(self.execute(f"SELECT indisvalid FROM pg_index WHERE indexrelid = {name}"), [(True,)])
+
+    def test_too_many_dimensions_for_an_index(self) -> None:
+        self.make_movies(3)
+        self.ollama.configure(models={"nomic-embed-text": {"dimensions": 2500}})
+        self.refuse(2, "--index", words=["2,000", "2,500", "halfvec(2500)", "--dimensions"])
+        self.assertEqual(self.asked(), [])
+        self.assertNotIn("movie_embeddings", self.db.tables())
+        self.assertEqual(self.succeed().tally, (3, 0, 0))
+        self.refuse(2, "--index", words=["2,000", "2,500"])
+
+    def test_a_run_with_nothing_to_do_reads_no_text(self) -> None:
+        self.make_movies(300)
+        self.succeed()
+        real = embedgen.PostgresStore.rows
+        most = 0
+
+        def rows(store: Any, sql: str, *parameters: Any) -> Any:
+            nonlocal most
+            found = real(store, sql, *parameters)
+            most = max(most, len(found))
+            self.assertNotIn("What happens", repr(found))
+            return found
+
+        with mock.patch.object(embedgen.PostgresStore, "rows", rows):
+            self.assertEqual(self.succeed().tally, (0, 300, 0))
+        self.assertLess(most, 20)
+
+
+if __name__ == "__main__":
+    unittest.main()
