@@ -2652,9 +2652,8 @@ class SQLiteStore(Store):
         """
         if not self.file or self.connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
             return None
-        self.file.seek(0)
-        header = self.file.read(28)
-        return int.from_bytes(header[24:28], "big") if header[18:20] == b"\1\1" else None
+        self.file.seek(24)
+        return int.from_bytes(self.file.read(4), "big")
 
     def state(self, counter: int) -> str:
         """Return what a note is bound to beside its time: SQLite's own copies of a file count anew, and copy notes."""
@@ -2672,7 +2671,7 @@ class SQLiteStore(Store):
 
     def note_holds(self) -> bool:
         """Whether nobody has written to the file since a note of this table and target; to be called in a snapshot."""
-        counter = None if self.force else self.counter()
+        counter = self.counter()
         if counter is None or not self.has_target:
             return False
         sql = f"SELECT 1 FROM {NOTES} WHERE target = ? AND claim = ? AND state = ? AND abs(written - ?) <= ?"
