@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
 
-# Modules that only some runs need (asyncio, multiprocessing, http.client, logging, sqlite3 ...)
+# Modules that only some runs need (asyncio, multiprocessing, http.client, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
 
 if sys.version_info < (3, 9):  # noqa: UP036 - said in words, before a type alias fails
@@ -81,6 +81,17 @@ class UsageError(Stop):
 
 
 # ============================ settings and command line ============================
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that knows its width: argparse imports shutil to find it, even if no help is wanted."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
+        except (ValueError, OSError):
+            columns = 80
+        super().__init__(prog, width=(columns or 80) - 2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,7 +153,7 @@ def create_parser() -> Parser:
     parser = Parser(
         prog="embedgen.py",
         description=(__doc__ or "").partition("\nHow it works")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     rows = parser.add_argument_group("what is embedded")
@@ -2113,6 +2124,7 @@ class Store:
         self.model: str = options.model
         self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
         self.changing_model = False  # --force, and the target still has vectors of another model
+        self.unchanged = False  # whether all digests in the target are known to fit, without a look at the texts
 
     # What a subclass says to its database:
 
@@ -2215,6 +2227,13 @@ class Store:
     def build_index(self) -> Iterator[float]:
         """Build the index that --index asks for; yield the share that is done, from 0 to 1."""
         raise NotImplementedError
+
+    def note(self, complete: bool) -> None:
+        """At a run's end, leave word for the next one that nothing need be hashed until somebody writes.
+
+        `complete` says that every row has its embedding now. A store that cannot be sure to learn
+        of every write leaves none.
+        """
 
     # What is the same for all:
 
@@ -2406,7 +2425,7 @@ class Store:
         exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
         if self.changing_model:
             exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
-        if "text_sha256" in self.target_columns:
+        if "text_sha256" in self.target_columns and not self.unchanged:
             stored = f"e.{quoted(self.target_columns['text_sha256'])}"
             exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
         on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
@@ -2456,6 +2475,9 @@ class Store:
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # of a path that is taken for a database
 CACHE_KIB = 512  # of SQLite's pages; the default is 2,000
 LOCK_PATIENCE = 60.0  # seconds to wait for a locked database
+NOTES = "embedgen_notes"  # the table of what runs leave for the next ones, and
+NOTE_ROWS = 10_000  # the rows from which on that is worth a table: fewer are hashed in 20 ms
+NOTE_SECONDS = 2.0  # between a note and the file's time of change, at most; FAT counts in steps of two
 
 
 class SQLiteStore(Store):
@@ -2473,12 +2495,19 @@ class SQLiteStore(Store):
         self.is_new = not os.path.exists(self.path)
         # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
         self.connection = self.connect(self.path, timeout=0.5)
+        self.file: Any = None  # beside the connection, for what stands in the file's header
+        self.start: int | None = None  # the change counter when the run began to look, and
+        self.commits = 0  # what the run has added to it since
+        self.large = self.sound = False  # whether a note is worth its place, and no digest was found unfit
         self.encoding = "utf-8"
-        self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that Ctrl-C is heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
-        self.rows("SELECT count(*) FROM sqlite_master")  # is it a database, and may it be read?
-        self.lock = self.take_lock()
+        try:
+            self.rows("SELECT count(*) FROM sqlite_master")  # is it a database, and may it be read?
+            self.lock = self.take_lock()
+        except BaseException:
+            self.connection.close()  # nobody else will: 3.13 complains of that
+            raise
 
     def connect(self, path: str, timeout: float) -> Any:
         """Return a connection to an SQLite file, without Python's own transactions."""
@@ -2519,13 +2548,25 @@ class SQLiteStore(Store):
 
     def close(self) -> None:
         self.connection.close()
+        if self.file:
+            self.file.close()
         if self.is_new and os.path.exists(self.path) and not os.path.getsize(self.path):
             os.remove(self.path)  # made by connecting; the file that was to be loaded had an error
         self.lock.close()
 
-    def sha256(self, raw: bytes) -> bytes:
-        """Return the identity of a text as it stands in the database; the SQL function of that name."""
-        return digest_of(raw.decode(self.encoding, "replace"))
+    def add_sha256(self) -> None:
+        """Add the SQL function embedgen_sha256: the identity of a text, given as it stands in the database."""
+        from hashlib import sha256
+
+        encoding, is_utf8 = self.encoding, self.encoding == "UTF-8"
+
+        def digest(raw: bytes) -> bytes:
+            # ASCII is its own UTF-8; anything else may be no text at all, which becomes what is sent for it.
+            if not (is_utf8 and raw.isascii()):
+                raw = raw.decode(encoding, "replace").encode("utf-8")
+            return sha256(raw).digest()
+
+        self.connection.create_function("embedgen_sha256", 1, digest, deterministic=True)
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what the action returns; try for a minute while the database is locked by somebody else."""
@@ -2621,8 +2662,10 @@ class SQLiteStore(Store):
         return any(self.rows(sql, index, relation.schema) == [(column,)] for (index,) in indexes)
 
     def value_sql(self, column: str, declared: str) -> str:
-        name = f"s.{quoted(column)}"
-        return f"CASE WHEN trim({name}, char({', '.join(str(ord(blank)) for blank in BLANKS)})) <> '' THEN {name} END"
+        name, blanks = f"s.{quoted(column)}", ", ".join(str(ord(blank)) for blank in BLANKS)
+        # Nearly always the first character says it, in a third of the time.
+        visible = f"unicode({name}) BETWEEN 33 AND 126 OR trim({name}, char({blanks})) <> ''"
+        return f"CASE WHEN {visible} THEN {name} END"
 
     def text_sql(self) -> str:
         """Return the SQL of a row's text as bytes: it may hold NUL, or bytes that are no text at all."""
@@ -2650,6 +2693,10 @@ class SQLiteStore(Store):
     def create_sql(self, measure: Callable[[], int]) -> str:
         return "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL"
 
+    def create_target(self, measure: Callable[[], int]) -> None:
+        self.commits += not self.has_target
+        super().create_target(measure)
+
     def stored_dimensions(self) -> int | None:
         if not self.has_target or (self.force and not self.partial):
             return None
@@ -2661,7 +2708,134 @@ class SQLiteStore(Store):
         self.encoding = self.value("SELECT encoding FROM pragma_encoding")
         # Rows are read once and in order, so that a larger cache would only fill up and be of no use.
         self.rows(f"PRAGMA cache_size = -{CACHE_KIB}")
+        self.add_sha256()
+        # Closed after the connection and not before: with any handle on a file that it closes, a process
+        # loses all its locks there (https://sqlite.org/howtocorrupt.html, section 2.2).
+        with contextlib.suppress(OSError):
+            self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        with self.snapshot():
+            self.start, self.commits = self.counter(), 0
         super().prepare()
+
+    # What spares a run with nothing to do the hashing of every text. SQLite counts in the file's header the
+    # transactions that have changed it. A run that found or made every digest in the target fit its text
+    # says so in a note, with that count, in the database itself; while the count is the same, so is all else.
+    # Rows are counted, and --where is evaluated, in every run.
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Hold the database as it is: nobody's change is committed meanwhile."""
+        self.rows("BEGIN")
+        try:
+            self.rows("SELECT count(*) FROM sqlite_master")  # BEGIN alone takes no lock
+            yield
+        finally:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+
+    def counter(self) -> int | None:
+        """Return the file's change counter, None where there is none to rely on; to be called in a transaction.
+
+        https://sqlite.org/fileformat2.html#file_change_counter; it stands still in WAL mode. A switch of the
+        mode is itself a change, so a note from before does not outlive it.
+        """
+        if not self.file or self.connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+            return None
+        self.file.seek(24)
+        return int.from_bytes(self.file.read(4), "big")
+
+    def state(self, counter: int) -> str:
+        """Return what a note is bound to beside its time: SQLite's own copies of a file count anew, and copy notes."""
+        return f"{os.fstat(self.file.fileno()).st_ino}/{counter}"
+
+    @property
+    def claim(self) -> str:
+        """Everything that a note's truth depends on but for the rows, as a digest.
+
+        SQLite's version is there because its way to write a REAL as text has changed before.
+        """
+        target = (self.target, self.target_key, sorted(self.target_columns.items()))
+        source = (self.relation, self.key, self.text, self.model)
+        return digest_of(repr((__version__, self.sqlite3.sqlite_version, source, target))).hex()
+
+    def note_holds(self) -> bool:
+        """Whether nobody has written to the file since a note of this table and target; to be called in a snapshot."""
+        counter = self.counter()
+        if counter is None or not self.has_target:
+            return False
+        sql = f"SELECT 1 FROM {NOTES} WHERE target = ? AND claim = ? AND state = ? AND abs(written - ?) <= ?"
+        known = (self.target.name, self.claim, self.state(counter), self.changed_at, NOTE_SECONDS)
+        try:
+            return bool(self.connection.execute(sql, known).fetchall())
+        except self.sqlite3.Error:
+            return False  # no such table, or somebody else's
+
+    @property
+    def changed_at(self) -> float:
+        """When the file was written to last, in seconds since 1970: a second witness beside the counter."""
+        return os.fstat(self.file.fileno()).st_mtime
+
+    def check_model(self) -> None:
+        with self.snapshot():
+            holds = self.note_holds()
+        if not holds:
+            super().check_model()
+
+    def count(self) -> tuple[int, int]:
+        with self.snapshot():
+            self.unchanged = self.note_holds()
+            total, existing = super().count()
+            self.sound = self.unchanged or existing == total
+            if not self.sound and not self.force:  # rows without an embedding do not make those that have one unfit
+                self.unchanged = True
+                self.sound = super().count()[1] == existing
+                self.unchanged = False
+        self.large = total >= NOTE_ROWS
+        return total, existing
+
+    def note(self, complete: bool) -> None:
+        if self.start is None or not self.large or self.force or self.options.where:
+            return
+        if (self.unchanged and not self.commits) or not (self.sound or complete) or not self.can_be_noted():
+            return
+        try:
+            self.whole(self.write_note)
+        except self.sqlite3.Error:
+            pass  # locked, or read-only: the next run hashes again
+
+    def can_be_noted(self) -> bool:
+        """Whether the truth of a note would depend on nothing but this file, and what was saved stayed as it was."""
+        find = "SELECT rootpage FROM main.sqlite_master WHERE type = 'table' AND name = ?"
+        for table in (self.relation, self.target):
+            if table.schema != "main" or not self.value(find, table.name):  # views and virtual tables have no root
+                return False
+        if not self.commits:
+            return True
+        # A trigger may change texts; keys of another kind may become one.
+        ours, theirs = self.key_declared.upper(), self.columns(self.target)[self.target_key].type.upper()
+        same = theirs in ("INTEGER", "BLOB") if "INT" in ours else theirs == self.key_type(ours)
+        other = (
+            "SELECT 1 FROM main.sqlite_master WHERE tbl_name = ? COLLATE NOCASE "
+            "AND (type = 'trigger' OR sql LIKE '%COLLATE%')"
+        )
+        return same and self.value(other, self.target.name) is None
+
+    def write_note(self) -> None:
+        """Write the note, in a transaction, unless somebody else has written since the run began to look."""
+        assert self.start is not None
+        before = self.counter()
+        if before != self.start + self.commits:
+            return
+        execute = self.connection.execute
+        execute(
+            f"CREATE TABLE IF NOT EXISTS {NOTES} "
+            "(target TEXT PRIMARY KEY, claim TEXT NOT NULL, state TEXT NOT NULL, written REAL NOT NULL)"
+        )
+        now, state = time.time(), self.state(before + 1)
+        # Those of other targets that hold now, hold afterwards.
+        others = f"UPDATE {NOTES} SET state = ?, written = ? WHERE state = ? AND abs(written - ?) <= ?"
+        execute(others, (state, now, self.state(before), self.changed_at, NOTE_SECONDS))
+        execute(f"REPLACE INTO {NOTES} VALUES (?, ?, ?, ?)", (self.target.name, self.claim, state, now))
 
     def page(self, after: Any) -> tuple[list[Row], bool]:
         sql = self.page_sql(f"s.{quoted(self.key)}", self.text_sql(), above=after is not None)
@@ -2696,20 +2870,22 @@ class SQLiteStore(Store):
         return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, done as a whole or not at all; wait for a locked database."""
+        return self.patiently(lambda: self.whole(action))
+
+    def whole(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
-
-        def whole() -> T:
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                result = action()
-                self.connection.execute("COMMIT")
-                return result
-            except BaseException:
-                if self.connection.in_transaction:  # SQLite itself rolls back on some errors, a full disk for one
-                    self.connection.execute("ROLLBACK")
-                raise
-
-        return self.patiently(whole)
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            changes = self.connection.total_changes
+            result = action()
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:  # SQLite itself rolls back on some errors, a full disk for one
+                self.connection.execute("ROLLBACK")
+            raise
+        self.commits += self.connection.total_changes > changes
+        return result
 
     def load(self, path: str) -> int:
         types = column_types(path)
@@ -3948,73 +4124,93 @@ WARNINGS_OF_A_KIND = 20  # warnings with one reason; further ones are info, and 
 
 
 class Log:
-    """The log of a run: a file, rotated by size; without one if it cannot be written."""
+    """The log of a run: a file, rotated by size; without one if it cannot be written.
+
+    Its lines are as those of `logging`, without the 15 ms that the import of that and of its handlers takes.
+    """
 
     def __init__(self, options: argparse.Namespace, name: str) -> None:
-        import logging
-        import logging.handlers
-
         folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
-        path = os.path.join(folder, name)
+        self.path = os.path.join(folder, name)
         here = os.path.join(os.path.realpath(os.curdir), "")
-        whole = os.path.realpath(path)
+        whole = os.path.realpath(self.path)
         # Relative where that is short and clear: from the root folder, everything would be.
         self.shown = os.path.relpath(whole, here) if whole.startswith(here) and os.path.dirname(here[:-1]) else whole
         self.seen: dict[str, int] = {}
-        self.logger = logging.Logger("embedgen", logging.DEBUG if options.verbose else logging.INFO)
-        self.logger.addHandler(logging.NullHandler())
+        self.verbose: bool = options.verbose
+        self.file: Any = None
         try:
             os.makedirs(folder, exist_ok=True)
-            handler = logging.handlers.RotatingFileHandler(
-                path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", errors="backslashreplace"
-            )
+            self.open()
         except OSError as error:
             complain(
                 f"warning: cannot write the log {whole} ({describe(error)}); going on without it. Give --log-dir DIR."
             )
             self.shown = "none"
-            return
-        handler.setFormatter(logging.Formatter("%(asctime)s - %(processName)s - %(levelname)s - %(message)s"))
-        handler.handleError = self.give_up  # type: ignore[method-assign]
-        self.logger.addHandler(handler)
 
-    def give_up(self, record: Any) -> None:
-        """Go on without the log when it cannot be written any more; the handler's own way is a traceback."""
-        error = sys.exc_info()[1]
-        for handler in list(self.logger.handlers):
-            self.logger.removeHandler(handler)
-        complain(f"warning: cannot write the log {self.shown} ({error}); going on without it")
+    def open(self) -> None:
+        """Open the file; each line goes there in one piece, between those of another run."""
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, level: str, text: str, after: str = "") -> None:
+        """Write one line, and what belongs after it; go on without the log when it cannot be written any more."""
+        if not self.file:
+            return
+        now = time.time()
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f",{int(now % 1 * 1000):03}"
+        # Only the main process writes the log.
+        line = f"{moment} - MainProcess - {level} - {one_line(text)}\n{after}".encode("utf-8", "backslashreplace")
+        try:
+            if os.fstat(self.file.fileno()).st_size + len(line) > LOG_BYTES and os.path.isfile(self.path):
+                self.rotate()
+            self.file.write(line)
+        except OSError as error:
+            self.close()
+            complain(f"warning: cannot write the log {self.shown} ({error}); going on without it")
+
+    def rotate(self) -> None:
+        """Put the file aside, as .1, and those put aside before as .2 and so on."""
+        self.file.close()
+        for number in range(LOG_FILES - 1, 0, -1):
+            if os.path.exists(f"{self.path}.{number}"):
+                os.replace(f"{self.path}.{number}", f"{self.path}.{number + 1}")
+        os.replace(self.path, f"{self.path}.1")
+        self.open()
 
     def info(self, text: str) -> None:
         """Log what happened."""
-        self.logger.info("%s", one_line(text))
+        self.write("INFO", text)
 
     def debug(self, text: str) -> None:
         """Log what only --verbose wants."""
-        self.logger.debug("%s", one_line(text))
+        if self.verbose:
+            self.write("DEBUG", text)
 
     def warn(self, text: str, reason: str) -> None:
         """Log what went wrong; as a warning only the first few times for one reason."""
-        import logging
-
         self.seen[reason] = self.seen.get(reason, 0) + 1
-        level = logging.WARNING if self.seen[reason] <= WARNINGS_OF_A_KIND else logging.INFO
-        self.logger.log(level, "%s", one_line(text))
+        self.write("WARNING" if self.seen[reason] <= WARNINGS_OF_A_KIND else "INFO", text)
 
     def sum_up(self) -> None:
         """Log how often each reason came up beyond the warnings written."""
         for reason, times in self.seen.items():
             if times > WARNINGS_OF_A_KIND:
-                self.logger.warning("%s", one_line(f"{times} times in all: {reason}"))
+                self.write("WARNING", f"{times} times in all: {reason}")
 
     def error(self, text: str, traceback: bool = False) -> None:
-        """Log why the run ends."""
-        self.logger.error("%s", one_line(text), exc_info=traceback)
+        """Log why the run ends, with the traceback of the exception being handled if that is wanted."""
+        after = ""
+        if traceback:
+            from traceback import format_exc
+
+            after = format_exc()
+        self.write("ERROR", text, after)
 
     def close(self) -> None:
         """Close the file."""
-        for handler in self.logger.handlers:
-            handler.close()
+        file, self.file = self.file, None
+        if file:
+            file.close()
 
 
 def one_line(text: str) -> str:
@@ -4191,6 +4387,7 @@ def generate(
             report.show_index(share)
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
     report.finish(counts, code)
+    store.note(complete=not counts.left and not counts.failed)
     log.sum_up()
     log.info(f"{counts.generated} generated, {counts.skipped} skipped, {counts.failed} failed; exit code {code}")
     return code

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import unittest
+from unittest import mock
 
 import embedgen
 from tests.ollama import Ollama
@@ -305,6 +308,46 @@ class Output(Case):
         self.assertNotIn("\n2026 - Main", self.log())
         self.assertNotIn("\x1b", self.log())
 
+    def test_each_line_has_a_time_a_process_and_a_level(self) -> None:
+        self.make_movies(3, lambda key: f"Film {key}")
+        self.execute("UPDATE movies SET title = NULL, overview = NULL WHERE id = 2")
+        self.run_program("--verbose")
+        line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - MainProcess - (\w+) - \S.*"
+        levels = [re.fullmatch(line, text) for text in self.log().splitlines()]
+        self.assertEqual({found and found[1] for found in levels}, {"INFO", "WARNING", "DEBUG"})
+
+    def test_the_log_is_put_aside_at_a_size(self) -> None:
+        self.make_movies(50, lambda key: "")
+        self.execute("UPDATE movies SET overview = NULL")
+        with mock.patch.multiple(embedgen, LOG_BYTES=1500, LOG_FILES=2):
+            for _ in range(2):
+                self.run_program()
+        name = "generate_embeddings_async.log"
+        files = [self.folder / "logs" / (name + more) for more in (".2", ".1", "")]
+        self.assertEqual(sorted(os.listdir(self.folder / "logs")), sorted(file.name for file in files))
+        texts = [file.read_text("utf-8") for file in files]
+        self.assertLessEqual(max(map(len, texts)), 1500)
+        keys = re.findall(r"movie (\d+) failed: no text\n", "".join(texts))
+        self.assertEqual(keys, [str(key) for key in range(51 - len(keys), 51)])  # the newest, and none missing
+        self.assertGreater(len(keys), 20)
+
+    def test_a_fault_of_its_own_is_one_sentence_and_its_traceback_is_in_the_log(self) -> None:
+        self.make_movies(3)
+        with mock.patch.object(embedgen.Store, "count", side_effect=RuntimeError("so\nwhat")):
+            self.refuse(3, words=["RuntimeError: so. This is a fault of embedgen itself"])
+        self.assertRegex(
+            self.log(), r" - ERROR - RuntimeError: so\\nwhat\nTraceback \(most recent call last\):\n  File "
+        )
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_log_that_cannot_be_written_any_more_is_a_warning(self) -> None:
+        self.make_movies(3)
+        (self.folder / "logs").mkdir()
+        (self.folder / "logs" / "generate_embeddings_async.log").symlink_to("/dev/full")
+        done = self.run_program()
+        self.assertEqual((done.code, done.tally), (0, (3, 0, 0)))
+        self.assertRegex(done.err, r"\Awarning: cannot write the log .*No space left.*\n\Z")
+
     def test_many_failures_of_one_kind_are_summed_up(self) -> None:
         self.make_movies(100, lambda key: "")
         self.execute("UPDATE movies SET overview = NULL")
@@ -322,6 +365,17 @@ class StartUp(unittest.TestCase):
         loaded = set(shown.stdout.decode().splitlines()[-1].split())
         dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl", "json", "csv", "unicodedata"}
         self.assertEqual(loaded & dear, set())
+
+    def test_a_run_with_nothing_to_do_imports_little(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--database", "x.db", "--log-dir", ".", "--server", "hash:", "--quiet"]
+            subprocess.run(command(*flags, "--load", MOVIES), cwd=folder, check=True)
+            code = f"import sys, embedgen\nembedgen.main({flags!r})\nprint(*sys.modules)"
+            env = environment({"PYTHONPATH": str(PROGRAM.parent)})
+            arguments = [sys.executable, "-c", code]
+            shown = subprocess.run(arguments, cwd=folder, env=env, stdout=subprocess.PIPE, check=True)
+        dear = {"asyncio", "multiprocessing", "http.client", "logging", "socket", "ssl", "json", "traceback"}
+        self.assertEqual(set(shown.stdout.decode().split()) & dear, set())
 
     def test_only_the_standard_library_is_imported(self) -> None:
         import ast
