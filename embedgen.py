@@ -1324,6 +1324,7 @@ class Fleet:
     """
 
     SMALLEST = 8  # times smaller than the pace's are the last batches at least: each has its overhead
+    UNKNOWN = 4  # times smaller are the first batches, until a server has answered
     PROBE, LATE = 0.25, 8  # a server is probed so many seconds after it went, then each 1/LATE of its time away
     MOVES = 3  # servers that may leave a batch undone; the next one has to find out what is wrong with it
 
@@ -1373,8 +1374,9 @@ class Fleet:
         for lane in there:
             least = -(-lane.pace.batch_size // self.SMALLEST)
             share = (end - begin(lane)) * rate(lane)
-            size = int(min(lane.pace.batch_size, max(least, share / 2)))
-            # The soonest first, and those not known yet before all others.
+            # The soonest first; before all others those not known yet, with little, since they may be slow.
+            most = lane.pace.batch_size if lane.rate else -(-lane.pace.batch_size // self.UNKNOWN)
+            size = int(min(most, max(least, share / 2)))
             found.append((begin(lane) + size / rate(lane) if lane.rate else 0.0, lane.place, lane, size, share))
         first = min(found)[2]
         for _, _, lane, size, share in sorted(found):
@@ -1419,7 +1421,7 @@ class Fleet:
         if not isinstance(stop, Away):
             lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
             return f"{stop.message} The other servers do its work."
-        lane.trouble = stop.reason
+        lane.trouble = stop.reason or stop.message
         if stop.wait:
             lane.trying = now + stop.wait  # waiting as long as the server asks for is not trying
         if not known or not batch.rows:
@@ -1498,8 +1500,8 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and not wire.certain:
-            wire.settle(self.dimensions)
+        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+            wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
 
@@ -3602,14 +3604,17 @@ def embed(
     engine = ENGINES[options.engine](fleet, interrupt)
     try:
         engine.greet()
-        for lane in fleet.lanes:
-            if lane.trouble:
-                log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work.", text)
-                complain(f"warning: {text}")
+        absent = [lane for lane in fleet.lanes if lane.trouble]
+        for lane in absent:
+            log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
+            complain(f"warning: {text}")
         store.create_target(next((wire.dimensions for wire in wires if wire.dimensions), None))
         report.start(counts)
         started = interrupt.gentle = True
         Run(store, engine, counts, report, log).work()
+        for lane in fleet.lanes:  # who came back is in the log; who did not may wait to be seen to
+            if lane.trouble and lane not in absent and not interrupt.code:
+                complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
         if not started:
             raise
