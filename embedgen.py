@@ -1266,6 +1266,13 @@ class Pace:
         self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
 
+class Result(NamedTuple):
+    """A batch's rows with their answers."""
+
+    rows: list[Row]
+    answers: Answers
+
+
 class Lane:
     """One server of a run: its wire, its pace, and what is under way to it. Moments are seconds of any one clock."""
 
@@ -1283,6 +1290,8 @@ class Lane:
         self.since = self.absent = 0.0  # when it went away, and seconds that it was away before
         self.trying = 0.0  # since when it has been tried in vain
         self.next_probe: float | None = None  # None: one is under way, or none is needed
+        # Answers that came after it went: it may have been started again with another model, which a probe will tell.
+        self.held: list[Result] = []
 
     def observe(self, exchange: Exchange, under_way: int) -> None:
         """Learn how a request went; Little's law gives the rate, as it does in Pace."""
@@ -1420,6 +1429,7 @@ class Fleet:
             lane.since = lane.trying = now
         if not isinstance(stop, Away):
             lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
+            self.redo(lane)
             return f"{stop.message} The other servers do its work."
         lane.trouble = stop.reason or stop.message
         if stop.wait:
@@ -1427,6 +1437,11 @@ class Fleet:
         if not known or not batch.rows:
             lane.next_probe = now + max(self.PROBE, (now - lane.since) / self.LATE, stop.wait)
         return "" if known else f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work"
+
+    def redo(self, lane: Lane) -> None:
+        """Give the rows of answers that cannot be trusted to other servers."""
+        self.returned += [(result.rows, 0) for result in lane.held]
+        lane.held = []
 
     def to_probe(self, now: float) -> list[Batch]:
         """Return the questions that are due to servers that are away."""
@@ -1436,7 +1451,7 @@ class Fleet:
         return [Batch([], 0, lane) for lane in due]
 
     def welcome(self, lane: Lane, now: float) -> str:
-        """Take a server into service again that is back, and return the news."""
+        """Take a server into service again that is back and still the same, and return the news."""
         gone = now - lane.since
         lane.absent, lane.trouble = lane.absent + gone, ""
         return f"{lane.wire.address} is back after {gone:.1f} s"
@@ -1480,13 +1495,6 @@ class Fleet:
 # =============================== engines ===============================
 # An engine turns batches into results, in any order, holding a bounded number in flight.
 # Engine.run is that loop; a subclass says how one batch is sent on its way and waited for.
-
-
-class Result(NamedTuple):
-    """A batch's rows with their answers."""
-
-    rows: list[Row]
-    answers: Answers
 
 
 class Task(NamedTuple):
@@ -1906,6 +1914,9 @@ class Engine:
                 else:
                     self.submit(fleet.launch(lane, rows, 0, time.monotonic()))
             flying = any(lane.flying for lane in fleet.lanes)
+            if not flying and not more:
+                for lane in fleet.lanes:  # nothing else is left to be done: others do it sooner
+                    fleet.redo(lane)
             if not flying and (stopping or not (more or fleet.returned)):
                 break
             if stopping and not deadline:
@@ -1938,10 +1949,17 @@ class Engine:
             if news:
                 yield Heard(lane, news)
         elif isinstance(said, list):
-            if batch.rows:
-                yield Result(batch.rows, said)
+            result = Result(batch.rows, said)
+            if not lane.trouble:
+                yield result
+            elif batch.rows:
+                lane.held.append(result)
+                if lane.barred:
+                    fleet.redo(lane)
             elif not lane.barred:
                 yield Heard(lane, fleet.welcome(lane, now))
+                yield from lane.held
+                lane.held = []
         elif not isinstance(said, Abandoned):
             self.failure = self.failure or said
 

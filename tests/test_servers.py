@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 import unittest
@@ -235,6 +236,7 @@ class SeveralServers(Case):
     def again(self, engine: str) -> tuple[object, ...]:
         """Begin anew, and return the flags for an engine."""
         self.database.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self.ollama.reset()
         self.other.reset()
         return (*self.two, "--engine", engine)
@@ -336,7 +338,9 @@ class SeveralServers(Case):
                 self.ollama.configure(seconds_per_text=0)
                 _, err = process.communicate(timeout=60)
                 self.assertEqual(process.returncode, 0)
-                self.assertRegex(err.decode(), rf"\Awarning: {self.other.url} did not do its share .*refused\n\Z")
+                self.assertRegex(
+                    err.decode(), rf"\Awarning: {self.other.url} did not do its share to the end: .*connection.*\n\Z"
+                )
                 self.assert_complete()
 
     def test_one_comes_back_with_another_model(self) -> None:
@@ -378,6 +382,22 @@ class SeveralServers(Case):
                 done = self.run_program(*flags)
                 self.assertEqual((done.code, done.tally), (1, (59, 0, 1)))
                 self.assert_complete(but=[33])
+
+    def test_what_comes_from_a_server_that_is_missed_counts_only_once_it_is_known_to_be_the_same(self) -> None:
+        fleet = fleet_of(2)
+        engine = embedgen.Engine(fleet, embedgen.Interrupt())
+        first, second, third = (fleet.launch(fleet.lanes[0], ROWS, 0, 0.0) for _ in range(3))
+        answers: list[Any] = [b"1234" * 8] * 8
+        list(engine.hear(first, Away("refused")))
+        self.assertEqual(list(engine.hear(second, answers)), [])
+        news, result = engine.hear(Batch([], 0, fleet.lanes[0]), answers[:1])
+        self.assertIn("is back", news.what)  # type: ignore[union-attr]
+        self.assertEqual(result, embedgen.Result(ROWS, answers))
+        self.assertEqual(fleet.returned, [(ROWS, 1)])
+        list(engine.hear(fleet.launch(fleet.lanes[0], ROWS, 0, 0.0), Away("refused")))
+        self.assertEqual(list(engine.hear(third, answers)), [])
+        list(engine.hear(Batch([], 0, fleet.lanes[0]), Stop("another model")))
+        self.assertEqual(len(fleet.returned), 3)
 
     def test_other_dimensions_from_one_of_them(self) -> None:
         for engine in ENGINES:
