@@ -6,6 +6,7 @@
   python embedgen.py --database shop.db --table products    embed a table of your own
   python embedgen.py --engine process --workers 10          worker processes
   python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
+  python embedgen.py --server gpu1 --server gpu2            servers that share the work
 
 Rows that have an embedding of the same text are skipped, so the same command
 run again embeds only what is missing or has changed.
@@ -20,8 +21,8 @@ wire, one batch's conversation, pace, engines, files to load, stores, progress
 and report, the run, main.
 
   store.pending() --rows--> Run.batches() --batches--> Engine.run()
-                                                          |  up to N conversations with the
-                                                          |  server at once, as Pace has it
+                                                          |  up to N conversations at once with
+                                                          |  each server, as Pace and Fleet have it
   store.save() <--vectors-- Run.take() <---results--------+
 
 Only this process touches the database, the log and the terminal. A store knows
@@ -1368,8 +1369,8 @@ class Fleet:
         def rate(lane: Lane) -> float:
             return lane.rate or usual
 
-        def begin(lane: Lane) -> float:
-            return max(lane.free, now) if lane.flying else now
+        def begin(lane: Lane) -> float:  # who is late is taken to be late by as much again: it may never answer
+            return now + abs(lane.free - now) if lane.flying else now
 
         # When would all be done together? A server that is busy for longer than that gets nothing more.
         rows = left() if left() > 0 else sys.maxsize

@@ -95,6 +95,15 @@ class FleetByHand(unittest.TestCase):
         assert choice
         self.assertIs(choice[0], fleet.lanes[1])
 
+    def test_near_the_end_nobody_waits_for_a_fast_server_that_is_late(self) -> None:
+        fleet = fleet_of(2, 100.0, 1.0)
+        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
+        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
+        self.assertIsNone(fleet.choose(lambda: 1, 0.2))
+        choice = fleet.choose(lambda: 1, 5.0)
+        assert choice
+        self.assertIs(choice[0], fleet.lanes[1])
+
     def test_what_a_server_leaves_undone_goes_to_the_others_in_their_sizes(self) -> None:
         fleet = fleet_of(2, 10.0, 10.0)
         batch = fleet.launch(fleet.lanes[0], list(range(8)), 0, 0.0)  # type: ignore[arg-type]
@@ -153,6 +162,22 @@ class FleetByHand(unittest.TestCase):
         while fleet.can_spare(Batch(ROWS, 8, fleet.lanes[0], moves)):
             moves += 1
         self.assertEqual(moves, 6)
+
+    def test_what_comes_from_a_server_that_is_missed_counts_only_once_it_is_known_to_be_the_same(self) -> None:
+        fleet = fleet_of(2)
+        engine = embedgen.Engine(fleet, embedgen.Interrupt())
+        first, second, third = (fleet.launch(fleet.lanes[0], ROWS, 0, 0.0) for _ in range(3))
+        answers: list[Any] = [b"1234" * 8] * 8
+        list(engine.hear(first, Away("refused")))
+        self.assertEqual(list(engine.hear(second, answers)), [])
+        news, result = engine.hear(Batch([], 0, fleet.lanes[0]), answers[:1])
+        self.assertIn("is back", news.what)  # type: ignore[union-attr]
+        self.assertEqual(result, embedgen.Result(ROWS, answers))
+        self.assertEqual(fleet.returned, [(ROWS, 1)])
+        list(engine.hear(fleet.launch(fleet.lanes[0], ROWS, 0, 0.0), Away("refused")))
+        self.assertEqual(list(engine.hear(third, answers)), [])
+        list(engine.hear(Batch([], 0, fleet.lanes[0]), Stop("another model")))
+        self.assertEqual(len(fleet.returned), 3)
 
     def test_vectors_of_another_length_are_not_taken(self) -> None:
         fleet = fleet_of(2)
@@ -382,22 +407,6 @@ class SeveralServers(Case):
                 done = self.run_program(*flags)
                 self.assertEqual((done.code, done.tally), (1, (59, 0, 1)))
                 self.assert_complete(but=[33])
-
-    def test_what_comes_from_a_server_that_is_missed_counts_only_once_it_is_known_to_be_the_same(self) -> None:
-        fleet = fleet_of(2)
-        engine = embedgen.Engine(fleet, embedgen.Interrupt())
-        first, second, third = (fleet.launch(fleet.lanes[0], ROWS, 0, 0.0) for _ in range(3))
-        answers: list[Any] = [b"1234" * 8] * 8
-        list(engine.hear(first, Away("refused")))
-        self.assertEqual(list(engine.hear(second, answers)), [])
-        news, result = engine.hear(Batch([], 0, fleet.lanes[0]), answers[:1])
-        self.assertIn("is back", news.what)  # type: ignore[union-attr]
-        self.assertEqual(result, embedgen.Result(ROWS, answers))
-        self.assertEqual(fleet.returned, [(ROWS, 1)])
-        list(engine.hear(fleet.launch(fleet.lanes[0], ROWS, 0, 0.0), Away("refused")))
-        self.assertEqual(list(engine.hear(third, answers)), [])
-        list(engine.hear(Batch([], 0, fleet.lanes[0]), Stop("another model")))
-        self.assertEqual(len(fleet.returned), 3)
 
     def test_other_dimensions_from_one_of_them(self) -> None:
         for engine in ENGINES:
