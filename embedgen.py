@@ -22,7 +22,7 @@ and report, the run, main.
 
   store.pending() --rows--> Run.batches() --batches--> Engine.run()
                                                           |  up to N conversations at once with
-                                                          |  each server, as Pace and Fleet have it
+                                                          |  each server, as Pace and Servers have it
   store.save() <--vectors-- Run.take() <---results--------+
 
 Only this process touches the database, the log and the terminal. A store knows
@@ -1324,7 +1324,7 @@ class Batch(NamedTuple):
         return [row.text for row in self.rows]
 
 
-class Fleet:
+class Servers:
     """Which server the next batch goes to, and how large it is; and which servers are away.
 
     As long as there is enough to do, each server that has room gets a batch as its pace has it. Towards the end
@@ -1842,9 +1842,9 @@ class Engine:
 
     log_name = ""
 
-    def __init__(self, fleet: Fleet, interrupt: Interrupt) -> None:
-        self.fleet, self.interrupt = fleet, interrupt
-        self.wires = [lane.wire for lane in fleet.lanes]
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
+        self.servers, self.interrupt = servers, interrupt
+        self.wires = [lane.wire for lane in servers.lanes]
         self.batch_size = 0  # texts that the next batch is to have
         self.failure: Exception | None = None
 
@@ -1857,16 +1857,16 @@ class Engine:
 
     def greet(self) -> None:
         """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
-        fleet, now = self.fleet, time.monotonic()
-        for lane in fleet.lanes:
+        servers, now = self.servers, time.monotonic()
+        for lane in servers.lanes:
             try:
                 self.speak(lane)
             except Away as away:
-                if fleet.alone:
+                if servers.alone:
                     raise
-                fleet.lose(Batch([], 0, lane), away, now)
-        if all(lane.trouble for lane in fleet.lanes):
-            said = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in fleet.lanes)
+                servers.lose(Batch([], 0, lane), away, now)
+        if all(lane.trouble for lane in servers.lanes):
+            said = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
             raise Stop(f"cannot reach any of the servers: {said}. Start one, or give another --server URL.")
 
     def speak(self, lane: Lane) -> None:
@@ -1875,9 +1875,9 @@ class Engine:
 
     def task(self, batch: Batch) -> Task:
         """Return what is to be done for a batch."""
-        fleet = self.fleet
-        movable = not fleet.alone and batch.moves < fleet.MOVES
-        return Task(batch.lane.place, batch.texts, movable, fleet.dimensions)
+        servers = self.servers
+        movable = not servers.alone and batch.moves < servers.MOVES
+        return Task(batch.lane.place, batch.texts, movable, servers.dimensions)
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -1897,15 +1897,15 @@ class Engine:
         Nothing is taken from `batches` before there is room for it; an empty batch means that there
         is nothing right now, and it is asked again by and by. After an interrupt, or a conversation
         that raised, no more is taken and what is in flight has GRACE seconds to end; then the
-        exception, if there was one, is raised. `left` is as in Fleet.choose.
+        exception, if there was one, is raised. `left` is as in Servers.choose.
         """
-        fleet, more, deadline = self.fleet, True, 0.0
+        servers, more, deadline = self.servers, True, 0.0
         while True:
             stopping = self.stopping()
-            while not stopping and (more or fleet.returned) and (choice := fleet.choose(left, time.monotonic())):
+            while not stopping and (more or servers.returned) and (choice := servers.choose(left, time.monotonic())):
                 lane, self.batch_size = choice
-                if fleet.returned:
-                    self.submit(fleet.launch(lane, *fleet.take_returned(self.batch_size), time.monotonic()))
+                if servers.returned:
+                    self.submit(servers.launch(lane, *servers.take_returned(self.batch_size), time.monotonic()))
                     continue
                 rows = next(batches, None)
                 if rows is None:
@@ -1913,12 +1913,12 @@ class Engine:
                 elif not rows:
                     break
                 else:
-                    self.submit(fleet.launch(lane, rows, 0, time.monotonic()))
-            flying = any(lane.flying for lane in fleet.lanes)
+                    self.submit(servers.launch(lane, rows, 0, time.monotonic()))
+            flying = any(lane.flying for lane in servers.lanes)
             if not flying and not more:
-                for lane in fleet.lanes:  # nothing else is left to be done: others do it sooner
-                    fleet.redo(lane)
-            if not flying and (stopping or not (more or fleet.returned)):
+                for lane in servers.lanes:  # nothing else is left to be done: others do it sooner
+                    servers.redo(lane)
+            if not flying and (stopping or not (more or servers.returned)):
                 break
             if stopping and not deadline:
                 deadline = time.monotonic() + GRACE
@@ -1926,9 +1926,9 @@ class Engine:
             if stopping and time.monotonic() >= deadline:
                 break
             if not stopping:
-                for question in fleet.to_probe(time.monotonic()):
+                for question in servers.to_probe(time.monotonic()):
                     self.submit(question)
-                self.failure = fleet.given_up(time.monotonic())
+                self.failure = servers.given_up(time.monotonic())
             for batch, said in self.wait(TICK):
                 yield from self.hear(batch, said)
             yield None
@@ -1937,16 +1937,16 @@ class Engine:
 
     def hear(self, batch: Batch, said: Exchange | Answers | Exception) -> Iterator[Result | Heard]:
         """Take in what was heard of a batch."""
-        fleet, lane, now = self.fleet, batch.lane, time.monotonic()
+        servers, lane, now = self.servers, batch.lane, time.monotonic()
         if isinstance(said, Exchange):
             lane.observe(said, batch.under_way)
             yield Heard(lane, said)
             return
-        fleet.land(batch, now)
-        if isinstance(said, list) and not fleet.alone:
-            said = fleet.check(lane, said) or said
-        if isinstance(said, Stop) and fleet.can_spare(batch):
-            news = "" if self.stopping() else fleet.lose(batch, said, now)
+        servers.land(batch, now)
+        if isinstance(said, list) and not servers.alone:
+            said = servers.check(lane, said) or said
+        if isinstance(said, Stop) and servers.can_spare(batch):
+            news = "" if self.stopping() else servers.lose(batch, said, now)
             if news:
                 yield Heard(lane, news)
         elif isinstance(said, list):
@@ -1956,9 +1956,9 @@ class Engine:
             elif batch.rows:
                 lane.held.append(result)
                 if lane.barred:
-                    fleet.redo(lane)
+                    servers.redo(lane)
             elif not lane.barred:
-                yield Heard(lane, fleet.welcome(lane, now))
+                yield Heard(lane, servers.welcome(lane, now))
                 yield from lane.held
                 lane.held = []
         elif not isinstance(said, Abandoned):
@@ -1970,10 +1970,10 @@ class AsyncEngine(Engine):
 
     log_name = "generate_embeddings_async.log"
 
-    def __init__(self, fleet: Fleet, interrupt: Interrupt) -> None:
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import asyncio
 
-        super().__init__(fleet, interrupt)
+        super().__init__(servers, interrupt)
         self.loop = asyncio.new_event_loop()
         self.idle: list[list[StreamTransport]] = [[] for _ in self.wires]
         self.tasks: set[Any] = set()
@@ -2167,11 +2167,11 @@ class ProcessEngine(Engine):
 
     log_name = "generate_embeddings.log"
 
-    def __init__(self, fleet: Fleet, interrupt: Interrupt) -> None:
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import gc
         import multiprocessing
 
-        super().__init__(fleet, interrupt)
+        super().__init__(servers, interrupt)
         # Forked workers share what is loaded now. What they import themselves, and what the garbage
         # collector writes to, each of them gets a copy of.
         for name in ("array", "http.client", "json", "multiprocessing.connection", "queue", "random", "threading"):
@@ -3450,7 +3450,7 @@ class Run:
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
-        self.reasons = [lane.pace.reason for lane in engine.fleet.lanes]  # each pace's last one that was logged
+        self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
@@ -3486,7 +3486,7 @@ class Run:
                 self.save()  # what is dropped here leaves room in the limit
         finally:
             now = time.monotonic()
-            for line in self.engine.fleet.shares(now - began, now):
+            for line in self.engine.servers.shares(now - began, now):
                 self.log.info(line)
 
     def room(self) -> int:
@@ -3495,7 +3495,7 @@ class Run:
 
     def left(self) -> int:
         """Return how many rows no server has been given yet, as far as is known."""
-        return min(self.room(), self.counts.left - len(self.unsaved)) - self.engine.fleet.texts
+        return min(self.room(), self.counts.left - len(self.unsaved)) - self.engine.servers.texts
 
     def batches(self) -> Iterator[list[Row]]:
         """Yield batches of pending rows, each as large as the engine wants it when it is taken."""
@@ -3545,7 +3545,7 @@ class Run:
         if isinstance(what, str):
             self.log.warn(what, f"{lane.wire.address} came or went")
             return
-        at = "" if self.engine.fleet.alone else f"{lane.wire.address}: "
+        at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
         if what.outcome == "ok":
             self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
         else:
@@ -3619,11 +3619,11 @@ def embed(
     if stored:
         wires[0].settle(stored)
     started = False
-    fleet = fleet_for(options, wires)
-    engine = ENGINES[options.engine](fleet, interrupt)
+    servers = servers_for(options, wires)
+    engine = ENGINES[options.engine](servers, interrupt)
     try:
         engine.greet()
-        absent = [lane for lane in fleet.lanes if lane.trouble]
+        absent = [lane for lane in servers.lanes if lane.trouble]
         for lane in absent:
             log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
             complain(f"warning: {text}")
@@ -3631,7 +3631,7 @@ def embed(
         report.start(counts)
         started = interrupt.gentle = True
         Run(store, engine, counts, report, log).work()
-        for lane in fleet.lanes:  # who came back is in the log; who did not may wait to be seen to
+        for lane in servers.lanes:  # who came back is in the log; who did not may wait to be seen to
             if lane.trouble and lane not in absent and not interrupt.code:
                 complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
@@ -3645,7 +3645,7 @@ def embed(
         engine.close()
 
 
-def fleet_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Fleet:
+def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
     fixed, many = options.in_flight, len(wires)
     lanes = []
@@ -3653,9 +3653,9 @@ def fleet_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Fleet:
         in_flight = fixed and max(1, fixed // many + (place < fixed % many))
         pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
         lanes.append(Lane(place, wire, pace))
-    fleet = Fleet(lanes, fixed)
-    fleet.dimensions = wires[0].dimensions if wires[0].certain else None
-    return fleet
+    servers = Servers(lanes, fixed)
+    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    return servers
 
 
 # =============================== main ===============================

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from embedgen import TICK, Away, Batch, Exchange, Fleet, Pace, fleet_for
+from embedgen import TICK, Away, Batch, Exchange, Pace, Servers, servers_for
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -286,7 +286,7 @@ class Shared:
 
     seconds: float
     embedded: list[int]  # the rows, in the order of their answers
-    fleet: Fleet
+    fleet: Servers
 
     def share(self, servers: Sequence[Slots]) -> float:
         """Of what the servers could have done in that time, while they were there."""
@@ -300,7 +300,7 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
     A server's `away` is a crash: what is under way to it then is lost.
     """
     wires: list[Any] = [SimpleNamespace(address=f"server {place}", certain=False) for place in range(len(servers))]
-    fleet = fleet_for(argparse.Namespace(in_flight=most, batch_size=None, timeout=300.0), wires)
+    fleet = servers_for(argparse.Namespace(in_flight=most, batch_size=None, timeout=300.0), wires)
     events: list[tuple[float, int, Batch | None, float, str]] = [(TICK, -1, None, 0.0, "tick")]
     order = itertools.count()
     now, handed, embedded = 0.0, 0, list[int]()

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from embedgen import Away, Batch, Exchange, Fleet, Lane, Pace, Stop
+from embedgen import Away, Batch, Exchange, Lane, Pace, Servers, Stop
 from tests.ollama import Ollama
 from tests.simulation import Slots, simulate_fleet
 from tests.support import ENGINES, Case
@@ -26,8 +26,8 @@ def four(away: tuple[float, float] = (0.0, 0.0)) -> list[Slots]:
     return [Slots(1, 1 / rate, away=away if rate == max(RATES) else (0.0, 0.0)) for rate in RATES]
 
 
-class FleetInVirtualTime(unittest.TestCase):
-    def check(self, servers: list[Slots], rows: int, share: float) -> Fleet:
+class ServersInVirtualTime(unittest.TestCase):
+    def check(self, servers: list[Slots], rows: int, share: float) -> Servers:
         """All rows must be embedded, once each, in so much of what the servers could have done."""
         run = simulate_fleet(servers, rows)
         self.assertEqual(sorted(run.embedded), list(range(rows)))
@@ -63,12 +63,12 @@ class FleetInVirtualTime(unittest.TestCase):
             self.assertEqual(flying, most)
 
 
-def fleet_of(count: int, *rates: float) -> Fleet:
+def fleet_of(count: int, *rates: float) -> Servers:
     """Return a fleet of servers, for some of which the texts/s are known."""
     lanes = [Lane(place, SimpleNamespace(address=f"server {place}"), Pace(2, 8)) for place in range(count)]
     for lane, rate in zip(lanes, rates):
         lane.rate = rate
-    return Fleet(lanes)
+    return Servers(lanes)
 
 
 ROWS: list[Any] = [None] * 8
