@@ -6,6 +6,7 @@
   python embedgen.py --database shop.db --table products    embed a table of your own
   python embedgen.py --engine process --workers 10          worker processes
   python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
+  python embedgen.py --server gpu1 --server gpu2            servers that share the work
 
 Rows that have an embedding of the same text are skipped, so the same command
 run again embeds only what is missing or has changed.
@@ -20,8 +21,8 @@ wire, one batch's conversation, pace, engines, files to load, stores, progress
 and report, the run, main.
 
   store.pending() --rows--> Run.batches() --batches--> Engine.run()
-                                                          |  up to N conversations with the
-                                                          |  server at once, as Pace has it
+                                                          |  up to N conversations at once with
+                                                          |  each server, as Pace and Servers have it
   store.save() <--vectors-- Run.take() <---results--------+
 
 Only this process touches the database, the log and the terminal. A store knows
@@ -67,6 +68,13 @@ class Stop(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Away(Stop):
+    """A server is not there, or does nothing useful now: others may do its work, and it may come back."""
+
+    reason = ""  # in a few words
+    wait = 0.0  # seconds that the server asks to be left alone
 
 
 class Reported(Stop):
@@ -180,13 +188,14 @@ def create_parser() -> Parser:
         help="one event loop, or worker processes (default: async)",
     )
     add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
-        help="requests in flight at most; auto adapts to the server (default: auto)")  # fmt: skip
+        help="requests in flight at most; auto adapts to each server (default: auto)")  # fmt: skip
     add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
 
     server = parser.add_argument_group("the server")
     add = server.add_argument
-    add("--server", metavar="URL", help="Ollama, or hash: for the built-in embedder, which finds shared words, not "
-        "meaning (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
+    add("--server", metavar="URL", action="append", help="Ollama, or hash: for the built-in embedder, which finds "
+        "shared words, not meaning; may be given several times, for servers that share the work "
+        "(default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
     add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
     add(
         "--timeout",
@@ -217,15 +226,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = create_parser().parse_args(argv)
     for name in ("database", "table", "id", "columns", "text", "where", "target", "load", "server", "model", "noun"):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
-        if getattr(options, name) is not None and not getattr(options, name).strip():
+        given = getattr(options, name)
+        if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
             raise UsageError(f"--{name} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
     if options.quiet and options.json:
         raise UsageError("--quiet and --json both say what is printed. Give one of them.")
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
-    options.server = options.server or os.environ.get("OLLAMA_HOST", "").strip(" \t'\"") or "http://localhost:11434"
-    if options.server == "hash:":
+    host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
+    options.server = options.server or [host or "http://localhost:11434"]
+    if "hash:" in options.server:
+        if len(options.server) > 1:
+            raise UsageError("--server hash: computes here and goes with no other server. Give it alone.")
         if options.model not in (None, HashWire.model):
             raise UsageError(f"--server hash: has one model, {HashWire.model}. Leave out --model.")
         if options.dimensions not in (None, HashWire.dimensions):
@@ -424,7 +437,7 @@ class Row(NamedTuple):
 
 
 class Send(NamedTuple):
-    """One HTTP request; `timeout` is the longest silence and `connect` the longest dialling, in seconds."""
+    """One HTTP request, a GET if it has no body; longest silence and longest dialling, `connect`, in seconds."""
 
     path: str
     body: bytes
@@ -457,6 +470,7 @@ class Unavailable(Trouble):
         super().__init__(message)
         self.retry_after = retry_after
         self.outcome = "overloaded" if status else "failed"
+        self.gone = not status  # nobody answers, or not to the end
         self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
         self.busy = status in (429, 503)
         self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
@@ -640,15 +654,26 @@ class OllamaWire:
         # Vectors must have this length: as asked for, as stored, or as the server's model card says.
         self.dimensions: int | None = options.dimensions
         self.certain = options.dimensions is not None  # a model card may be wrong
+        self.digest = ""  # of the model, as this server has it; only asked for where there are several
+        self.kin: list[Any] = [self]  # the wires to all servers of the run
 
     @property
     def most_texts(self) -> int:
         """Texts that one request can carry."""
         return 1 if self.legacy else sys.maxsize
 
-    def converse(self, texts: list[str]) -> Conversation:
-        """Return the conversation that embeds `texts`."""
-        return Talk(self).embed(texts)
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
+        return Talk(self, movable=movable).embed(texts)
+
+    def probe(self) -> Conversation:
+        """Return the conversation that finds out whether a server that was away is back, and still the same."""
+        return Talk(self).probe()
+
+    def settle(self, dimensions: int) -> None:
+        """Know for certain how long the vectors are: of this server, and so of all."""
+        for wire in self.kin:
+            wire.dimensions, wire.certain = dimensions, True
 
     def greet(self) -> Conversation:
         """Return the conversation that checks, before a row is read, that the server has the model."""
@@ -659,7 +684,9 @@ class OllamaWire:
         reply = yield Send("/api/show", body, min(self.timeout, 30.0), connect=2.5)
         assert reply is not None
         if reply.status == 0:
-            raise Stop(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}). {self.advice()}")
+            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}). {self.advice()}")
+            away.reason = reply.reason
+            raise away
         try:
             self.check(reply, "/api/show")
             information = json.loads(reply.body).get("model_info") or {}
@@ -670,7 +697,34 @@ class OllamaWire:
             self.dimensions = lengths[0] if lengths else None
         elif lengths[:1] != [self.dimensions]:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
+        if len(self.kin) > 1:
+            yield from self.compare()
         return []
+
+    def compare(self) -> Generator[Send, Reply | None, None]:
+        """Raise Stop if the model is not the one that the other servers have, by its digest in GET /api/tags.
+
+        A server that tells no digest (only Ollama does) is taken at its word about the model's name.
+        """
+        import json
+
+        reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
+        assert reply is not None
+        try:
+            self.check(reply, "/api/tags")
+            digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
+        except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+            return
+        digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
+        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
+        if digest and other.digest not in ("", digest):
+            mine, its = (one.rpartition(":")[2] for one in (digest, other.digest))
+            raise Stop(
+                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
+                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
+                f'with "ollama pull {self.model}", or leave out one --server.'
+            )
+        self.digest = digest
 
     def advice(self) -> str:
         """Return what to do about a server that cannot be reached."""
@@ -800,6 +854,7 @@ class HashWire:
     dimensions = 256
     certain = True
     server = Server("hash", "", 0, "", "")
+    kin: ClassVar[list[Any]] = []
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         pass
@@ -809,7 +864,12 @@ class HashWire:
         return []
         yield  # makes it a generator
 
-    def converse(self, texts: list[str]) -> Conversation:
+    probe = greet
+
+    def settle(self, dimensions: int) -> None:
+        """There is nothing to be settled."""
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
         """Return a conversation that knows the answers without asking anyone."""
         return [hash_embedding(text) or "no words in the text" for text in texts]
         yield  # makes it a generator
@@ -834,11 +894,27 @@ def hash_embedding(text: str) -> bytes:
     return pack([number / norm for number in vector]) if norm else b""
 
 
-def wire_for(options: argparse.Namespace) -> OllamaWire | HashWire:
-    """Return the wire that speaks to --server."""
-    if options.server == "hash:":
+Wire = Union[OllamaWire, HashWire]
+
+
+def wire_for(address: str, options: argparse.Namespace) -> Wire:
+    """Return the wire that speaks to a server."""
+    if address == "hash:":
         return HashWire(HashWire.server, options)
-    return OllamaWire(parse_server(options.server), options)
+    return OllamaWire(parse_server(address), options)
+
+
+def wires_for(options: argparse.Namespace) -> list[Wire]:
+    """Return the wires that speak to the servers of --server."""
+    wires = [wire_for(address, options) for address in options.server]
+    places = [wire.address for wire in wires]
+    for place in places:
+        if places.count(place) > 1:  # rather a slip than a wish, and the server meant would stay idle
+            raise UsageError(f"--server {place} is given twice. Give each server once.")
+    if len(wires) > 1:
+        for wire in wires:
+            wire.kin = wires  # type: ignore[misc]
+    return wires
 
 
 # =============================== one batch's conversation ===============================
@@ -870,6 +946,7 @@ Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
 LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
+LEAVE = 5.0  # seconds of trying, where there are other servers, until the texts go there; at once if nobody is there
 SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
 # Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
 # which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
@@ -881,13 +958,13 @@ KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 class Talk:
     """One conversation with a server, about one batch of texts."""
 
-    def __init__(self, wire: OllamaWire, jitter: Callable[[], float] | None = None) -> None:
-        """`jitter` gives numbers from 0 to 1 that spread the waits of many clients."""
+    def __init__(self, wire: OllamaWire, jitter: Callable[[], float] | None = None, movable: bool = False) -> None:
+        """`jitter` gives numbers from 0 to 1 that spread the waits of many clients; `movable` is as in converse()."""
         if jitter is None:
             import random
 
             jitter = random.random
-        self.wire, self.jitter, self.timeout = wire, jitter, wire.timeout
+        self.wire, self.jitter, self.timeout, self.movable = wire, jitter, wire.timeout, movable
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
@@ -984,7 +1061,21 @@ class Talk:
                 wire.dimensions = dimensions
         if dimensions != wire.dimensions:
             raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
-        wire.certain = True
+        if not wire.certain:
+            wire.settle(dimensions)
+
+    def probe(self) -> Conversation:
+        """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
+        yield from self.wire.greet()
+        while True:
+            try:
+                return list((yield from self.ask([KNOWN_GOOD], probe=True)))
+            except Superseded:
+                continue
+            except OtherDimensions as error:
+                raise self.of_no_use(error) from None
+            except Trouble as trouble:
+                raise self.away(trouble) from None
 
     def until_sane(self) -> Generator[Any, Reply | None, bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
@@ -994,25 +1085,42 @@ class Talk:
                 yield from self.ask([KNOWN_GOOD], probe=True)
                 return at_once
             except OtherDimensions as error:
-                raise Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.") from None
+                raise self.of_no_use(error) from None
             except Superseded:
                 continue
             except Trouble as trouble:
                 at_once = False
-                yield from self.pause(trouble)
+                yield from self.pause(trouble, known_good=True)
 
-    def pause(self, trouble: Trouble) -> Generator[Any, Reply | None, None]:
+    def of_no_use(self, error: OtherDimensions) -> Stop:
+        """Return the end of all work with this server."""
+        return Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.")
+
+    def away(self, trouble: Trouble) -> Away:
+        """Return the end of this conversation."""
+        away = Away(
+            f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+            f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
+        )
+        away.reason = str(trouble)
+        away.wait = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        return away
+
+    def pause(self, trouble: Trouble, known_good: bool = False) -> Generator[Any, Reply | None, None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
         Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
+        Rather than wait, texts that are movable are left to other servers; but not those under which
+        the server may have broken, unless it cannot bear the known-good text either: they would break the others.
         """
+        away = self.away(trouble)
+        asked_for = away.wait
         if self.trying >= PATIENCE:
-            raise Stop(
-                f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
-                f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
-            )
+            raise away
+        blameless = known_good or not getattr(trouble, "crashed", False)
+        if self.movable and blameless and (self.trying + asked_for >= LEAVE or getattr(trouble, "gone", False)):
+            raise away
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
-        asked_for = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
         yield Wait(max(wait, asked_for))
@@ -1044,12 +1152,14 @@ class Pace:
     WEIGHT: ClassVar[dict[str, float]] = {"ok": 0.05, "overloaded": 0.05, "timeout": 0.25}
     ROUND = ("smaller requests", "more in flight", "larger requests", "fewer in flight")  # experiments, in order
 
-    def __init__(self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0) -> None:
-        """A number fixes that setting, None leaves it to Pace."""
+    def __init__(
+        self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0, most: int = MOST_IN_FLIGHT
+    ) -> None:
+        """A number fixes that setting, None leaves it to Pace, up to `most` in flight."""
         self.in_flight = in_flight or 2  # one being computed, one waiting: the shortest pipe without a gap
         self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
         self.reason = "start"
-        self._auto_in_flight, self._auto_batch = in_flight is None, batch_size is None
+        self._auto_in_flight, self._auto_batch, self._most = in_flight is None, batch_size is None, most
         self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
         self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
         self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
@@ -1157,7 +1267,7 @@ class Pace:
             batch, needed = int(batch * min(4.0, 1.5 * target / took)), self.KEEP
         elif move == "larger requests" and (took < 2 * target or self._costly):
             batch, needed = 2 * batch, self.LEAP if self._costly else self.GAIN
-        in_flight = min(self.MOST_IN_FLIGHT, in_flight) if self._auto_in_flight else self.in_flight
+        in_flight = min(self._most, in_flight) if self._auto_in_flight else self.in_flight
         batch = min(self.LARGEST_BATCH, max(1, batch)) if self._auto_batch else self.batch_size
         if (in_flight, batch) != (self.in_flight, self.batch_size):
             self._move, self._needed, self._before = move, needed, (self.in_flight, self.batch_size)
@@ -1183,16 +1293,56 @@ class Pace:
         self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
 
-# =============================== engines ===============================
-# An engine turns batches into results, in any order, holding a bounded number in flight.
-# Engine.run is that loop; a subclass says how one batch is sent on its way and waited for.
+class Result(NamedTuple):
+    """A batch's rows with their answers."""
+
+    rows: list[Row]
+    answers: Answers
+
+
+class Lane:
+    """One server of a run: its wire, its pace, and what is under way to it. Moments are seconds of any one clock."""
+
+    WEIGHT = 0.3  # of the last answer in the rate
+
+    def __init__(self, place: int, wire: Wire, pace: Pace) -> None:
+        """`place` is its number among the servers."""
+        self.place, self.wire, self.pace = place, wire, pace
+        self.flying = self.texts = 0  # batches and texts under way
+        self.rate = 0.0  # texts/s; 0: not known
+        self.free = 0.0  # the moment at which all that is under way should be done
+        self.embedded = 0  # texts
+        self.trouble = ""  # why it gets nothing now; "" while it does
+        self.barred = False  # whether it is of no use for the rest of the run
+        self.since = self.absent = 0.0  # when it went away, and seconds that it was away before
+        self.trying = 0.0  # since when it has been tried in vain
+        self.next_probe: float | None = None  # None: one is under way, or none is needed
+        # Answers that came after it went: it may have been started again with another model, which a probe will tell.
+        self.held: list[Result] = []
+
+    def observe(self, exchange: Exchange, under_way: int) -> None:
+        """Learn how a request went; Little's law gives the rate, as it does in Pace."""
+        self.pace.observe(exchange.texts, exchange.seconds, exchange.outcome, under_way)
+        if exchange.outcome == "ok":
+            self.embedded += exchange.texts
+            rate = under_way / max(exchange.seconds, 0.001)
+            self.rate += (rate - self.rate) * (self.WEIGHT if self.rate else 1.0)
+
+    def away_for(self, now: float) -> float:
+        """Return the seconds that it has been away in all."""
+        return self.absent + (now - self.since if self.trouble else 0.0)
 
 
 class Batch(NamedTuple):
-    """Rows whose texts go to the server together; `under_way` texts were in flight when they did, these included."""
+    """Rows whose texts go to a server together; `under_way` texts were in flight to it when they did, these included.
+
+    One without rows asks a server whether it is back. `moves` is how many servers have left it undone.
+    """
 
     rows: list[Row]
     under_way: int
+    lane: Lane
+    moves: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -1200,11 +1350,201 @@ class Batch(NamedTuple):
         return [row.text for row in self.rows]
 
 
-class Result(NamedTuple):
-    """A batch's rows with their answers."""
+class Servers:
+    """Which server the next batch goes to, and how large it is; and which servers are away.
 
-    rows: list[Row]
-    answers: Answers
+    As long as there is enough to do, each server that has room gets a batch as its pace has it. Towards the end
+    of the table each gets so much that all are done at one moment, in ever smaller batches: half of its share at a
+    time, as in factoring (S. Hummel et al., "Factoring: a method for scheduling parallel loops", CACM 35, 1992).
+    A server that is away is probed, and what was under way to it goes to the others. No clock, no I/O.
+    """
+
+    SMALLEST = 8  # times smaller than the pace's are the last batches at least: each has its overhead
+    UNKNOWN = 4  # times smaller are the first batches, until a server has answered
+    PROBE, LATE = 0.25, 8  # a server is probed so many seconds after it went, then each 1/LATE of its time away
+    MOVES = 3  # servers that may leave a batch undone; the next one has to find out what is wrong with it
+
+    def __init__(self, lanes: list[Lane], most: int | None = None) -> None:
+        """`most` requests are in flight to all servers together."""
+        self.lanes, self.most = lanes, most or sys.maxsize
+        self.alone = len(lanes) == 1  # then it is used as it is, and what ends it ends the run
+        self.returned: list[tuple[list[Row], int]] = []  # rows that a server has left undone, and how many have
+        self.dimensions: int | None = None  # of the vectors, once one has come
+
+    @property
+    def texts(self) -> int:
+        """Texts under way."""
+        return sum(lane.texts for lane in self.lanes)
+
+    def choose(self, left: Callable[[], int], now: float) -> tuple[Lane, int] | None:
+        """Return the server for the next batch and its size, or None if there is room nowhere.
+
+        `left` gives how many rows are not under way yet, as far as that is known.
+        """
+        if sum(lane.flying for lane in self.lanes) >= self.most:
+            return None
+        there = [lane for lane in self.lanes if not lane.trouble]
+        roomy = [lane for lane in there if lane.flying < lane.pace.in_flight]
+        if not roomy:
+            return None
+        if len(there) == 1:
+            return there[0], there[0].pace.batch_size
+        known = [lane.rate for lane in there if lane.rate]
+        usual = sum(known) / len(known) if known else 1.0
+
+        def rate(lane: Lane) -> float:
+            return lane.rate or usual
+
+        def begin(lane: Lane) -> float:  # who is late is taken to be late by as much again: it may never answer
+            return now + abs(lane.free - now) if lane.flying else now
+
+        # When would all be done together? A server that is busy for longer than that gets nothing more.
+        rows = left() if left() > 0 else sys.maxsize
+        sharing = sorted(there, key=begin)
+        while True:
+            end = (rows + sum(rate(lane) * begin(lane) for lane in sharing)) / sum(map(rate, sharing))
+            if begin(sharing[-1]) < end or len(sharing) == 1:
+                break
+            sharing.pop()
+        found = []
+        for lane in there:
+            least = -(-lane.pace.batch_size // self.SMALLEST)
+            share = (end - begin(lane)) * rate(lane)
+            # The soonest first; before all others those not known yet, with little, since they may be slow.
+            most = lane.pace.batch_size if lane.rate else -(-lane.pace.batch_size // self.UNKNOWN)
+            size = int(min(most, max(least, share / 2)))
+            found.append((begin(lane) + size / rate(lane) if lane.rate else 0.0, lane.place, lane, size, share))
+        first = min(found)[2]
+        for _, _, lane, size, share in sorted(found):
+            if lane in roomy and (share >= size / 2 or lane is first):
+                return lane, size
+        return None
+
+    def launch(self, lane: Lane, rows: list[Row], moves: int, now: float) -> Batch:
+        """Note that a batch is on its way, and return it."""
+        begin = max(lane.free, now) if lane.flying else now
+        lane.free = begin + len(rows) / lane.rate if lane.rate else now
+        lane.flying, lane.texts = lane.flying + 1, lane.texts + len(rows)
+        return Batch(rows, lane.texts, lane, moves)
+
+    def land(self, batch: Batch, now: float) -> None:
+        """Note that a batch is no longer under way."""
+        lane = batch.lane
+        if batch.rows:
+            lane.flying, lane.texts = lane.flying - 1, lane.texts - len(batch.rows)
+            lane.free = now + lane.texts / lane.rate if lane.rate else now
+
+    def take_returned(self, size: int) -> tuple[list[Row], int]:
+        """Return up to so many rows that a server has left undone, and how many have."""
+        rows, moves = self.returned.pop()
+        if rows[size:]:
+            self.returned.append((rows[size:], moves))
+        return rows[:size], moves
+
+    def can_spare(self, batch: Batch) -> bool:
+        """Whether the work goes on where a server has left a batch undone; not if each one leaves it undone."""
+        return not self.alone and batch.moves < 2 * self.MOVES
+
+    def lose(self, batch: Batch, stop: Stop, now: float) -> str:
+        """Note that a server left a batch undone, for others to do; return what is news about the server."""
+        lane, known = batch.lane, batch.lane.trouble
+        if batch.rows:
+            self.returned.append((batch.rows, batch.moves + 1))
+        if lane.barred:
+            return ""
+        if not known:
+            lane.since = lane.trying = now
+        if not isinstance(stop, Away):
+            lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
+            self.redo(lane)
+            return f"{stop.message} The other servers do its work."
+        lane.trouble = stop.reason or stop.message
+        if stop.wait:
+            lane.trying = now + stop.wait  # waiting as long as the server asks for is not trying
+        if not known or not batch.rows:
+            lane.next_probe = now + max(self.PROBE, (now - lane.since) / self.LATE, stop.wait)
+        return "" if known else f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work"
+
+    def redo(self, lane: Lane) -> None:
+        """Give the rows of answers that cannot be trusted to other servers."""
+        self.returned += [(result.rows, 0) for result in lane.held]
+        lane.held = []
+
+    def to_probe(self, now: float) -> list[Batch]:
+        """Return the questions that are due to servers that are away."""
+        due = [lane for lane in self.lanes if lane.next_probe is not None and lane.next_probe <= now]
+        for lane in due:
+            lane.next_probe = None
+        return [Batch([], 0, lane) for lane in due]
+
+    def welcome(self, lane: Lane, now: float) -> str:
+        """Take a server into service again that is back and still the same, and return the news."""
+        gone = now - lane.since
+        lane.absent, lane.trouble = lane.absent + gone, ""
+        return f"{lane.wire.address} is back after {gone:.1f} s"
+
+    def check(self, lane: Lane, answers: Answers) -> Stop | None:
+        """Return the end of the work with a server whose vectors are not as long as those of the others."""
+        lengths = {len(answer) // 4 for answer in answers if isinstance(answer, bytes)}
+        if self.dimensions is None and len(lengths) == 1:
+            self.dimensions = min(lengths)
+        wrong = lengths - {self.dimensions}
+        if wrong:
+            return Stop(
+                f"{lane.wire.address} gives vectors of {min(wrong)} dimensions, and the others of {self.dimensions}."
+            )
+        return None
+
+    def given_up(self, now: float) -> Stop | None:
+        """Return the end of the run if all servers have been away for long, or are of no use."""
+        for lane in self.lanes:
+            if not lane.barred and (not lane.trouble or now - lane.trying < PATIENCE):
+                return None
+        said = "; ".join(f"{lane.wire.address} since {now - lane.since:.0f} s: {lane.trouble}" for lane in self.lanes)
+        return Stop(f"No server is left that gives good answers ({said}). Run the same command again when one does.")
+
+    def shares(self, elapsed: float, now: float) -> list[str]:
+        """Return for the log what each server has done in that many seconds."""
+        lines = []
+        for lane in self.lanes:
+            pace, away = lane.pace, lane.away_for(now)
+            state = f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}"
+            if self.alone:
+                return [f"at the end {state}"]
+            speed = lane.embedded / max(elapsed - away, 0.001)
+            lines.append(
+                f"{lane.wire.address}: {lane.embedded} texts, {speed:.1f} texts/s, away for {away:.1f} s; "
+                f"at the end {state}"
+            )
+        return lines
+
+
+# =============================== engines ===============================
+# An engine turns batches into results, in any order, holding a bounded number in flight.
+# Engine.run is that loop; a subclass says how one batch is sent on its way and waited for.
+
+
+class Task(NamedTuple):
+    """A batch as a worker is told of it: the server's place, and what its conversation needs; no texts to probe."""
+
+    place: int
+    texts: list[str]
+    movable: bool
+    dimensions: int | None
+
+    def begin(self, wires: Sequence[Wire]) -> Conversation:
+        """Return the conversation."""
+        wire = wires[self.place]
+        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+            wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
+        return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
+
+
+class Heard(NamedTuple):
+    """What the log is told: a request to a server, or news about one."""
+
+    lane: Lane
+    what: Exchange | str
 
 
 # What is heard of a batch: a request of its conversation, its answers, or the exception that ended it.
@@ -1327,7 +1667,8 @@ class BlockingTransport(Transport):
         with builtin_timeout():
             self.connection.sock.settimeout(send.timeout)
             try:
-                self.connection.request("POST", self.server.path + send.path, send.body, headers_for(self.server))
+                path, method = self.server.path + send.path, "POST" if send.body else "GET"
+                self.connection.request(method, path, send.body or None, headers_for(self.server))
                 response = self.connection.getresponse()
             except http.client.RemoteDisconnected:
                 raise EOFError from None
@@ -1383,8 +1724,9 @@ class StreamTransport(Transport):
     async def talk(self, send: Send) -> Reply:
         import asyncio
 
-        head = f"POST {self.server.path}{send.path} HTTP/1.1\r\n{self.headers}Content-Length: {len(send.body)}\r\n\r\n"
-        self.writer.write(head.encode("latin-1") + send.body)
+        length = f"Content-Length: {len(send.body)}\r\n" if send.body else ""
+        start = f"{'POST' if send.body else 'GET'} {self.server.path}{send.path} HTTP/1.1"
+        self.writer.write(f"{start}\r\n{self.headers}{length}\r\n".encode("latin-1") + send.body)
         await self.within(send.timeout, self.writer.drain())
         status = 100
         while 100 <= status < 200:  # interim answers
@@ -1526,8 +1868,10 @@ class Engine:
 
     log_name = ""
 
-    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
-        self.wire, self.pace, self.interrupt = wire, pace, interrupt
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
+        self.servers, self.interrupt = servers, interrupt
+        self.wires = [lane.wire for lane in servers.lanes]
+        self.batch_size = 0  # texts that the next batch is to have
         self.failure: Exception | None = None
 
     def stopping(self) -> bool:
@@ -1537,26 +1881,48 @@ class Engine:
     def halt(self) -> None:
         """See to it that conversations send nothing more; called once, when the run is to stop."""
 
-    def hold(self, conversation: Conversation) -> Answers:
-        """Hold one conversation, before or apart from the run, and return its answers."""
+    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
+        """Hold one conversation with a server, before or apart from the run, and return its answers."""
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Check that the server can do the work; raise Stop if not."""
-        self.hold(self.wire.greet())
+        """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
+        servers, now = self.servers, time.monotonic()
+        for lane in servers.lanes:
+            try:
+                self.hold(lane, lane.wire.greet())
+            except Away as away:
+                if servers.alone:
+                    raise
+                servers.lose(Batch([], 0, lane), away, now)
+        if not self.present():
+            said = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
+            raise Stop(f"cannot reach any of the servers: {said}. Start one, or give another --server URL.")
 
-    def embed(self, texts: list[str]) -> Answers:
-        """Return the answers for a few texts."""
-        return self.hold(self.wire.converse(texts))
+    def present(self) -> list[Lane]:
+        """Return the servers that are not away."""
+        return [lane for lane in self.servers.lanes if not lane.trouble]
+
+    def embed(self, lane: Lane, texts: list[str]) -> Answers:
+        """Return one server's answers for a few texts."""
+        return self.hold(lane, lane.wire.converse(texts, movable=False))
 
     def dimensions(self) -> int:
-        """Return the length of the server's vectors, as its vector for a known-good text has it."""
-        if self.wire.dimensions is None or not self.wire.certain:
-            answer = self.embed([KNOWN_GOOD])[0]
+        """Return the length of the vectors, as a server's vector for a known-good text has it."""
+        lane = self.present()[0]
+        if lane.wire.dimensions is None or not lane.wire.certain:
+            answer = self.embed(lane, [KNOWN_GOOD])[0]
             if isinstance(answer, str):
-                raise Stop(f"{self.wire.address} does not embed even a short text: {answer}.")
-            self.wire.dimensions, self.wire.certain = len(answer) // 4, True
-        return self.wire.dimensions
+                raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
+            lane.wire.settle(len(answer) // 4)
+        self.servers.dimensions = lane.wire.dimensions
+        return self.servers.dimensions or 0
+
+    def task(self, batch: Batch) -> Task:
+        """Return what is to be done for a batch."""
+        servers = self.servers
+        movable = not servers.alone and batch.moves < servers.MOVES
+        return Task(batch.lane.place, batch.texts, movable, servers.dimensions)
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -1570,47 +1936,78 @@ class Engine:
         """End what is still under way and free everything; nothing is left running."""
         raise NotImplementedError
 
-    def run(self, batches: Iterator[list[Row]]) -> Iterator[Result | Exchange | None]:
-        """Yield a Result for each batch, in any order, every Exchange, and None each TICK at the latest.
+    def run(self, batches: Iterator[list[Row]], left: Callable[[], int]) -> Iterator[Result | Heard | None]:
+        """Yield a Result for each batch, in any order, all that is Heard, and None each TICK at the latest.
 
         Nothing is taken from `batches` before there is room for it; an empty batch means that there
         is nothing right now, and it is asked again by and by. After an interrupt, or a conversation
         that raised, no more is taken and what is in flight has GRACE seconds to end; then the
-        exception, if there was one, is raised.
+        exception, if there was one, is raised. `left` is as in Servers.choose.
         """
-        flying = texts = 0  # batches and texts
-        more, deadline = True, 0.0
+        servers, more, deadline = self.servers, True, 0.0
         while True:
             stopping = self.stopping()
-            while more and not stopping and flying < self.pace.in_flight:
+            while not stopping and (more or servers.returned) and (choice := servers.choose(left, time.monotonic())):
+                lane, self.batch_size = choice
+                if servers.returned:
+                    self.submit(servers.launch(lane, *servers.take_returned(self.batch_size), time.monotonic()))
+                    continue
                 rows = next(batches, None)
                 if rows is None:
                     more = False
                 elif not rows:
                     break
                 else:
-                    flying, texts = flying + 1, texts + len(rows)
-                    self.submit(Batch(rows, texts))
-            if not flying and (stopping or not more):
+                    self.submit(servers.launch(lane, rows, 0, time.monotonic()))
+            flying = any(lane.flying for lane in servers.lanes)
+            if not flying and not more:
+                for lane in servers.lanes:  # nothing else is left to be done: others do it sooner
+                    servers.redo(lane)
+            if not flying and (stopping or not (more or servers.returned)):
                 break
             if stopping and not deadline:
                 deadline = time.monotonic() + GRACE
                 self.halt()
             if stopping and time.monotonic() >= deadline:
                 break
+            if not stopping:
+                for question in servers.to_probe(time.monotonic()):
+                    self.submit(question)
+                self.failure = servers.given_up(time.monotonic())
             for batch, said in self.wait(TICK):
-                if isinstance(said, Exchange):
-                    self.pace.observe(said.texts, said.seconds, said.outcome, batch.under_way)
-                    yield said
-                    continue
-                flying, texts = flying - 1, texts - len(batch.rows)
-                if isinstance(said, list):
-                    yield Result(batch.rows, said)
-                elif not isinstance(said, Abandoned):
-                    self.failure = self.failure or said
+                yield from self.hear(batch, said)
             yield None
         if self.failure:
             raise self.failure
+
+    def hear(self, batch: Batch, said: Exchange | Answers | Exception) -> Iterator[Result | Heard]:
+        """Take in what was heard of a batch."""
+        servers, lane, now = self.servers, batch.lane, time.monotonic()
+        if isinstance(said, Exchange):
+            lane.observe(said, batch.under_way)
+            yield Heard(lane, said)
+            return
+        servers.land(batch, now)
+        if isinstance(said, list) and not servers.alone:
+            said = servers.check(lane, said) or said
+        if isinstance(said, Stop) and servers.can_spare(batch):
+            news = "" if self.stopping() else servers.lose(batch, said, now)
+            if news:
+                yield Heard(lane, news)
+        elif isinstance(said, list):
+            result = Result(batch.rows, said)
+            if not lane.trouble:
+                yield result
+            elif batch.rows:
+                lane.held.append(result)
+                if lane.barred:
+                    servers.redo(lane)
+            elif not lane.barred:
+                yield Heard(lane, servers.welcome(lane, now))
+                yield from lane.held
+                lane.held = []
+        elif not isinstance(said, Abandoned):
+            self.failure = self.failure or said
 
 
 class AsyncEngine(Engine):
@@ -1618,29 +2015,30 @@ class AsyncEngine(Engine):
 
     log_name = "generate_embeddings_async.log"
 
-    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import asyncio
 
-        super().__init__(wire, pace, interrupt)
+        super().__init__(servers, interrupt)
         self.loop = asyncio.new_event_loop()
-        self.idle: list[StreamTransport] = []
+        self.idle: list[list[StreamTransport]] = [[] for _ in self.wires]
         self.tasks: set[Any] = set()
         self.events: list[Event] = []
         self.waiting = False  # whether the loop runs for `wait`, to be stopped when something has happened
 
-    def hold(self, conversation: Conversation) -> Answers:
-        return self.loop.run_until_complete(self.converse(conversation, lambda exchange: None))
+    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
+        return self.loop.run_until_complete(self.converse(lane.place, conversation, lambda exchange: None))
 
-    async def converse(self, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
+    async def converse(self, place: int, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
         """Drive one conversation over a connection that no other uses meanwhile."""
-        transport = self.idle.pop() if self.idle else StreamTransport(self.wire.server, self.stopping)
+        idle = self.idle[place]
+        transport = idle.pop() if idle else StreamTransport(self.wires[place].server, self.stopping)
         try:
             return await drive(conversation, transport, tell)
         except BaseException:
             transport.close()  # what is on its way over it belongs to nobody now
             raise
         finally:
-            self.idle.append(transport)
+            idle.append(transport)
 
     def deliver(self, event: Event) -> None:
         """Hand an event to the run, and let it have its turn."""
@@ -1649,19 +2047,21 @@ class AsyncEngine(Engine):
             self.loop.stop()
 
     def submit(self, batch: Batch) -> None:
+        task = self.task(batch)
+
         async def embed() -> None:
             def tell(exchange: Exchange) -> None:
                 self.deliver((batch, exchange))
 
             try:
-                said: Answers | Exception = await self.converse(self.wire.converse(batch.texts), tell)
+                said: Answers | Exception = await self.converse(task.place, task.begin(self.wires), tell)
             except Exception as error:
                 said = error
             self.deliver((batch, said))
 
-        task = self.loop.create_task(embed())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        running = self.loop.create_task(embed())
+        self.tasks.add(running)
+        running.add_done_callback(self.tasks.discard)
 
     def wait(self, seconds: float) -> list[Event]:
         if not self.events:
@@ -1681,7 +2081,7 @@ class AsyncEngine(Engine):
             task.cancel()
         if self.tasks:
             self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
-        for transport in self.idle:
+        for transport in (transport for idle in self.idle for transport in idle):
             transport.close()
         self.loop.run_until_complete(asyncio.sleep(0))  # lets the closed transports say goodbye to the loop
         self.loop.close()
@@ -1696,23 +2096,24 @@ DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: so
 class Worker:
     """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
 
-    def __init__(self, context: Any, name: str, wire: OllamaWire | HashWire, kin: Sequence[Worker]) -> None:
+    def __init__(self, context: Any, name: str, wires: Sequence[Wire], kin: Sequence[Worker]) -> None:
         """`kin` are the workers that live already."""
         self.pipe, child = context.Pipe()
         # A forked child inherits the parent's ends of all pipes. As long as one copy is open,
         # no worker would see that the parent has died.
         inherited = [worker.pipe for worker in kin] + [self.pipe] if START_METHOD == "fork" else []
-        self.process = context.Process(target=work, args=(child, wire, inherited), name=name, daemon=True)
+        self.process = context.Process(target=work, args=(child, wires, inherited), name=name, daemon=True)
         with signals_held_back():
             self.process.start()
         child.close()
         self.batch: Batch | None = None
+        self.place = -1  # of the server that it spoke to last
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: Batch, task: Task) -> None:
         """Give it a batch. If it is dead, that shows when it is waited for."""
-        self.batch = batch
+        self.batch, self.place = batch, task.place
         with contextlib.suppress(OSError):
-            self.pipe.send(batch.texts)
+            self.pipe.send(task)
 
     def halt(self) -> None:
         """Tell it to send nothing more to the server."""
@@ -1754,7 +2155,7 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> None:
+def work(pipe: Any, wires: Sequence[Wire], inherited: Sequence[Any]) -> None:
     """Be a worker process: embed the texts that come over the pipe, until it is closed."""
     import queue
     import signal
@@ -1765,23 +2166,24 @@ def work(pipe: Any, wire: OllamaWire | HashWire, inherited: Sequence[Any]) -> No
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for other in inherited:
         other.close()
-    inbox: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
     halted = threading.Event()
     threading.Thread(target=listen, args=(pipe, inbox.put, halted.set), daemon=True).start()
-    transport = BlockingTransport(wire.server, halted.is_set)
+    transports = [BlockingTransport(wire.server, halted.is_set) for wire in wires]
     while True:
         try:
-            pipe.send(answer(wire, inbox.get(), transport, pipe.send))
+            task = inbox.get()
+            pipe.send(answer(task.begin(wires), transports[task.place], pipe.send))
         except OSError:
             os._exit(0)  # the parent has closed the pipe
 
 
 def answer(
-    wire: OllamaWire | HashWire, texts: list[str], transport: BlockingTransport, tell: Callable[[Exchange], None]
+    conversation: Conversation, transport: BlockingTransport, tell: Callable[[Exchange], None]
 ) -> Answers | Exception:
     """Return what came of a conversation, an exception in a form that a pipe can carry."""
     try:
-        return run_now(drive(wire.converse(texts), transport, tell))
+        return run_now(drive(conversation, transport, tell))
     except (Stop, Abandoned) as end:
         return end
     except OSError:  # from the pipe; a transport raises none
@@ -1792,15 +2194,15 @@ def answer(
         return RuntimeError(f"a worker process failed\n{traceback.format_exc()}")
 
 
-def listen(pipe: Any, put: Callable[[list[str]], None], halt: Callable[[], None]) -> None:
-    """Pass on what the parent sends, texts or None for halt; end this process when the pipe is closed or broken."""
+def listen(pipe: Any, put: Callable[[Task], None], halt: Callable[[], None]) -> None:
+    """Pass on what the parent sends, tasks or None for halt; end this process when the pipe is closed or broken."""
     try:
         while True:
-            texts = pipe.recv()
-            if texts is None:
+            task = pipe.recv()
+            if task is None:
                 halt()
             else:
-                put(texts)
+                put(task)
     except (EOFError, OSError):
         os._exit(0)  # at once, even in the middle of a request
 
@@ -1810,11 +2212,11 @@ class ProcessEngine(Engine):
 
     log_name = "generate_embeddings.log"
 
-    def __init__(self, wire: OllamaWire | HashWire, pace: Pace, interrupt: Interrupt) -> None:
+    def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import gc
         import multiprocessing
 
-        super().__init__(wire, pace, interrupt)
+        super().__init__(servers, interrupt)
         # Forked workers share what is loaded now. What they import themselves, and what the garbage
         # collector writes to, each of them gets a copy of.
         for name in ("array", "http.client", "json", "multiprocessing.connection", "queue", "random", "threading"):
@@ -1825,20 +2227,22 @@ class ProcessEngine(Engine):
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
-    def hold(self, conversation: Conversation) -> Answers:
-        transport = BlockingTransport(self.wire.server, self.stopping)
+    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
+        transport = BlockingTransport(lane.wire.server, self.stopping)
         try:
             return run_now(drive(conversation, transport, lambda exchange: None))
         finally:
             transport.close()
 
     def submit(self, batch: Batch) -> None:
-        idle = next((worker for worker in self.workers if worker.batch is None), None)
-        if idle is None:
+        task = self.task(batch)
+        idle = [worker for worker in self.workers if worker.batch is None]
+        chosen = min(idle, key=lambda worker: worker.place != task.place, default=None)  # it is still connected
+        if chosen is None:
             self.started += 1
-            idle = Worker(self.context, f"Worker-{self.started}", self.wire, self.workers)
-            self.workers.append(idle)
-        idle.submit(batch)
+            chosen = Worker(self.context, f"Worker-{self.started}", self.wires, self.workers)
+            self.workers.append(chosen)
+        chosen.submit(batch, task)
 
     def wait(self, seconds: float) -> list[Event]:
         from multiprocessing.connection import wait
@@ -1862,7 +2266,8 @@ class ProcessEngine(Engine):
             elif self.deaths <= DEATHS_IN_A_ROW:
                 self.submit(batch)
             else:
-                events.append((batch, Stop("worker processes keep dying. Is the machine out of memory?")))
+                self.failure = Stop("worker processes keep dying. Is the machine out of memory?")
+                events.append((batch, Abandoned()))
         return events
 
     def halt(self) -> None:
@@ -4234,7 +4639,7 @@ class Run:
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
-        self.reason = engine.pace.reason  # the pace's last one that was logged
+        self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
@@ -4256,13 +4661,14 @@ class Run:
 
     def rounds(self) -> None:
         """Embed what is pending, in a second round only where rows of the first have failed and left room."""
+        began = time.monotonic()
         try:
             while self.more and self.room():
-                for event in self.engine.run(self.batches()):
+                for event in self.engine.run(self.batches(), self.left):
                     if isinstance(event, Result):
                         self.take(event)
-                    elif isinstance(event, Exchange):
-                        self.note(event)
+                    elif isinstance(event, Heard):
+                        self.note(*event)
                     self.save_if_due()
                     self.store.tend()
                     self.counts.elsewhere(*self.store.elsewhere())
@@ -4271,18 +4677,23 @@ class Run:
                     return
                 self.save()  # what is dropped here leaves room in the limit
         finally:
-            pace = self.engine.pace
-            self.log.info(f"at the end {pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
+            now = time.monotonic()
+            for line in self.engine.servers.shares(now - began, now):
+                self.log.info(line)
 
     def room(self) -> int:
         """Return how many more rows may be handed out."""
         return sys.maxsize if self.counts.limit is None else self.counts.limit - self.handed_out
 
+    def left(self) -> int:
+        """Return how many rows no server has been given yet, as far as is known."""
+        return min(self.room(), self.counts.left - len(self.unsaved)) - self.engine.servers.texts
+
     def batches(self) -> Iterator[list[Row]]:
-        """Yield batches of pending rows, each as large as the pace has it when it is taken."""
+        """Yield batches of pending rows, each as large as the engine wants it when it is taken."""
         batch: list[Row] = []
         size = 0
-        for row in self.store.pending(self.last_key, lambda: self.engine.pace.batch_size):
+        for row in self.store.pending(self.last_key, lambda: self.engine.batch_size):
             if row is None:  # nothing right now: what there is need not wait for more
                 yield batch
                 batch, size = [], 0
@@ -4300,7 +4711,7 @@ class Run:
             self.handed_out += 1
             batch.append(row)
             size += len(row.text)
-            if len(batch) >= self.engine.pace.batch_size or not self.room():
+            if len(batch) >= self.engine.batch_size or not self.room():
                 yield batch
                 batch, size = [], 0
                 if not self.room():
@@ -4327,18 +4738,22 @@ class Run:
         key = repr(row.key) if isinstance(row.key, (str, bytes)) else row.key
         self.log.warn(f"{self.report.noun} {key} failed: {reason}", reason)
 
-    def note(self, exchange: Exchange) -> None:
-        """Log one request."""
-        if exchange.outcome == "ok":
-            self.log.debug(f"{exchange.texts} texts in {exchange.seconds:.2f} s")
+    def note(self, lane: Lane, what: Exchange | str) -> None:
+        """Log one request, or news about a server."""
+        if isinstance(what, str):
+            self.log.warn(what, f"{lane.wire.address} came or went")
+            return
+        at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
+        if what.outcome == "ok":
+            self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
         else:
-            what = f"with {exchange.texts} texts" if exchange.texts else "with the known-good text"
-            text = f"a request {what} gave no embeddings after {exchange.seconds:.2f} s"
-            self.log.warn(f"{text}: {exchange.reason}", exchange.reason)
-        pace = self.engine.pace
-        if pace.reason != self.reason:
-            self.reason = pace.reason
-            self.log.info(f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
+            texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
+            text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"
+            self.log.warn(f"{text}: {what.reason}", what.reason)
+        pace = lane.pace
+        if pace.reason != self.reasons[lane.place]:
+            self.reasons[lane.place] = pace.reason
+            self.log.info(f"{at}{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""
@@ -4358,7 +4773,7 @@ class Run:
 
 def generate(
     options: argparse.Namespace,
-    wire: OllamaWire | HashWire,
+    wires: Sequence[Wire],
     store: Store,
     log: Log,
     console: Console,
@@ -4372,13 +4787,13 @@ def generate(
     counts = Counts(*store.count(), options.limit)
     log.info(
         f"{options.engine} engine, {store.shown}, table {options.table}, model {options.model} "
-        f"at {wire.address}: {counts.total} rows, {counts.skipped} with their embedding"
+        f"at {', '.join(wire.address for wire in wires)}: {counts.total} rows, {counts.skipped} with their embedding"
     )
     log.info(f"text: {store.how}")
     if not store.referable:
         log.info(f'the key "{store.key}" is not declared unique; without an index behind it, reading by pages is slow')
     if counts.total > counts.done:
-        embed(options, store, wire, counts, report, log, interrupt)
+        embed(options, store, wires, counts, report, log, interrupt)
     else:
         report.start(counts)
     if options.index and not interrupt.code:
@@ -4396,7 +4811,7 @@ def generate(
 def embed(
     options: argparse.Namespace,
     store: Store,
-    wire: OllamaWire | HashWire,
+    wires: Sequence[Wire],
     counts: Counts,
     report: Report,
     log: Log,
@@ -4405,11 +4820,16 @@ def embed(
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
     stored = store.stored_dimensions()
     if stored:
-        wire.dimensions, wire.certain = stored, True
+        wires[0].settle(stored)
     started = False
-    engine = ENGINES[options.engine](wire, Pace(options.in_flight, options.batch_size, options.timeout), interrupt)
+    servers = servers_for(options, wires)
+    engine = ENGINES[options.engine](servers, interrupt)
     try:
         engine.greet()
+        absent = [lane for lane in servers.lanes if lane.trouble]
+        for lane in absent:
+            log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
+            complain(f"warning: {text}")
         store.create_target(engine.dimensions)
         if not options.accept_drift:
             check_drift(options, engine, store.samples())
@@ -4418,6 +4838,9 @@ def embed(
         report.start(counts)
         started = interrupt.gentle = True
         Run(store, engine, counts, report, log).work()
+        for lane in servers.lanes:  # who came back is in the log; who did not may wait to be seen to
+            if lane.trouble and lane not in absent and not interrupt.code:
+                complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
         if not started:
             raise
@@ -4430,20 +4853,22 @@ def embed(
 
 
 def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:
-    """Raise Stop if the server's vectors differ from those that are stored for the same texts."""
-    answers = engine.embed([text for text, _ in samples]) if samples else []
-    cosines = [
-        cosine(answer, vector)
-        for answer, (_, vector) in zip(answers, samples)
-        if isinstance(answer, bytes) and len(answer) == len(vector)
-    ]
-    different = [value for value in cosines if value < ALIKE]
-    if 2 * len(different) > len(cosines):  # a single one may have been stored by some accident
-        raise Stop(
-            f'{engine.wire.address} gives other vectors than those stored as of the model "{options.model}" (cosine '
-            f"{max(different):.3f} for the same text; {ALIKE} or more is usual). It may hold another version of it. "
-            "Give another --server, --target NAME for a second table, --force for all rows again, or --accept-drift."
-        )
+    """Raise Stop if a server's vectors differ from those that are stored for the same texts."""
+    for lane in engine.present() if samples else []:
+        answers = engine.embed(lane, [text for text, _ in samples])
+        cosines = [
+            cosine(answer, vector)
+            for answer, (_, vector) in zip(answers, samples)
+            if isinstance(answer, bytes) and len(answer) == len(vector)
+        ]
+        different = [value for value in cosines if value < ALIKE]
+        if 2 * len(different) > len(cosines):  # a single one may have been stored by some accident
+            raise Stop(
+                f'{lane.wire.address} gives other vectors than those stored as of the model "{options.model}" (cosine '
+                f"{max(different):.3f} for the same text; {ALIKE} or more is usual). It may hold another version of "
+                "it. Give another --server, --target NAME for a second table, --force for all rows again, "
+                "or --accept-drift."
+            )
 
 
 def cosine(one: bytes, other: bytes) -> float:
@@ -4452,6 +4877,19 @@ def cosine(one: bytes, other: bytes) -> float:
 
     a, b = unpack(one), unpack(other)
     return sum(x * y for x, y in zip(a, b)) / ((math.hypot(*a) * math.hypot(*b)) or 1.0)
+
+
+def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
+    """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
+    fixed, many = options.in_flight, len(wires)
+    lanes = []
+    for place, wire in enumerate(wires):
+        in_flight = fixed and max(1, fixed // many + (place < fixed % many))
+        pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
+        lanes.append(Lane(place, wire, pace))
+    servers = Servers(lanes, fixed)
+    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    return servers
 
 
 # =============================== main ===============================
@@ -4469,11 +4907,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
-        wire = wire_for(options)
+        wires = wires_for(options)
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)
             log = Log(options, ENGINES[options.engine].log_name)
-            return generate(options, wire, store, log, console, interrupt)
+            return generate(options, wires, store, log, console, interrupt)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)

@@ -389,7 +389,50 @@ def start(folder: Path, quick: bool) -> None:
     show("start", ("", "ms", "ratio"), rows)
 
 
-SECTIONS = {section.__name__: section for section in (memory, throughput, paced, pace, idle, start)}
+FOUR = (50, 50, 100, 200)  # embeddings/s of four servers
+OUTAGE = 3.0, 2.0  # seconds until the fastest is killed, and until it is started again
+
+
+def servers(folder: Path, quick: bool) -> None:
+    """How much of four servers' time is used, without a flag; and when the fastest is killed in mid-run."""
+    count = 2_000 if quick else 4_000
+    database = make_movies(folder / "servers.db", count, PLOT)
+    rows: list[list[Any]] = []
+    for name, engine, killed in [(f"{e}{', one killed' if k else ''}", e, k) for k in (False, True) for e in ENGINES]:
+        shares, speeds, used = [], [], []
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                four = [stack.enter_context(Ollama(seconds_per_text=1 / rate, slots=1)) for rate in FOUR]
+                away = [0.0]
+
+                def outage(fastest: Ollama = four[-1], away: list[float] = away) -> None:
+                    time.sleep(OUTAGE[0])
+                    begin = time.monotonic()
+                    fastest.kill()
+                    time.sleep(OUTAGE[1])
+                    fastest.start()
+                    away[0] = time.monotonic() - begin
+
+                killer = threading.Thread(target=outage)
+                if killed:
+                    killer.start()
+                others = itertools.chain.from_iterable(("--server", one.url) for one in four[1:])
+                run = program(copy(database), four[0].url, *others, "--engine", engine)
+                if killed:
+                    killer.join()
+                entries = [entry for one in four for entry in one.log() if entry["texts"]]
+                working = max(e["end"] for e in entries if e["end"]) - min(e["start"] for e in entries)
+            with contextlib.closing(sqlite3.connect(database.with_suffix(".copy.db"))) as connection:
+                assert connection.execute("SELECT count(*) FROM movie_embeddings").fetchone() == (count,)
+            speeds.append(count / run.seconds)
+            shares.append(count / (sum(FOUR) * run.seconds - FOUR[-1] * away[0]))
+            used.append(count / (sum(FOUR) * working - FOUR[-1] * away[0]))
+        rows.append([name, *map(statistics.median, (speeds, shares, used))])
+    header = ("", "embeddings/s", "of what is possible", "start-up left out")
+    show(f"servers: of {', '.join(map(str, FOUR))} embeddings/s, {count:,} rows", header, rows)
+
+
+SECTIONS = {section.__name__: section for section in (memory, throughput, paced, servers, pace, idle, start)}
 
 
 def main() -> int:

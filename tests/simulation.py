@@ -13,10 +13,12 @@ import itertools
 import math
 import multiprocessing
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
-from embedgen import Pace
+from embedgen import TICK, Away, Batch, Exchange, Pace, Servers, servers_for
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -276,6 +278,74 @@ SCENARIOS = [
     Scenario("f   a, cold start of 60 s", lambda seed: Slots(1, 0.35, cold=60)),
     Scenario("f   b2, cold start of 60 s", lambda seed: Slots(4, 0.02, whole=True, cold=60)),
 ]
+
+
+@dataclass
+class Shared:
+    """What a simulated run over several servers came to."""
+
+    seconds: float
+    embedded: list[int]  # the rows, in the order of their answers
+    fleet: Servers
+
+    def share(self, servers: Sequence[Slots]) -> float:
+        """Of what the servers could have done in that time, while they were there."""
+        possible = sum(one.slots / one.text * (self.seconds - (one.away[1] - one.away[0])) for one in servers)
+        return len(self.embedded) / possible
+
+
+def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None, trace: bool = False) -> Shared:
+    """One run over so many rows: what Engine.run does, without rows that fail.
+
+    A server's `away` is a crash: what is under way to it then is lost.
+    """
+    wires: list[Any] = [SimpleNamespace(address=f"server {place}", certain=False) for place in range(len(servers))]
+    fleet = servers_for(argparse.Namespace(in_flight=most, batch_size=None, timeout=300.0), wires)
+    events: list[tuple[float, int, Batch | None, float, str]] = [(TICK, -1, None, 0.0, "tick")]
+    order = itertools.count()
+    now, handed, embedded = 0.0, 0, list[int]()
+    crashed: set[int] = set()
+
+    def left() -> int:
+        return rows - handed + sum(len(some) for some, _ in fleet.returned)
+
+    def send(batch: Batch) -> None:
+        server, place = servers[batch.lane.place], batch.lane.place
+        if now >= server.away[1] > 0 and place not in crashed:
+            crashed.add(place)
+            server.free, server.leaving = [now] * server.slots, []
+        done = server.send(now, [1.0] * max(1, len(batch.rows)))
+        how = "ok"
+        if done is None:
+            done, how = now + NETWORK, "gone"
+        elif now < server.away[0] < done:
+            done, how = server.away[0] + NETWORK, "gone"
+        heapq.heappush(events, (done, next(order), batch, now, how))
+
+    while len(embedded) < rows:
+        while (handed < rows or fleet.returned) and (choice := fleet.choose(left, now)):
+            lane, size = choice
+            texts, moves = fleet.take_returned(size) if fleet.returned else (list(range(rows))[handed:][:size], 0)
+            handed = max([handed, *(number + 1 for number in texts)])
+            send(fleet.launch(lane, texts, moves, now))
+            if trace:
+                print(f"{now:8.2f} s  {len(texts):3d} rows to {lane.wire.address}, {left()} left")
+        for question in fleet.to_probe(now):
+            send(question)
+        now, _, batch, sent, how = heapq.heappop(events)
+        if batch is None:
+            heapq.heappush(events, (now + TICK, -1, None, 0.0, "tick"))
+            continue
+        if batch.rows and how == "ok":
+            batch.lane.observe(Exchange(len(batch.rows), now - sent, how), batch.under_way)
+        fleet.land(batch, now)
+        if how == "gone":
+            fleet.lose(batch, Away("refused"), now)
+        elif not batch.rows:
+            fleet.welcome(batch.lane, now)
+        else:
+            embedded += batch.rows
+    return Shared(now, embedded, fleet)
 
 
 def best_fixed(scenario: Scenario, duration: float) -> tuple[int, int]:
