@@ -556,7 +556,7 @@ def parse_server(text: str) -> Server:
 
 def hide_password(url: str) -> str:
     """Return a URL without the secret before its last @."""
-    return re.sub(r"^(.*?://)?.*@", r"\1***@", url, flags=re.DOTALL)
+    return re.sub(r"(password=)[^&\s]+", r"\1***", re.sub(r"^(.*?://)?.*@", r"\1***@", url, flags=re.DOTALL))
 
 
 def pack(numbers: Sequence[float]) -> bytes:
@@ -3363,17 +3363,21 @@ class PostgresStore(Store):
             if "PGCONNECT_TIMEOUT" not in os.environ:
                 settings.setdefault("connect_timeout", 10)  # seconds; libpq would wait for a dead host without end
             settings.setdefault("tcp_user_timeout", 30_000)  # milliseconds, likewise for one that dies later
-            settings.setdefault("application_name", "embedgen")
-            return psycopg.connect(
+            settings.setdefault("fallback_application_name", "embedgen")
+            connection = psycopg.connect(
                 **{**settings, "client_encoding": "utf8"},
                 autocommit=True,
                 cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
                 prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
             )
+            if connection.info.parameter_status("standard_conforming_strings") == "off":
+                connection.execute("SET standard_conforming_strings = on")  # a backslash is a backslash
+            return connection
         except psycopg.Error as error:
             reason = one_line(re.sub(r"\s*\n\s*", " ", str(error).strip()))
-            for secret in re.findall(r"//[^/@]*?:([^@]+)@|password=([^&\s]+)", url):
-                reason = reason.replace("".join(secret), "***")
+            password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
+            for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
+                reason = reason.replace(secret, "***") if len(secret) > 2 else reason
             usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
             raise Stop(
                 f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
@@ -3387,7 +3391,7 @@ class PostgresStore(Store):
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what the action returns; if the connection is lost, connect again, for two minutes, and repeat it."""
-        deadline, wait = 0.0, FIRST_WAIT
+        deadline, wait, orphans = 0.0, FIRST_WAIT, 0
         errors = self.psycopg.errors
         while True:
             try:
@@ -3395,17 +3399,20 @@ class PostgresStore(Store):
                     self.connection = self.connect()
                 return action()
             except (self.psycopg.Error, Stop) as error:
-                # A deadlock, for one; or a row that was deleted between the look at it and the reference to it.
-                again = isinstance(error, (errors.TransactionRollback, errors.ForeignKeyViolation))
+                # A row may be deleted between the look at it and the reference to it; not thrice.
+                orphans += isinstance(error, errors.ForeignKeyViolation)
+                again = isinstance(error, errors.TransactionRollback) or 0 < orphans < 3  # the former: a deadlock
                 if not again and not self.connection.closed:
                     raise self.translated(error) from error
-                deadline = deadline or time.monotonic() + (GRACE / 2 if self.stopping() else RECONNECT_PATIENCE)
-                if self.stopping():
-                    deadline = min(deadline, time.monotonic() + GRACE / 2)
-                if time.monotonic() + wait > deadline:
-                    raise self.translated(error) from error
-                time.sleep(wait)
-                wait = min(wait * 2, LONGEST_WAIT)
+                deadline = deadline or time.monotonic() + RECONNECT_PATIENCE
+                until = time.monotonic() + wait * (0 if orphans else 1)
+                while time.monotonic() < until:
+                    if self.stopping():
+                        deadline = min(deadline, time.monotonic() + GRACE / 2)
+                    if time.monotonic() >= deadline:
+                        raise self.translated(error) from error
+                    time.sleep(TICK)
+                wait = min(wait * 2, LEASE / 2)  # not so long that others take us for dead
 
     def translated(self, error: Exception) -> Exception:
         """Return the exception to raise for one of psycopg's."""
@@ -3508,7 +3515,7 @@ class PostgresStore(Store):
         sql = (
             "SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
             "WHERE i.indrelid = to_regclass($1) AND a.attname = $2 AND i.indnkeyatts = 1 "
-            "AND i.indisunique AND i.indisvalid AND i.indpred IS NULL"
+            "AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
         )
         return bool(self.rows(sql, relation.sql, column))
 
@@ -3582,6 +3589,15 @@ class PostgresStore(Store):
                 "not vector or halfvec. Give --target NAME."
             )
         self.check_index(kind, int(dimensions or 0))
+        filled = [*self.target_columns.values(), self.target_key]
+        sql = (
+            "SELECT attname, attname = ANY($2) FROM pg_attribute a WHERE attrelid = to_regclass($1) AND attnum > 0 "
+            "AND NOT attisdropped AND CASE WHEN attname = ANY($2) THEN attgenerated <> '' OR attidentity = 'a' "
+            "ELSE attnotnull AND NOT atthasdef AND attidentity = '' END"
+        )
+        for column, ours in self.rows(sql, self.target.sql, filled):
+            why = "is generated by Postgres" if ours else "must not be empty, and embedgen has nothing for it"
+            raise UsageError(f'the column "{column}" of "{self.target.name}" {why}. Give --target NAME.')
 
     def check_index(self, kind: str, dimensions: int) -> None:
         """Raise UsageError if --index is asked for and cannot be had for a column of that type."""
@@ -3627,7 +3643,7 @@ class PostgresStore(Store):
         sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
         total, existing, tally = self.rows(sql)[0]
         self.fleet.to_do = total - existing
-        self.fleet.before = {machine: generated for machine, generated, _ in tally or []}
+        self.fleet.before = dict(tally or [])
         return total, existing
 
     def join(self) -> str:
@@ -3698,7 +3714,8 @@ class PostgresStore(Store):
         known |= {"text_sha256": "b.digest", "updated_at": "now()"}
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
-        share, more = self.fleet.saving([row for row, _ in vectors]) if self.fleet else ("", [])
+        rows = [row for row, _ in vectors]
+        share, more = self.fleet.saving(rows) if self.fleet else ("", [])
         # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
         # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
         # is the one in which other programs are likely to lock them.
@@ -3711,11 +3728,11 @@ class PostgresStore(Store):
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
             f"){share} SELECT count(*) FROM saved"
         )
-        keys = [str(row.key) for row, _ in vectors]
+        keys = [str(row.key) for row in rows]
         embeddings = self.vectors([vector for _, vector in vectors])
-        saved = int(self.rows(sql, keys, embeddings, [row.digest for row, _ in vectors], *more)[0][0])
+        saved = int(self.rows(sql, keys, embeddings, [row.digest for row in rows], *more)[0][0])
         if self.fleet:
-            self.fleet.saved(saved)
+            self.fleet.saved(rows, saved)
         return saved
 
     def samples(self) -> list[tuple[str, bytes]]:
@@ -3775,7 +3792,8 @@ class PostgresStore(Store):
 
         column = self.target_columns["embedding"]
         kind = self.columns(self.target)[column].type.rpartition(".")[2].partition("(")[0]
-        name = f"{self.target.name}_{column}_hnsw".encode()[:63].decode("utf-8", "ignore")  # the longest name
+        stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
+        name = f"{stem}_hnsw"
         index = f"{quoted(self.target.schema)}.{quoted(name)}"
         existing = (
             "SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
@@ -3822,9 +3840,13 @@ class PostgresStore(Store):
                 thread.join(GRACE)
                 self.rows(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
             builder.close()
-        if failure and not self.stopping():
+        errors = self.psycopg.errors
+        if failure and isinstance(failure[0], (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
+            yield from self.build_index()  # another run was at it in the same moment: see what became of it
+        elif failure and not self.stopping():
             raise self.translated(failure[0]) from failure[0]
-        yield 1.0
+        else:
+            yield 1.0
 
 
 def as_text(value: Any) -> str:
@@ -3860,16 +3882,14 @@ class Fleet:
         "embedgen_passes": "job bytea PRIMARY KEY, target text NOT NULL, model text NOT NULL, "
         "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
         "embedgen_machines": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
-        "name text NOT NULL, expires timestamptz NOT NULL, generated bigint NOT NULL DEFAULT 0, "
-        "failed bigint NOT NULL DEFAULT 0",
+        "name text NOT NULL, round bigint NOT NULL, expires timestamptz NOT NULL, gone boolean NOT NULL DEFAULT false, "
+        "generated bigint NOT NULL DEFAULT 0, failed bigint NOT NULL DEFAULT 0",
         # The keys above `above` and up to `upto`; NULL is the table's beginning.
         "embedgen_leases": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
         "machine bigint NOT NULL, above text, upto text NOT NULL",
     }
-    # Who has left is gone at once. After Postgres itself was away, everybody has time to say something again.
-    ALIVE = (
-        f"m.expires > '-infinity' AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now()"
-    )
+    # After Postgres itself was away, everybody has time to say something again.
+    ALIVE = f"(NOT m.gone AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now())"
     EXPIRY = f"now() + interval '{LEASE} s'"
 
     def __init__(self, store: PostgresStore) -> None:
@@ -3889,8 +3909,7 @@ class Fleet:
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
-        self.forgiven = 0  # of the latter, those that are tried again
-        self.generated = self.failed = 0  # and this one
+        self.generated = self.failed = 0  # rows that this machine has, of leases given back
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
         self.late = (
@@ -3898,11 +3917,14 @@ class Fleet:
         )
         self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
         self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
+        self.failures: dict[int, int] = {}  # and how many have failed: whoever inherits a lease tries them again
         self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
         self.done: list[int] = []  # leases to be given back
+        self.giving: list[int] = []  # those that the statement under way gives back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
         self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
         self.bounded = False  # whether it is known
+        self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
         self.last_sign, self.last_look = -LEASE, -LOOK
 
@@ -3911,15 +3933,16 @@ class Fleet:
         return self.store.rows(sql, *parameters)
 
     def exist(self) -> bool:
-        """Whether the tables exist."""
-        return all(self.store.relation_of(name) for name in (self.passes, self.machines, self.leases))
+        """Whether the tables exist and may be used."""
+        sql = "SELECT COALESCE(has_table_privilege(to_regclass($1), 'SELECT, INSERT, UPDATE, DELETE'), false)"
+        return all(self.rows(sql, name)[0][0] for name in (self.passes, self.machines, self.leases))
 
     def tally_sql(self) -> str:
-        """Return the SQL of what each machine has done: an array of [machine, generated, failed]."""
-        if not self.exist():
+        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
+        if self.store.force or not self.exist():  # with --force, what exists is what the others do in this pass
             return "NULL::bigint[]"
-        job = f"'\\x{self.job.hex()}'::bytea"
-        return f"(SELECT array_agg(ARRAY[m.id, m.generated, m.failed]) FROM {self.machines} AS m WHERE m.job = {job})"
+        job = f"decode('{self.job.hex()}', 'hex')"
+        return f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
 
     # Coming and going
 
@@ -3956,26 +3979,30 @@ class Fleet:
             )
         execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
                 self.job, target, model)  # fmt: skip
+        left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
         fresh = execute(
             f"UPDATE {self.passes} AS p SET round = round + 1, reached = NULL, ended = false "
-            f"WHERE job = $1 AND NOT {alive} RETURNING 1",
+            f"WHERE job = $1 AND (NOT {alive} OR (ended AND NOT {left})) RETURNING 1",
             self.job,
         )
         if fresh:  # whoever took part is gone: what they left is found anew
             execute(f"DELETE FROM {self.leases} WHERE job = $1", self.job)
-            execute(f"DELETE FROM {self.machines} WHERE job = $1", self.job)
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        sql = f"INSERT INTO {self.machines} (job, name, expires) VALUES ($1, $2, {self.EXPIRY}) RETURNING id"
-        number = execute(sql, self.job, name)[0][0]
-        seen = execute(f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1", self.job)
-        return seen[0][0], seen[0][1], number
+        # What machines did may still be counted by one that has just come; not after a day.
+        execute(f"DELETE FROM {self.machines} WHERE expires < now() - interval '1 day'")
+        execute(f"DELETE FROM {self.passes} AS p WHERE job <> $1 AND NOT EXISTS ("
+                f"SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job)", self.job)  # fmt: skip
+        sql = f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1"
+        number, under_way = execute(sql, self.job)[0]
+        sql = f"INSERT INTO {self.machines} (job, name, round, expires) VALUES ($1, $2, $3, {self.EXPIRY}) RETURNING id"
+        machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", number)[0][0]
+        return number, under_way, machine
 
     def leave(self) -> None:
         """Give back what is not done; what was generated and failed stays for the others to count."""
         if self.machine:
-            gone = f"UPDATE {self.machines} SET expires = '-infinity', failed = $2 WHERE id = $1"
-            self.store.connection.execute(f"WITH gone AS ({gone}) DELETE FROM {self.leases} WHERE id = ANY($3)",
-                                          [self.machine, self.failed, self.done])  # fmt: skip
+            gone = f"UPDATE {self.machines} SET gone = true, failed = $2 WHERE id = $1"
+            free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
+            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", [self.machine, self.failed, self.done])
 
     def tend(self) -> None:
         """Give the others a sign of life and learn what they have done, if it is time to."""
@@ -3984,25 +4011,35 @@ class Fleet:
 
     def renew(self) -> None:
         """Give the others a sign of life and learn what they have done."""
-        done = list(self.done)
+        self.giving = list(self.done)
         sql = (
-            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3 WHERE id = $2 "
-            f"RETURNING 1), done AS (DELETE FROM {self.leases} WHERE id = ANY($4)) SELECT m.id, m.generated, m.failed, "
-            f"EXISTS (SELECT 1 FROM sign) FROM {self.machines} AS m WHERE m.job = $1"
+            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5 WHERE id = $2 "
+            f"RETURNING 1), done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
+            "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
+            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2) FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, done)
+        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round)
         self.last_sign = time.monotonic()
-        self.done = self.done[len(done) :]
-        if not found or not found[0][3]:  # we were taken for dead; what we held is with others now
-            self.held.clear()
-            self.lease_of.clear()
+        self.given()
+        known = bool(found) and found[0][4]
+        self.lose(set(self.held).difference(found[0][5] if known else []))
+        if not known:
             self.join()
             return
+        force = self.store.force  # then only what was done in this pass counts
         others = [row for row in found if row[0] != self.machine]
         self.others = (
-            sum(generated - self.before.get(machine, 0) for machine, generated, _, _ in others),
-            sum(failed for _, _, failed, _ in others) - self.forgiven,
+            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round),
+            sum(row[2] for row in others if row[3] >= self.round),
         )
+
+    def lose(self, leases: set[int]) -> None:
+        """Forget leases that others have taken over, since we gave no sign of life for too long."""
+        if leases:
+            self.ready = type(self.ready)(row for row in self.ready if self.lease_of.get(row.key) not in leases)
+            self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
+            for lease in leases:
+                del self.held[lease]
 
     def elsewhere(self) -> tuple[int, int]:
         """Return how many rows the other machines have generated, and how many have failed there."""
@@ -4015,12 +4052,13 @@ class Fleet:
         while True:
             while self.ready:
                 yield self.ready.popleft()
-            taken = self.take(max(wanted(), int(self.rate * SHARE)))
+            # A table that is slow to look through is looked through less often.
+            taken = self.take(max(wanted(), int(self.rate * max(SHARE, 4 * self.looking))))
             if taken is None:
                 self.renew()  # so that the count of what the others have done is the last
                 return
             self.ready.extend(taken)
-            if not taken and not self.is_look_due():
+            if not taken and not (self.ended and self.is_look_due()):
                 yield None
 
     def is_look_due(self) -> bool:
@@ -4029,8 +4067,7 @@ class Fleet:
 
     def take(self, count: int) -> list[Row] | None:
         """Return rows, about `count`, that are ours from now on; none for none right now, None for none any more."""
-        if time.monotonic() - self.last_sign > LEASE:
-            self.renew()
+        self.tend()
         if self.is_look_due():
             inherited = self.inherit()
             if inherited or self.is_over():
@@ -4080,8 +4117,11 @@ class Fleet:
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
-        if self.round_seen != self.round:
-            return True  # ours had its end, and somebody has begun another since
+        if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
+            if self.late and not self.store.force:
+                self.begin_again()
+                return False
+            return True
         if others or not self.ended:
             return False
         if not self.late or self.store.force:
@@ -4097,17 +4137,26 @@ class Fleet:
             "WHERE job = $1 AND round = $2 AND ended RETURNING round"
         )
         if self.rows(sql, self.job, self.round):
-            self.round, self.late, self.reached, self.ended = self.round + 1, False, None, False
-            self.forgiven += self.others[1]
+            self.round_seen += 1
+            self.begin_again()
         return False
+
+    def begin_again(self) -> None:
+        """Take part in the pass after ours, which looks at what ours had passed when we came."""
+        self.round, self.late = self.round_seen, False
+        self.renew()
+        self.look()
 
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
         began = time.monotonic()
         while not self.ended and time.monotonic() - began < SHARE:
+            started = time.monotonic()
             if not self.bounded:
-                self.bound, self.bounded = self.store.key_after(self.reached, STRETCH), True
+                self.bound, self.bounded = self.store.key_after(self.reached, self.stretch), True
             rows, whole = self.store.read(self.reached, self.bound, min(count, PAGE_ROWS))
+            self.looking = time.monotonic() - started
+            self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
             ended = whole and self.bound is None
             upto = self.bound if whole and not ended else rows[-1].key if rows else self.reached
             lease = self.move(upto, ended, bool(rows))
@@ -4139,43 +4188,56 @@ class Fleet:
 
     # Giving them back
 
-    def decided(self, row: Row) -> None:
+    def decided(self, row: Row, failed: bool = False) -> None:
         """Note that one of our rows is saved or has failed."""
         lease = self.lease_of.pop(row.key, 0)
         if lease in self.held:
             self.held[lease] -= 1
+            self.failures[lease] = self.failures.get(lease, 0) + failed
             if not self.held[lease]:
                 del self.held[lease]
+                self.failed += self.failures.pop(lease)
                 self.done.append(lease)
 
     def give_up(self, row: Row) -> None:
         """Note that a row has failed."""
-        self.failed += 1
         if self.late:
             self.hopeless.add(row.key)
-        self.decided(row)
+        self.decided(row, failed=True)
+
+    def given(self) -> None:
+        """Note that the leases of the last statement have been given back."""
+        self.done = [lease for lease in self.done if lease not in self.giving]
 
     def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
         """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $4.
 
-        So that a lease is given back, and a row counted, in the moment in which it is saved;
-        counted from a total that does not change if the statement has to be repeated.
+        So that a lease is given back, and a row counted, in the moment in which it is saved; counted
+        from a total that does not change if the statement has to be repeated. Nothing is noted as
+        given back before the statement has been executed.
         """
-        for row in rows:
-            self.decided(row)
         now = time.monotonic()
         self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
-        self.giving = list(self.done)
+        saved: dict[int, int] = {}
+        for row in rows:
+            lease = self.lease_of.get(row.key, 0)
+            saved[lease] = saved.get(lease, 0) + 1
+        complete = [lease for lease, count in saved.items() if self.held.get(lease) == count]
+        self.giving = self.done + complete
+        failed = self.failed + sum(self.failures.get(lease, 0) for lease in complete)
         sql = (
             f", sign AS (UPDATE {self.machines} SET generated = $5 + (SELECT count(*) FROM saved), failed = $6, "
-            f"expires = {self.EXPIRY} WHERE id = $4), done AS (DELETE FROM {self.leases} WHERE id = ANY($7))"
+            f"expires = {self.EXPIRY} WHERE id = $4), "
+            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($7) AND machine = $4)"
         )
-        return sql, [self.machine, self.generated, self.failed, self.giving]
+        return sql, [self.machine, self.generated, failed, self.giving]
 
-    def saved(self, count: int) -> None:
-        """Note that the statement has been executed and has saved so many rows."""
+    def saved(self, rows: list[Row], count: int) -> None:
+        """Note that the statement has been executed and has saved so many of the rows."""
         self.generated += count
-        self.done = self.done[len(self.giving) :]
+        for row in rows:
+            self.decided(row)
+        self.given()
 
 
 def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
@@ -4234,7 +4296,6 @@ class Counts:
         self.to_do, self.limit = rows - existing, limit
         self.generated = self.failed = 0
         self.reasons: dict[str, int] = {}
-        self.others = 0, 0
 
     @property
     def done(self) -> int:
@@ -4254,11 +4315,13 @@ class Counts:
 
     def elsewhere(self, generated: int, failed: int) -> None:
         """Take in how many rows other machines have generated, which exist for this one, and how many failed there."""
-        more, self.others = generated - self.others[0], (generated, failed)
-        self.skipped, self.to_do = self.skipped + more, self.to_do - more
         self.failed += failed - self.reasons.pop(ELSEWHERE, 0)
         if failed:
             self.reasons[ELSEWHERE] = failed
+        # One that was taken for dead may have generated the same rows as another.
+        generated = min(generated, max(self.skipped - self.existing + self.left, 0))
+        more = generated - (self.skipped - self.existing)
+        self.skipped, self.to_do = self.skipped + more, self.to_do - more
 
     def fail(self, reason: str) -> None:
         """Count a failed row."""

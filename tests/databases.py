@@ -156,7 +156,7 @@ class Postgres:
         """Return ok if nothing is left of a run that has ended well."""
         if "embedgen_machines" not in self.tables():
             return "ok"
-        left = self.execute("SELECT * FROM embedgen_machines WHERE expires > now()")
+        left = self.execute("SELECT * FROM embedgen_machines WHERE NOT gone AND expires > now()")
         return f"still taken for alive: {left}" if left else "ok"
 
     def types(self, table: str) -> dict[str, tuple[str, bool]]:

@@ -198,6 +198,163 @@ class Fleet(PostgresCase):
         self.execute("DROP SCHEMA vectors CASCADE")
 
 
+class Interleaved(PostgresCase):
+    """Machines in one process, so that each statement of one can be put before or after one of the other's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, value in {"LOOK": 0.001, "RENEWAL": 0.001}.items():
+            patch = mock.patch.object(embedgen, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        # Without the time that everybody is given after a start of the server, which may be just now.
+        patch = mock.patch.object(embedgen.Fleet, "ALIVE", "(NOT m.gone AND m.expires > now())")
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def machine(self, *flags: str) -> Any:
+        """Return a store that is ready to take rows, as a run makes one."""
+        options = embedgen.parse_arguments(["--database", self.db.url, "--server", "hash:", *flags])
+        store = embedgen.open_store(options)
+        self.addCleanup(store.close)
+        store.prepare()
+        store.count()
+        store.create_target(lambda: 256)
+        store.join()
+        return store
+
+    def take(self, store: Any, most: int = 1000) -> list[embedgen.Row]:
+        """Return the rows that a machine is given until there are none right now, or none any more."""
+        rows: list[embedgen.Row] = []
+        for row in store.pending(None, lambda: 10):
+            if row is None:
+                break
+            rows.append(row)
+            if len(rows) == most:
+                break
+        time.sleep(0.002)  # so that the next look is due
+        return rows
+
+    def save(self, store: Any, rows: list[embedgen.Row]) -> None:
+        """Save vectors for rows."""
+        store.save([(row, embedgen.hash_embedding(row.text)) for row in rows])
+
+    def finish(self, store: Any) -> None:
+        """Do all that is left."""
+        for _ in range(100):
+            rows: list[embedgen.Row] = []
+            for row in store.pending(None, lambda: 10):
+                if row is None:
+                    break
+                rows.append(row)
+            else:
+                self.save(store, rows)
+                return
+            self.save(store, rows)
+            time.sleep(0.002)
+        self.fail("there is no end to it")
+
+    def die(self, store: Any) -> None:
+        """Let a machine give no sign of life for too long."""
+        self.execute(f"UPDATE embedgen_machines SET expires = now() - interval '1 s' WHERE id = {store.fleet.machine}")
+
+    def keys(self) -> list[int]:
+        """Return the keys of the rows that have their embedding."""
+        return [key for (key,) in self.execute("SELECT movie_id FROM movie_embeddings ORDER BY 1")]
+
+    def test_each_row_goes_to_one_machine(self) -> None:
+        self.make_movies(100)
+        one, other = self.machine(), self.machine()
+        first, second = self.take(one, 10), self.take(other, 10)
+        self.assertEqual([row.key for row in first + second], list(range(1, 21)))
+        self.save(one, first)
+        self.save(other, second)
+        self.finish(one)
+        self.finish(other)
+        self.assertEqual(self.keys(), list(range(1, 101)))
+        self.assertEqual((one.elsewhere(), other.elsewhere()), ((10, 0), (90, 0)))
+
+    def test_what_could_not_be_saved_goes_to_another(self) -> None:
+        self.make_movies(50)
+        one, other = self.machine(), self.machine()
+        rows = self.take(one, 10)
+        with mock.patch.object(one, "rows", side_effect=embedgen.Stop("no room")):
+            with self.assertRaises(embedgen.Stop):
+                self.save(one, rows)
+        one.close()
+        self.finish(other)
+        self.assertEqual(self.keys(), list(range(1, 51)))
+
+    def test_the_share_of_one_that_is_taken_for_dead(self) -> None:
+        self.make_movies(50)
+        one, other = self.machine(), self.machine()
+        rows = self.take(one, 5)  # of ten
+        self.die(one)
+        self.assertEqual([row.key for row in self.take(other, 10)], list(range(1, 11)))
+        one.tend()  # it was only asleep
+        self.save(one, rows)
+        self.assertNotIn(6, [row.key for row in self.take(one, 10)])
+
+    def test_a_lease_whose_answer_was_lost(self) -> None:
+        self.make_movies(30)
+        one = self.machine()
+        one.fleet.look()
+        one.fleet.move(10, False, True)  # executed, but the connection broke before the answer came
+        one.fleet.look()
+        self.finish(one)
+        self.assertEqual(self.keys(), list(range(1, 31)))
+
+    def test_a_second_pass_whose_answer_was_lost(self) -> None:
+        self.make_movies(30)
+        one = self.machine()
+        self.take(one, 10)
+        self.execute("INSERT INTO movies VALUES (-1, 'Before the first', 'x')")
+        late = self.machine()
+        one.close()
+        real = embedgen.PostgresStore.rows
+
+        def rows(store: Any, sql: str, *parameters: Any) -> Any:
+            found = real(store, sql, *parameters)
+            return [] if "AND ended RETURNING round" in sql else found
+
+        with mock.patch.object(embedgen.PostgresStore, "rows", rows):
+            self.finish(late)
+        self.assertEqual(self.keys(), [-1, *range(1, 31)])
+
+    def test_rows_that_another_does_before_this_one_joins(self) -> None:
+        self.make_movies(30)
+        one = self.machine()
+        options = embedgen.parse_arguments(["--database", self.db.url, "--server", "hash:"])
+        slow = embedgen.open_store(options)
+        self.addCleanup(slow.close)
+        slow.prepare()
+        self.assertEqual(slow.count(), (30, 0))
+        self.finish(one)
+        one.close()
+        slow.create_target(lambda: 256)
+        slow.join()
+        self.finish(slow)
+        self.assertEqual(slow.elsewhere(), (30, 0))
+
+    def test_failures_of_one_that_died_are_not_counted_twice(self) -> None:
+        self.make_movies(20)
+        one, other = self.machine(), self.machine()
+        one.give_up(self.take(one, 1)[0])
+        self.die(one)
+        rows = self.take(other, 10)
+        self.assertEqual(rows[0].key, 1)
+        for row in rows:
+            other.give_up(row)
+        self.finish(other)
+        self.assertEqual(other.elsewhere(), (0, 0))
+
+    def test_counts_stay_right_where_rows_are_done_twice(self) -> None:
+        counts = embedgen.Counts(100, 20, None)
+        counts.generated = 50
+        counts.elsewhere(40, 0)  # of 80, with ten that this one had, too
+        self.assertEqual((counts.skipped, counts.total, counts.left), (50, 100, 0))
+
+
 class Neighbours(PostgresCase):
     """Other programs that use the table at the same time."""
 
