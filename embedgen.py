@@ -467,7 +467,7 @@ class OtherDimensions(Garbled):
 
 
 class Superseded(Trouble):
-    """The server lacks this protocol; the wire has changed to an older one, to be tried at once."""
+    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -533,12 +533,16 @@ def hide_password(url: str) -> str:
 
 def pack(numbers: Sequence[float]) -> bytes:
     """Return a vector as it is stored: float32, little-endian, nothing else."""
-    from array import array
+    import struct
 
-    packed = array("f", numbers)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def unpack(vector: bytes) -> tuple[float, ...]:
+    """Return the numbers of a vector as it is stored."""
+    import struct
+
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
 def words_of(body: bytes) -> str:
@@ -598,11 +602,20 @@ DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|re
 BAD_CONTENT = re.compile(r"\bNaN\b|context length|context size|input (?:is )?too long|too large to process")
 
 
+# Paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to parse (from
+# 0.12.7 on), but cuts long texts without a word; the last, for servers before 0.2.6, takes one text at a time.
+LEAN, USUAL, LEGACY = "/v1/embeddings", "/api/embed", "/api/embeddings"
+# Bytes of UTF-8. A token is made of at least one, so that a text of no more of them than the context has tokens cannot
+# be cut. Models add two tokens of their own, tokenizers a space; the rest is for words that they spell out. A model's
+# context may be longer than what Ollama gives it unasked: that was 2,048 tokens for long, and is still so in one piece.
+LEAN_MARGIN, LEAN_MOST = 16, 2048
+
+
 class OllamaWire:
-    """Ollama's own protocol: POST /api/embed, or /api/embeddings on servers before 0.2.6."""
+    """Ollama's own protocol: POST /api/embed, or what else of the paths above serves better."""
 
     product = "Ollama"
-    unit_length = True  # /api/embed promises L2-normalised vectors
+    unit_length = True  # both newer paths promise L2-normalised vectors
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
@@ -612,6 +625,8 @@ class OllamaWire:
             self.common["dimensions"] = options.dimensions
         if options.option:  # the same in every request: Ollama reloads the model where they differ
             self.common["options"] = dict(options.option)
+        self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
+        self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
         # Vectors must have this length: as asked for, as stored, or as the server's model card says.
         self.dimensions: int | None = options.dimensions
@@ -638,12 +653,18 @@ class OllamaWire:
             raise Stop(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}). {self.advice()}")
         try:
             self.check(reply, "/api/show")
-            information = json.loads(reply.body).get("model_info") or {}
-        except (Trouble, ValueError, RecursionError, AttributeError):
-            information = {}  # busy, or older, or another server with Ollama's protocol: it will show
-        if self.dimensions is None:
-            lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
-            self.dimensions = lengths[0] if lengths else None
+            card = json.loads(reply.body)
+            figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
+            # A model may come with a shorter context set than it could have (all-minilm does).
+            contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
+        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return []  # busy, or older, or another server with Ollama's protocol: it will show
+        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
+        if self.dimensions is None and lengths:
+            self.dimensions = lengths[0]
+        own = [n for key, n in figures if key.endswith(".context_length")]
+        if own and "options" not in self.common:  # which the lean path does not take
+            self.lean_bytes = max(min(*own, *contexts, LEAN_MOST) - LEAN_MARGIN, 0)
         return []
 
     def advice(self) -> str:
@@ -654,30 +675,58 @@ class OllamaWire:
         """Return the request that asks for the vectors of `texts`."""
         import json
 
+        asked: dict[str, Any]
         if self.legacy:
-            body: dict[str, Any] = {**self.common, "prompt": texts[0]}
-            return Send("/api/embeddings", json.dumps(body).encode(), timeout)
-        body = {**self.common, "input": texts, "truncate": True}
-        return Send("/api/embed", json.dumps(body).encode(), timeout)
+            path, asked = LEGACY, {"prompt": texts[0]}
+        elif self.lean_bytes and all(len(text.encode()) <= self.lean_bytes for text in texts):
+            path, asked = LEAN, {"input": texts, "encoding_format": "base64"}
+        else:
+            path, asked = USUAL, {"input": texts, "truncate": True}
+        return Send(path, json.dumps({**self.common, **asked}).encode(), timeout)
+
+    def way(self, path: str) -> str:
+        """Return for the log how vectors come over a path."""
+        return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
         """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it.
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
-        import json
-
         self.check(reply, path)
-        legacy = path == "/api/embeddings"
         try:
-            answer = json.loads(reply.body)
-            vectors = [answer["embedding"]] if legacy else answer["embeddings"]
-        except (ValueError, RecursionError, KeyError, TypeError):
+            vectors = self.vectors(path, reply.body)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            if path == LEAN and not self.lean_seen:
+                raise self.without_lean("no embeddings") from None
             said = words_of(reply.body)
             raise Garbled(f"the answer holds no embeddings: {said[:100]!r}") from None
-        if legacy:
-            vectors = [normalised(vectors[0])]
         return gate(vectors, texts, self.unit_length)
+
+    def vectors(self, path: str, body: bytes) -> list[Any]:
+        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+        import binascii
+        import json
+
+        answer = json.loads(body)
+        if path == LEGACY:
+            return [normalised(answer["embedding"])]
+        if path == USUAL:
+            return list(answer["embeddings"])
+        items: list[Any] = [None] * len(answer["data"])
+        for item in answer["data"]:
+            items[item["index"]] = item["embedding"]
+        if any(isinstance(item, list) for item in items):  # from before 0.12.7: nothing is gained by this path
+            self.lean_bytes = 0
+        else:
+            items = [binascii.a2b_base64(item) for item in items]
+        self.lean_seen = True
+        return items
+
+    def without_lean(self, words: str) -> Superseded:
+        """Leave the lean path for the rest of the run."""
+        self.lean_bytes = 0
+        return Superseded(words)
 
     def check(self, reply: Reply, path: str) -> None:
         """Raise what the reply's status means, unless it is 200."""
@@ -687,24 +736,23 @@ class OllamaWire:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
         words = words_of(reply.body)
         said = f"HTTP {reply.status}: {words}" if words else f"HTTP {reply.status}"
-        if reply.status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set OLLAMA_API_KEY to the token.")
-        if reply.status == 404:
-            if "model" in words and "not found" in words:
-                raise Stop(
-                    f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".'
-                )
-            if path == "/api/embeddings":
-                raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
-            if path == "/api/embed":
-                self.legacy = True
-                raise Superseded(said)
+        if reply.status == 404 and "model" in words and "not found" in words:
+            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if "does not support embeddings" in words:
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
         if reply.status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
             raise Refused(words)
         if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
             raise Unavailable(said, reply.status, reply.retry_after)
+        if path == LEAN and (reply.status == 404 or not self.lean_seen):
+            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+        if path == USUAL and reply.status == 404:
+            self.legacy = True
+            raise Superseded(said)
+        if path == LEGACY and reply.status == 404:
+            raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
+        if reply.status in (401, 403):
+            raise Stop(f"{self.server.shown} refuses access ({said}). Set OLLAMA_API_KEY to the token.")
         if 300 <= reply.status < 400:
             raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
@@ -721,23 +769,24 @@ def normalised(vector: Any) -> Any:
         return vector
 
 
-def gate(vectors: Any, texts: list[str], unit_length: bool) -> list[bytes]:
-    """Return vectors packed for storage if each is sound, or raise Garbled: HTTP 200 is no proof.
+def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]:
+    """Return vectors, lists of numbers or packed already, packed if each is sound, or raise Garbled: 200 is no proof.
 
     Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
     for every text. `unit_length`: the server promises L2 norm 1.
     """
     import math
+    import struct
 
-    if not isinstance(vectors, list) or len(vectors) != len(texts):
-        count = len(vectors) if isinstance(vectors, list) else "no"
-        raise Garbled(f"{count} vectors came for {len(texts)} texts")
+    if len(vectors) != len(texts):
+        raise Garbled(f"{len(vectors)} vectors came for {len(texts)} texts")
     packed = []
     for vector in vectors:
         try:
-            norm = math.hypot(*vector)  # NaN and infinity come out as such
-            packed.append(pack(vector))
-        except (TypeError, OverflowError):
+            ready = isinstance(vector, bytes)
+            norm = math.hypot(*(unpack(vector) if ready else vector))  # NaN and infinity come out as such
+            packed.append(vector if ready else pack(vector))
+        except (TypeError, OverflowError, struct.error):
             raise Garbled("a vector holds something that is no number") from None
         if not 0 < norm < math.inf:
             raise Garbled("a vector is all zero" if norm == 0 else "a vector holds NaN or infinity")
@@ -829,13 +878,14 @@ class Wait(NamedTuple):
 class Exchange(NamedTuple):
     """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed.
 
-    `texts` is 0 for the known-good text, which is none of the table's.
+    `texts` is 0 for the known-good text, which is none of the table's; `way` is how vectors came, in words.
     """
 
     texts: int
     seconds: float
     outcome: str
     reason: str = ""
+    way: str = ""
 
 
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
@@ -943,7 +993,7 @@ class Talk:
             raise
         self.trying = self.waits = 0
         if not probe:
-            yield Exchange(len(texts), reply.seconds, "ok")
+            yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path))
         return vectors
 
     def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
@@ -3048,6 +3098,7 @@ class Run:
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
         self.reason = engine.pace.reason  # the pace's last one that was logged
+        self.ways: set[str] = set()  # in which vectors came, as logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
@@ -3135,6 +3186,9 @@ class Run:
         """Log one request."""
         if exchange.outcome == "ok":
             self.log.debug(f"{exchange.texts} texts in {exchange.seconds:.2f} s")
+            if exchange.way not in self.ways:
+                self.ways.add(exchange.way)
+                self.log.info(f"vectors come as {exchange.way}")
         else:
             what = f"with {exchange.texts} texts" if exchange.texts else "with the known-good text"
             text = f"a request {what} gave no embeddings after {exchange.seconds:.2f} s"
