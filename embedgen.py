@@ -538,11 +538,16 @@ def pack(numbers: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(numbers)}f", *numbers)
 
 
-def unpack(vector: bytes) -> tuple[float, ...]:
-    """Return the numbers of a vector as it is stored."""
+def length_of(vector: bytes) -> float:
+    """Return the L2 norm of a vector as it is stored; NaN and infinity come out as such.
+
+    Piece by piece: Python makes an object of every number, and 64 of them stay in the processor's nearest cache.
+    """
+    import math
     import struct
 
-    return struct.unpack(f"<{len(vector) // 4}f", vector)
+    pieces = struct.iter_unpack("<64f", vector + bytes(-len(vector) % 256))
+    return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
 def words_of(body: bytes) -> str:
@@ -678,7 +683,7 @@ class OllamaWire:
         asked: dict[str, Any]
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
-        elif self.lean_bytes and all(len(text.encode()) <= self.lean_bytes for text in texts):
+        elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
             path, asked = LEAN, {"input": texts, "encoding_format": "base64"}
         else:
             path, asked = USUAL, {"input": texts, "truncate": True}
@@ -720,6 +725,8 @@ class OllamaWire:
             self.lean_bytes = 0
         else:
             items = [binascii.a2b_base64(item) for item in items]
+            if any(len(item) % 4 for item in items):
+                raise ValueError("not a whole number of floats")
         self.lean_seen = True
         return items
 
@@ -784,7 +791,7 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
     for vector in vectors:
         try:
             ready = isinstance(vector, bytes)
-            norm = math.hypot(*(unpack(vector) if ready else vector))  # NaN and infinity come out as such
+            norm = length_of(vector) if ready else math.hypot(*vector)
             packed.append(vector if ready else pack(vector))
         except (TypeError, OverflowError, struct.error):
             raise Garbled("a vector holds something that is no number") from None
@@ -1385,6 +1392,49 @@ class builtin_timeout:
             raise TimeoutError(str(error)) from None
 
 
+class Watch:
+    """Within it, a connection that is silent for so many seconds is dropped, which raises TimeoutError.
+
+    The run holds up the loop while it reads or saves. What has arrived meanwhile is heard
+    first: only the turn after the one in which the time is up decides.
+    """
+
+    def __init__(self, transport: Any, seconds: float) -> None:
+        import asyncio
+
+        self.transport, self.seconds, self.loop = transport, seconds, asyncio.get_running_loop()
+        self.too_late = False
+        self.timer: Any = None
+
+    def __enter__(self) -> Watch:
+        self.heard()
+        self.look()
+        return self
+
+    def heard(self) -> None:
+        """Begin the time anew; one timer for all pieces of an answer, since they may be many."""
+        self.until = self.loop.time() + self.seconds
+
+    def look(self, again: bool = False) -> None:
+        """Wait for the rest of the time, or end it."""
+        left = self.until - self.loop.time()
+        if left > 0:
+            self.timer = self.loop.call_later(left, self.look)
+        elif not again:
+            self.timer = self.loop.call_soon(self.look, True)
+        else:
+            self.too_late = True
+            self.transport.abort()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.timer.cancel()
+        if self.too_late and (kind is None or issubclass(kind, (OSError, EOFError))):
+            raise TimeoutError from None
+
+
+STREAM_BYTES = 1 << 18  # what asyncio buffers of an answer before it stops reading; most answers fit in twice of it
+
+
 class StreamTransport(Transport):
     """A connection by asyncio streams, with as much HTTP/1.1 as a client of an API needs (RFC 9112)."""
 
@@ -1399,7 +1449,7 @@ class StreamTransport(Transport):
             context = ssl.create_default_context()
         with builtin_timeout():
             self.reader, self.writer = await asyncio.wait_for(
-                asyncio.open_connection(server.host, server.port, ssl=context), seconds
+                asyncio.open_connection(server.host, server.port, ssl=context, limit=STREAM_BYTES), seconds
             )
         headers = {"Host": server.shown.split("/")[2], **headers_for(server)}
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -1408,101 +1458,77 @@ class StreamTransport(Transport):
         import asyncio
 
         head = f"POST {self.server.path}{send.path} HTTP/1.1\r\n{self.headers}Content-Length: {len(send.body)}\r\n\r\n"
-        self.writer.write(head.encode("latin-1") + send.body)
-        await self.within(send.timeout, self.writer.drain())
-        status = 100
-        while 100 <= status < 200:  # interim answers
-            lines = (await self.head(send.timeout)).decode("latin-1").split("\r\n")
-            version, code = (lines[0].split() + ["", ""])[:2]
-            if not version.startswith("HTTP/1.") or not code.isdigit():
-                raise OSError(f"malformed answer: {lines[0][:80]!r}")
-            status = int(code)
-        fields = (line.partition(":") for line in lines[1:] if line)
-        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        try:
-            body = await self.body(send.timeout, headers)
-        except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
-            raise OSError("the answer was cut off") from None
+        with Watch(self.writer.transport, send.timeout) as self.watch:
+            self.writer.write(head.encode("latin-1") + send.body)
+            await self.writer.drain()
+            self.watch.heard()
+            status = 100
+            while 100 <= status < 200:  # interim answers
+                lines = (await self.head()).decode("latin-1").split("\r\n")
+                version, code = (lines[0].split() + ["", ""])[:2]
+                if not version.startswith("HTTP/1.") or not code.isdigit():
+                    raise OSError(f"malformed answer: {lines[0][:80]!r}")
+                status = int(code)
+            fields = (line.partition(":") for line in lines[1:] if line)
+            headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+            try:
+                body = await self.body(headers)
+            except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
+                raise OSError("the answer was cut off") from None
         keep = headers.get("connection", "").lower()
         if keep == "close" or (version == "HTTP/1.0" and keep != "keep-alive") or not self.framed(headers):
             self.close()
         return Reply(status, body, retry_after=retry_after(headers.get("retry-after", "")))
 
-    async def head(self, timeout: float) -> bytes:
+    async def head(self) -> bytes:
         """Return an answer up to the end of its headers."""
         import asyncio
 
         try:
-            return await self.within(timeout, self.reader.readuntil(b"\r\n\r\n"))
+            head = await self.reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
             if error.partial:
                 raise OSError("the answer was cut off") from None
             raise
         except asyncio.LimitOverrunError:
             raise OSError("malformed answer: endless headers") from None
+        self.watch.heard()
+        return head
 
     @staticmethod
     def framed(headers: dict[str, str]) -> bool:
         """Whether the body's end shows without the connection being closed."""
         return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()
 
-    async def body(self, timeout: float, headers: dict[str, str]) -> bytes:
+    async def body(self, headers: dict[str, str]) -> bytes:
         """Return the body that follows the headers; EOFError or ValueError if it is not whole."""
         if "chunked" in headers.get("transfer-encoding", "").lower():
             pieces = []
-            while size := int((await self.within(timeout, self.reader.readuntil(b"\r\n"))).partition(b";")[0], 16):
-                pieces.append(await self.exactly(timeout, size))
-                await self.exactly(timeout, 2)
-            while await self.within(timeout, self.reader.readuntil(b"\r\n")) != b"\r\n":
+            while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+                pieces += await self.exactly(size)
+                await self.reader.readexactly(2)
+            while await self.reader.readuntil(b"\r\n") != b"\r\n":
                 pass  # trailers
             return b"".join(pieces)
         if "content-length" in headers:
-            return await self.exactly(timeout, int(headers["content-length"]))
+            return b"".join(await self.exactly(int(headers["content-length"])))
         pieces = []
-        while piece := await self.within(timeout, self.reader.read(65536)):
+        while piece := await self.reader.read(STREAM_BYTES):
+            self.watch.heard()
             pieces.append(piece)
         return b"".join(pieces)
 
-    async def exactly(self, timeout: float, size: int) -> bytes:
-        """Return that many bytes; `timeout` is the longest silence between any two of them."""
+    async def exactly(self, size: int) -> list[bytes]:
+        """Return that many bytes, in pieces as they come."""
         pieces = []
         while size:
-            piece = await self.within(timeout, self.reader.read(min(size, 65536)))
+            piece = await self.reader.read(size)
             if not piece:
                 raise EOFError
+            self.watch.heard()
             pieces.append(piece)
             size -= len(piece)
-        return b"".join(pieces)
-
-    async def within(self, timeout: float, awaitable: Coroutine[Any, Any, T]) -> T:
-        """Return what the awaitable gives; drop the connection and raise TimeoutError if that takes too long.
-
-        The run holds up the loop while it reads or saves. What has arrived meanwhile is heard
-        first: only the turn after the one in which the time is up decides.
-        """
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        state = "waiting"
-
-        def give_up() -> None:
-            nonlocal state
-            if state == "waiting":
-                state = "too late"
-                self.writer.transport.abort()
-
-        timer = loop.call_later(timeout, loop.call_soon, give_up)
-        try:
-            result = await awaitable
-        except (OSError, EOFError):
-            if state != "too late":
-                raise
-        finally:
-            timer.cancel()
-        if state == "too late":
-            raise TimeoutError
-        state = "done"
-        return result
+        return pieces
 
     def close(self) -> None:
         if self.connected:
@@ -2657,6 +2683,8 @@ class SQLiteStore(Store):
         return self.patiently(read)
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+        import itertools
+
         names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         columns = [quoted(self.target_columns[name]) for name in names]
         key = quoted(self.target_key)
@@ -2665,10 +2693,14 @@ class SQLiteStore(Store):
             f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?) "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
         )
-        parameters = []
-        for row, vector in vectors:
-            known = {"embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now}
-            parameters.append((row.key, *(known[name] for name in names), row.key))
+        keys = [row.key for row, _ in vectors]
+        known: dict[str, Iterable[Any]] = {
+            "embedding": [vector for _, vector in vectors],
+            "model": itertools.repeat(self.model),
+            "text_sha256": [row.digest for row, _ in vectors],
+            "updated_at": itertools.repeat(now),
+        }
+        parameters = list(zip(keys, *(known[name] for name in names), keys))
         return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
