@@ -153,7 +153,12 @@ def ready_made(path: str, texts: int) -> bytes:
         question = Question(path, "nomic-embed-text", MODEL, [""] * texts, texts, DIMENSIONS, base64=True)
         body = Server.encode(question, vectors, {}, "")
     else:
-        body = json.dumps({"model_info": {"double.embedding_length": DIMENSIONS, "double.context_length": 2048}, "capabilities": ["embedding"]})
+        body = json.dumps(
+            {
+                "model_info": {"double.embedding_length": DIMENSIONS, "double.context_length": 2048},
+                "capabilities": ["embedding"],
+            }
+        )
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
     return head + Connection.chunks(body.encode(), 1)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import unittest
+from collections import Counter
+from typing import Any
 
+from tests.ollama import EMBED_PATHS
 from tests.support import ENGINES, FULL, MOVIES, Case
 
 # The report that both engines print, with the parts that differ between runs taken out.
@@ -100,7 +104,7 @@ class MainJob(Case):
                 self.ollama.configure(shuffle=0.02)
                 self.make_movies(60)
                 self.succeed("--engine", engine, "--concurrent", 3, "--batch-size", 4)
-                requests = [entry for entry in self.ollama.log() if entry["path"] == "/api/embed"]
+                requests = [entry for entry in self.ollama.log() if entry["path"] in EMBED_PATHS]
                 self.assertEqual({len(entry["texts"]) for entry in requests}, {4})
                 self.assertEqual(max(entry["in_flight"] for entry in requests), 3)
                 # Kept alive: no more connections than requests in flight, and one for the greeting.
@@ -354,10 +358,59 @@ class MainJob(Case):
     def test_options_and_dimensions_reach_the_server_the_same_each_time(self) -> None:
         self.make_movies(20)
         self.succeed("--option", "num_ctx=512", "--option", "low=true", "--dimensions", 4, "--batch-size", 5)
-        bodies = [entry["body"] for entry in self.ollama.log() if entry["path"] == "/api/embed"]
-        for body in bodies:
+        requests = [entry for entry in self.ollama.log() if entry["path"] in EMBED_PATHS]
+        self.assertEqual({entry["path"] for entry in requests}, {"/api/embed"})  # the other does not take options
+        for body in (entry["body"] for entry in requests):
             self.assertEqual((body["options"], body["dimensions"]), ({"num_ctx": 512, "low": True}, 4))
         self.assertEqual({len(vector) for vector in self.stored().values()}, {16})
+
+    def test_vectors_come_as_base64_where_the_server_has_it(self) -> None:
+        lean, usual = "/v1/embeddings", "/api/embed"
+        cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
+            ({}, [lean] * 4, [f"base64 over {lean}"]),
+            ({"next": ["disorder"] * 4}, [lean] * 4, [f"base64 over {lean}"]),
+            ({"base64": False}, [lean] + [usual] * 3, [f"decimals over {lean}", f"decimals over {usual}"]),
+            # Whose vectors are of unknown length: the first is compared with that of one more text.
+            ({"show": False}, [usual] * 5, [f"decimals over {usual}"]),
+            ({"models": {"nomic-embed-text": {"context": 30}}}, [usual] * 4, [f"decimals over {usual}"]),
+        ]
+        for settings, paths, ways in cases:
+            for engine in ENGINES:
+                with self.subTest(engine=engine, settings=settings):
+                    self.database.unlink(missing_ok=True)
+                    shutil.rmtree(self.folder / "logs", ignore_errors=True)
+                    self.ollama.reset()
+                    self.ollama.configure(**settings)
+                    self.make_movies(20)
+                    flags = ("--engine", engine, "--batch-size", 5, "--concurrent", 1)
+                    self.assertEqual(self.succeed(*flags).tally, (20, 0, 0))
+                    self.assert_complete()
+                    self.assertEqual([entry["path"] for entry in self.ollama.log()], ["/api/show", *paths])
+                    self.assertEqual(re.findall("vectors come as (.*)", self.log()), ways)
+
+    def test_only_a_batch_with_a_long_text_takes_the_other_path(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.make_movies(20, title=lambda key: "long " * 500 if key == 7 else f"Film {key}")
+                self.succeed("--engine", engine, "--batch-size", 5)
+                self.assert_complete()
+                taken = Counter(entry["path"] for entry in self.ollama.log())
+                self.assertEqual(taken, {"/api/show": 1, "/v1/embeddings": 3, "/api/embed": 1})
+
+    def test_a_server_without_the_lean_path_is_asked_for_it_once_by_each_worker(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.database.unlink(missing_ok=True)
+                self.ollama.reset()
+                self.ollama.configure(lean=False)
+                self.make_movies(40)
+                self.assertEqual(self.succeed("--engine", engine, "--batch-size", 2, "--concurrent", 2).tally[0], 40)
+                self.assert_complete()
+                missed = [entry for entry in self.ollama.log() if entry["status"] == 404]
+                self.assertEqual({entry["path"] for entry in missed}, {"/v1/embeddings"})
+                self.assertLessEqual(len(missed), 2)
 
     def test_a_server_with_only_the_older_path(self) -> None:
         self.ollama.configure(embed=False, version="0.2.5")
