@@ -495,7 +495,7 @@ class OtherDimensions(Garbled):
 
 
 class Superseded(Trouble):
-    """The server lacks this protocol; the wire has changed to an older one, to be tried at once."""
+    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -561,22 +561,28 @@ def hide_password(url: str) -> str:
 
 def pack(numbers: Sequence[float]) -> bytes:
     """Return a vector as it is stored: float32, little-endian, nothing else."""
-    from array import array
+    import struct
 
-    packed = array("f", numbers)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def length_of(vector: bytes) -> float:
+    """Return the L2 norm of a vector as it is stored; NaN and infinity come out as such.
+
+    Piece by piece: Python makes an object of every number, and 64 of them stay in the processor's nearest cache.
+    """
+    import math
+    import struct
+
+    pieces = struct.iter_unpack("<64f", vector + bytes(-len(vector) % 256))
+    return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
 def unpack(vector: bytes) -> Sequence[float]:
     """Return the numbers of a stored vector."""
-    from array import array
+    import struct
 
-    numbers = array("f", vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
 def words_of(body: bytes) -> str:
@@ -636,11 +642,20 @@ DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|re
 BAD_CONTENT = re.compile(r"\bNaN\b|context length|context size|input (?:is )?too long|too large to process")
 
 
+# Paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to parse (from
+# 0.12.7 on), but cuts long texts without a word; the last, for servers before 0.2.6, takes one text at a time.
+LEAN, USUAL, LEGACY = "/v1/embeddings", "/api/embed", "/api/embeddings"
+# Bytes of UTF-8. A token is made of at least one, so that a text of no more of them than the context has tokens cannot
+# be cut. Models add two tokens of their own, tokenizers a space; the rest is for words that they spell out. A model's
+# context may be longer than what Ollama gives it unasked: that was 2,048 tokens for long, and is still so in one piece.
+LEAN_MARGIN, LEAN_MOST = 16, 2048
+
+
 class OllamaWire:
-    """Ollama's own protocol: POST /api/embed, or /api/embeddings on servers before 0.2.6."""
+    """Ollama's own protocol: POST /api/embed, or what else of the paths above serves better."""
 
     product = "Ollama"
-    unit_length = True  # /api/embed promises L2-normalised vectors
+    unit_length = True  # both newer paths promise L2-normalised vectors
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
@@ -650,6 +665,8 @@ class OllamaWire:
             self.common["dimensions"] = options.dimensions
         if options.option:  # the same in every request: Ollama reloads the model where they differ
             self.common["options"] = dict(options.option)
+        self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
+        self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
         # Vectors must have this length: as asked for, as stored, or as the server's model card says.
         self.dimensions: int | None = options.dimensions
@@ -689,10 +706,16 @@ class OllamaWire:
             raise away
         try:
             self.check(reply, "/api/show")
-            information = json.loads(reply.body).get("model_info") or {}
-        except (Trouble, ValueError, RecursionError, AttributeError):
-            information = {}  # busy, or older, or another server with Ollama's protocol: it will show
-        lengths = [n for key, n in information.items() if key.endswith(".embedding_length") and isinstance(n, int)]
+            card = json.loads(reply.body)
+            # A model may come with a shorter context set than it could have (all-minilm does).
+            contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
+            figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
+        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
+        own = [n for key, n in figures if key.endswith(".context_length")]
+        lean = own and "options" not in self.common  # which the lean path does not take
+        self.lean_bytes = max(min(*own, *contexts, LEAN_MOST) - LEAN_MARGIN, 0) if lean else 0
+        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
         if self.dimensions is None:
             self.dimensions = lengths[0] if lengths else None
         elif lengths[:1] != [self.dimensions]:
@@ -734,30 +757,60 @@ class OllamaWire:
         """Return the request that asks for the vectors of `texts`."""
         import json
 
+        asked: dict[str, Any]
         if self.legacy:
-            body: dict[str, Any] = {**self.common, "prompt": texts[0]}
-            return Send("/api/embeddings", json.dumps(body).encode(), timeout)
-        body = {**self.common, "input": texts, "truncate": True}
-        return Send("/api/embed", json.dumps(body).encode(), timeout)
+            path, asked = LEGACY, {"prompt": texts[0]}
+        elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
+            path, asked = LEAN, {"input": texts, "encoding_format": "base64"}
+        else:
+            path, asked = USUAL, {"input": texts, "truncate": True}
+        return Send(path, json.dumps({**self.common, **asked}).encode(), timeout)
+
+    def way(self, path: str) -> str:
+        """Return for the log how vectors come over a path."""
+        return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
         """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it.
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
-        import json
-
         self.check(reply, path)
-        legacy = path == "/api/embeddings"
         try:
-            answer = json.loads(reply.body)
-            vectors = [answer["embedding"]] if legacy else answer["embeddings"]
-        except (ValueError, RecursionError, KeyError, TypeError):
+            vectors = self.vectors(path, reply.body)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            if path == LEAN and not self.lean_seen:
+                raise self.without_lean("no embeddings") from None
             said = words_of(reply.body)
             raise Garbled(f"the answer holds no embeddings: {said[:100]!r}") from None
-        if legacy:
-            vectors = [normalised(vectors[0])]
         return gate(vectors, texts, self.unit_length)
+
+    def vectors(self, path: str, body: bytes) -> list[Any]:
+        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+        import binascii
+        import json
+
+        answer = json.loads(body)
+        if path == LEGACY:
+            return [normalised(answer["embedding"])]
+        if path == USUAL:
+            return list(answer["embeddings"])
+        items: list[Any] = [None] * len(answer["data"])
+        for item in answer["data"]:
+            items[item["index"]] = item["embedding"]
+        if any(isinstance(item, list) for item in items):  # from before 0.12.7: nothing is gained by this path
+            self.lean_bytes = 0
+        else:
+            items = [binascii.a2b_base64(item) for item in items]
+            if any(len(item) % 4 for item in items):
+                raise ValueError("not a whole number of floats")
+        self.lean_seen = True
+        return items
+
+    def without_lean(self, words: str) -> Superseded:
+        """Leave the lean path for the rest of the run."""
+        self.lean_bytes = 0
+        return Superseded(words)
 
     def check(self, reply: Reply, path: str) -> None:
         """Raise what the reply's status means, unless it is 200."""
@@ -767,24 +820,23 @@ class OllamaWire:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
         words = words_of(reply.body)
         said = f"HTTP {reply.status}: {words}" if words else f"HTTP {reply.status}"
-        if reply.status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set OLLAMA_API_KEY to the token.")
-        if reply.status == 404:
-            if "model" in words and "not found" in words:
-                raise Stop(
-                    f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".'
-                )
-            if path == "/api/embeddings":
-                raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
-            if path == "/api/embed":
-                self.legacy = True
-                raise Superseded(said)
+        if reply.status == 404 and "model" in words and "not found" in words:
+            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if "does not support embeddings" in words:
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
         if reply.status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
             raise Refused(words)
         if reply.status in (408, 429) or reply.status >= 500 or DEAD_RUNNER.search(words):
             raise Unavailable(said, reply.status, reply.retry_after)
+        if path == LEAN and (reply.status == 404 or not self.lean_seen):
+            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+        if path == USUAL and reply.status == 404:
+            self.legacy = True
+            raise Superseded(said)
+        if path == LEGACY and reply.status == 404:
+            raise Stop(f"{self.server.shown} is no Ollama server ({said}). Give --server URL.")
+        if reply.status in (401, 403):
+            raise Stop(f"{self.server.shown} refuses access ({said}). Set OLLAMA_API_KEY to the token.")
         if 300 <= reply.status < 400:
             raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
@@ -801,23 +853,24 @@ def normalised(vector: Any) -> Any:
         return vector
 
 
-def gate(vectors: Any, texts: list[str], unit_length: bool) -> list[bytes]:
-    """Return vectors packed for storage if each is sound, or raise Garbled: HTTP 200 is no proof.
+def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]:
+    """Return vectors, lists of numbers or packed already, packed if each is sound, or raise Garbled: 200 is no proof.
 
     Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
     for every text. `unit_length`: the server promises L2 norm 1.
     """
     import math
+    import struct
 
-    if not isinstance(vectors, list) or len(vectors) != len(texts):
-        count = len(vectors) if isinstance(vectors, list) else "no"
-        raise Garbled(f"{count} vectors came for {len(texts)} texts")
+    if len(vectors) != len(texts):
+        raise Garbled(f"{len(vectors)} vectors came for {len(texts)} texts")
     packed = []
     for vector in vectors:
         try:
-            norm = math.hypot(*vector)  # NaN and infinity come out as such
-            packed.append(pack(vector))
-        except (TypeError, OverflowError):
+            ready = isinstance(vector, bytes)
+            norm = length_of(vector) if ready else math.hypot(*vector)
+            packed.append(vector if ready else pack(vector))
+        except (TypeError, OverflowError, struct.error):
             raise Garbled("a vector holds something that is no number") from None
         if not 0 < norm < math.inf:
             raise Garbled("a vector is all zero" if norm == 0 else "a vector holds NaN or infinity")
@@ -931,13 +984,14 @@ class Wait(NamedTuple):
 class Exchange(NamedTuple):
     """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed.
 
-    `texts` is 0 for the known-good text, which is none of the table's.
+    `texts` is 0 for the known-good text, which is none of the table's; `way` is how vectors came, in words.
     """
 
     texts: int
     seconds: float
     outcome: str
     reason: str = ""
+    way: str = ""
 
 
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
@@ -1046,7 +1100,7 @@ class Talk:
             raise
         self.trying = self.waits = 0
         if not probe:
-            yield Exchange(len(texts), reply.seconds, "ok")
+            yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path))
         return vectors
 
     def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
@@ -1702,6 +1756,49 @@ class builtin_timeout:
             raise TimeoutError(str(error)) from None
 
 
+class Watch:
+    """Within it, a connection that is silent for so many seconds is dropped, which raises TimeoutError.
+
+    The run holds up the loop while it reads or saves. What has arrived meanwhile is heard
+    first: only the turn after the one in which the time is up decides.
+    """
+
+    def __init__(self, transport: Any, seconds: float) -> None:
+        import asyncio
+
+        self.transport, self.seconds, self.loop = transport, seconds, asyncio.get_running_loop()
+        self.too_late = False
+        self.timer: Any = None
+
+    def __enter__(self) -> Watch:
+        self.heard()
+        self.look()
+        return self
+
+    def heard(self) -> None:
+        """Begin the time anew; one timer for all pieces of an answer, since they may be many."""
+        self.until = self.loop.time() + self.seconds
+
+    def look(self, again: bool = False) -> None:
+        """Wait for the rest of the time, or end it."""
+        left = self.until - self.loop.time()
+        if left > 0:
+            self.timer = self.loop.call_later(left, self.look)
+        elif not again:
+            self.timer = self.loop.call_soon(self.look, True)
+        else:
+            self.too_late = True
+            self.transport.abort()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.timer.cancel()
+        if self.too_late and (kind is None or issubclass(kind, (OSError, EOFError))):
+            raise TimeoutError from None
+
+
+STREAM_BYTES = 1 << 18  # what asyncio buffers of an answer before it stops reading; most answers fit in twice of it
+
+
 class StreamTransport(Transport):
     """A connection by asyncio streams, with as much HTTP/1.1 as a client of an API needs (RFC 9112)."""
 
@@ -1716,7 +1813,7 @@ class StreamTransport(Transport):
             context = ssl.create_default_context()
         with builtin_timeout():
             self.reader, self.writer = await asyncio.wait_for(
-                asyncio.open_connection(server.host, server.port, ssl=context), seconds
+                asyncio.open_connection(server.host, server.port, ssl=context, limit=STREAM_BYTES), seconds
             )
         headers = {"Host": server.shown.split("/")[2], **headers_for(server)}
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -1726,101 +1823,77 @@ class StreamTransport(Transport):
 
         length = f"Content-Length: {len(send.body)}\r\n" if send.body else ""
         start = f"{'POST' if send.body else 'GET'} {self.server.path}{send.path} HTTP/1.1"
-        self.writer.write(f"{start}\r\n{self.headers}{length}\r\n".encode("latin-1") + send.body)
-        await self.within(send.timeout, self.writer.drain())
-        status = 100
-        while 100 <= status < 200:  # interim answers
-            lines = (await self.head(send.timeout)).decode("latin-1").split("\r\n")
-            version, code = (lines[0].split() + ["", ""])[:2]
-            if not version.startswith("HTTP/1.") or not code.isdigit():
-                raise OSError(f"malformed answer: {lines[0][:80]!r}")
-            status = int(code)
-        fields = (line.partition(":") for line in lines[1:] if line)
-        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-        try:
-            body = await self.body(send.timeout, headers)
-        except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
-            raise OSError("the answer was cut off") from None
+        with Watch(self.writer.transport, send.timeout) as self.watch:
+            self.writer.write(f"{start}\r\n{self.headers}{length}\r\n".encode("latin-1") + send.body)
+            await self.writer.drain()
+            self.watch.heard()
+            status = 100
+            while 100 <= status < 200:  # interim answers
+                lines = (await self.head()).decode("latin-1").split("\r\n")
+                version, code = (lines[0].split() + ["", ""])[:2]
+                if not version.startswith("HTTP/1.") or not code.isdigit():
+                    raise OSError(f"malformed answer: {lines[0][:80]!r}")
+                status = int(code)
+            fields = (line.partition(":") for line in lines[1:] if line)
+            headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+            try:
+                body = await self.body(headers)
+            except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
+                raise OSError("the answer was cut off") from None
         keep = headers.get("connection", "").lower()
         if keep == "close" or (version == "HTTP/1.0" and keep != "keep-alive") or not self.framed(headers):
             self.close()
         return Reply(status, body, retry_after=retry_after(headers.get("retry-after", "")))
 
-    async def head(self, timeout: float) -> bytes:
+    async def head(self) -> bytes:
         """Return an answer up to the end of its headers."""
         import asyncio
 
         try:
-            return await self.within(timeout, self.reader.readuntil(b"\r\n\r\n"))
+            head = await self.reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
             if error.partial:
                 raise OSError("the answer was cut off") from None
             raise
         except asyncio.LimitOverrunError:
             raise OSError("malformed answer: endless headers") from None
+        self.watch.heard()
+        return head
 
     @staticmethod
     def framed(headers: dict[str, str]) -> bool:
         """Whether the body's end shows without the connection being closed."""
         return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()
 
-    async def body(self, timeout: float, headers: dict[str, str]) -> bytes:
+    async def body(self, headers: dict[str, str]) -> bytes:
         """Return the body that follows the headers; EOFError or ValueError if it is not whole."""
         if "chunked" in headers.get("transfer-encoding", "").lower():
             pieces = []
-            while size := int((await self.within(timeout, self.reader.readuntil(b"\r\n"))).partition(b";")[0], 16):
-                pieces.append(await self.exactly(timeout, size))
-                await self.exactly(timeout, 2)
-            while await self.within(timeout, self.reader.readuntil(b"\r\n")) != b"\r\n":
+            while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+                pieces += await self.exactly(size)
+                await self.reader.readexactly(2)
+            while await self.reader.readuntil(b"\r\n") != b"\r\n":
                 pass  # trailers
             return b"".join(pieces)
         if "content-length" in headers:
-            return await self.exactly(timeout, int(headers["content-length"]))
+            return b"".join(await self.exactly(int(headers["content-length"])))
         pieces = []
-        while piece := await self.within(timeout, self.reader.read(65536)):
+        while piece := await self.reader.read(STREAM_BYTES):
+            self.watch.heard()
             pieces.append(piece)
         return b"".join(pieces)
 
-    async def exactly(self, timeout: float, size: int) -> bytes:
-        """Return that many bytes; `timeout` is the longest silence between any two of them."""
+    async def exactly(self, size: int) -> list[bytes]:
+        """Return that many bytes, in pieces as they come."""
         pieces = []
         while size:
-            piece = await self.within(timeout, self.reader.read(min(size, 65536)))
+            piece = await self.reader.read(size)
             if not piece:
                 raise EOFError
+            self.watch.heard()
             pieces.append(piece)
             size -= len(piece)
-        return b"".join(pieces)
-
-    async def within(self, timeout: float, awaitable: Coroutine[Any, Any, T]) -> T:
-        """Return what the awaitable gives; drop the connection and raise TimeoutError if that takes too long.
-
-        The run holds up the loop while it reads or saves. What has arrived meanwhile is heard
-        first: only the turn after the one in which the time is up decides.
-        """
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        state = "waiting"
-
-        def give_up() -> None:
-            nonlocal state
-            if state == "waiting":
-                state = "too late"
-                self.writer.transport.abort()
-
-        timer = loop.call_later(timeout, loop.call_soon, give_up)
-        try:
-            result = await awaitable
-        except (OSError, EOFError):
-            if state != "too late":
-                raise
-        finally:
-            timer.cancel()
-        if state == "too late":
-            raise TimeoutError
-        state = "done"
-        return result
+        return pieces
 
     def close(self) -> None:
         if self.connected:
@@ -2219,7 +2292,7 @@ class ProcessEngine(Engine):
         super().__init__(servers, interrupt)
         # Forked workers share what is loaded now. What they import themselves, and what the garbage
         # collector writes to, each of them gets a copy of.
-        for name in ("array", "http.client", "json", "multiprocessing.connection", "queue", "random", "threading"):
+        for name in ("http.client", "json", "multiprocessing.connection", "queue", "random", "threading"):
             importlib.import_module(name)
         gc.collect()
         gc.freeze()
@@ -3260,6 +3333,8 @@ class SQLiteStore(Store):
         return self.patiently(read)
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+        import itertools
+
         names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         columns = [quoted(self.target_columns[name]) for name in names]
         key = quoted(self.target_key)
@@ -3268,10 +3343,14 @@ class SQLiteStore(Store):
             f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?) "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
         )
-        parameters = []
-        for row, vector in vectors:
-            known = {"embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now}
-            parameters.append((row.key, *(known[name] for name in names), row.key))
+        keys = [row.key for row, _ in vectors]
+        known: dict[str, Iterable[Any]] = {
+            "embedding": [vector for _, vector in vectors],
+            "model": itertools.repeat(self.model),
+            "text_sha256": [row.digest for row, _ in vectors],
+            "updated_at": itertools.repeat(now),
+        }
+        parameters = list(zip(keys, *(known[name] for name in names), keys))
         return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
@@ -4703,6 +4782,7 @@ class Run:
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
         self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
+        self.ways: set[tuple[int, str]] = set()  # in which vectors came, by server, as logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
@@ -4809,6 +4889,9 @@ class Run:
         at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
         if what.outcome == "ok":
             self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
+            if (lane.place, what.way) not in self.ways:
+                self.ways.add((lane.place, what.way))
+                self.log.info(f"{at}vectors come as {what.way}")
         else:
             texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
             text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"

@@ -1,9 +1,11 @@
 """Measures what the program costs: memory, processor time, throughput, pace, and its start.
 
-    python -m tests.bench [SECTION ...] [--quick]
+    python -m tests.bench [SECTION ...] [--quick] [--svg]
 
 Without a SECTION, all of them. Machines differ and are shared, so what counts are the ratios:
 both sides of each are measured in turns, in the same run, and the medians of three compared.
+Nothing needs to be installed; where the packages that a script of others needs can be imported,
+it is measured, too. --svg draws the figures of the README anew, in tests/figures.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -31,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from xml.sax.saxutils import escape
 
 from tests.ollama import EMBED_PATHS, MODEL, Connection, Ollama, Question, Server, vector
 from tests.support import ENGINES, ROOT, command, environment
@@ -84,24 +88,25 @@ def measure(arguments: Sequence[str], folder: Path) -> Measured:
     return Measured(seconds, cpu, peak or math.nan)
 
 
-def program(database: Path, url: str, *flags: object) -> Measured:
+def program(database: object, url: str, *flags: object) -> Measured:
     """Run the program over a database; it must succeed, so that all rows have their embedding."""
-    folder = database.parent
-    return measure(command("--log-dir", folder, "--quiet", "--database", database, "--server", url, *flags), folder)
+    with tempfile.TemporaryDirectory(prefix="embedgen-bench-") as folder:
+        flags = ("--log-dir", folder, "--quiet", "--database", database, "--server", url, *flags)
+        return measure(command(*flags), Path(folder))
 
 
-def both_engines(database: Path, url: str, *flags: object) -> dict[str, Callable[[], Measured]]:
-    """Return for each engine the job to run the program over a fresh copy of a database."""
+def both_engines(fresh: Callable[[], str], url: str, *flags: object) -> dict[str, Callable[[], Measured]]:
+    """Return for each engine the job to run the program over a database that has no vectors yet."""
 
     def run(engine: str) -> Measured:
-        return program(copy(database), url, "--engine", engine, *flags)
+        return program(fresh(), url, "--engine", engine, *flags)
 
     return {engine: functools.partial(run, engine) for engine in ENGINES}
 
 
-def copy(database: Path) -> Path:
-    """Return a copy of a database, over the last one."""
-    return Path(shutil.copy(database, database.with_suffix(".copy.db")))
+def copies_of(database: Path) -> Callable[[], str]:
+    """Return what makes a copy of an SQLite database, over the last one, and returns its path."""
+    return lambda: str(shutil.copy(database, database.with_suffix(".copy.db")))
 
 
 def in_turns(jobs: Mapping[str, Callable[[], Measured]], times: int = 3) -> dict[str, Measured]:
@@ -140,6 +145,40 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
         print("  " + "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip(), flush=True)
 
 
+drawn: list[Path] = []  # the folder for figures, if any are wanted
+FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}" role="img">
+<title>{title}</title>
+<style>
+text {{ font: 13px system-ui, sans-serif; fill: #24292f; }} .more {{ fill: #57606a; }}
+rect {{ fill: #b6bcc4; }} rect.ours {{ fill: #1f7a4d; }}
+@media (prefers-color-scheme: dark) {{
+text {{ fill: #e6edf3; }} .more {{ fill: #9198a1; }} rect {{ fill: #545d68; }} rect.ours {{ fill: #3fb27f; }}
+}}
+</style>
+<text class="more" x="0" y="16">{title}</text>
+{bars}
+</svg>
+"""
+BAR = """<text x="196" y="{text}" text-anchor="end">{name}</text>
+<rect{ours} x="204" y="{top}" width="{width:.0f}" height="16"/><text x="{right:.0f}" y="{text}">{value:,.0f}</text>"""
+
+
+def draw(name: str, title: str, values: Mapping[str, float]) -> None:
+    """Draw one bar for each value, the program's own in another colour."""
+    most, bars = max(values.values()), []
+    for number, (label, value) in enumerate(values.items()):
+        top, width, ours = 28 + 24 * number, 370 * value / most, ' class="ours"' * label.startswith(ENGINES)
+        bars.append(
+            BAR.format(
+                name=escape(label), value=value, ours=ours, top=top, text=top + 13, width=width, right=210 + width
+            )
+        )
+    for folder in drawn:
+        folder.mkdir(exist_ok=True)
+        text = FIGURE.format(title=escape(title), height=32 + 24 * len(bars), bars="\n".join(bars))
+        (folder / f"{name}.svg").write_text(text, "utf-8")
+
+
 # --- A server and a client that cost next to nothing --------------------------------------------
 
 DIMENSIONS = 768
@@ -153,7 +192,12 @@ def ready_made(path: str, texts: int) -> bytes:
         question = Question(path, "nomic-embed-text", MODEL, [""] * texts, texts, DIMENSIONS, base64=True)
         body = Server.encode(question, vectors, {}, "")
     else:
-        body = json.dumps({"model_info": {"double.embedding_length": DIMENSIONS}, "capabilities": ["embedding"]})
+        body = json.dumps(
+            {
+                "model_info": {"double.embedding_length": DIMENSIONS, "double.context_length": 2048},
+                "capabilities": ["embedding"],
+            }
+        )
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
     return head + Connection.chunks(body.encode(), 1)
 
@@ -195,16 +239,17 @@ def responder() -> Iterator[str]:
         process.stdin.close()
 
 
-def raw_loop(url: str, total: int, batch: int, in_flight: int) -> Measured:
+def raw_loop(url: str, total: int, batch: int, in_flight: int, path: str = "/api/embed") -> Measured:
     """Measure what a client can get, in this process, that throws the answers away."""
     texts = [f"Title: Film {key} | Description: {MARK} {key}.{PLOT}" for key in range(total)]
-    bodies = [json.dumps({"model": "nomic-embed-text", "input": texts[i : i + batch]}) for i in range(0, total, batch)]
+    common = {"model": "nomic-embed-text", "encoding_format": "base64"}
+    bodies = [json.dumps({**common, "input": texts[i : i + batch]}) for i in range(0, total, batch)]
 
     async def converse() -> None:
         reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port, limit=1 << 24)
         while bodies:
             body = bodies.pop()
-            writer.write(f"POST /api/embed HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            writer.write(f"POST {path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             length = re.search(rb"Content-Length: (\d+)", await reader.readuntil(b"\r\n\r\n"))
             await (reader.readexactly(int(length[1])) if length else reader.readuntil(b"\r\n0\r\n\r\n"))
         writer.close()
@@ -224,62 +269,161 @@ def memory(folder: Path, quick: bool) -> None:
     """Peak memory, which must not depend on the number of rows."""
     sizes = (1_000, 30_000 if quick else 300_000)
     rows: list[list[Any]] = []
-    for engine in ENGINES:
-        flags = ("--engine", engine, "--concurrent", 10, "--batch-size", 64)
-        peaks = []
-        for size in sizes:
-            database = make_movies(folder / f"{engine}-{size}.db", size)
-            with Ollama(network=0.1) as server:  # so that all workers have their work, even in a short run
-                peaks.append(program(database, server.url, *flags, "--force").peak)
-                again = functools.partial(program, database, server.url, *flags)
+    with responder() as url:
+        for engine in ENGINES:
+            flags = ("--engine", engine, "--concurrent", 10, "--batch-size", 32)
+            peaks = []
+            for size in sizes:
+                database = make_movies(folder / "memory.db", size, PLOT)
+                peaks.append(program(database, url, *flags, "--force").peak)
+                again = functools.partial(program, database, url, *flags)
                 peaks.append(in_turns({"": again})[""].peak)
-        rows.append([f"{engine}, all to do", peaks[0], peaks[2], peaks[2] / peaks[0]])
-        rows.append([f"{engine}, nothing to do", peaks[1], peaks[3], peaks[3] / peaks[1]])
+                database.unlink()
+            rows.append([f"{engine}, all to do", peaks[0], peaks[2], peaks[2] / peaks[0]])
+            rows.append([f"{engine}, nothing to do", peaks[1], peaks[3], peaks[3] / peaks[1]])
     header = ("peak PSS, MiB", *(f"{size:,} rows" for size in sizes), "ratio")
-    show("memory: the goal is a ratio within 10 % of 1", header, rows)
+    show("memory: ten requests of 32 texts in flight; the goal is a ratio within 10 % of 1", header, rows)
 
 
-BASELINE = """
-import array, json, multiprocessing, sqlite3, sys, urllib.request
+# Scripts of others. Each is given the server's and the database's address; Movies is what it does with the latter.
+MOVIES_IN_SQLITE = """
+import sqlite3
 
-url, database = sys.argv[1:]
+class Movies:
+    def __init__(self, database):
+        self.connection = sqlite3.connect(database)
+        self.connection.execute("CREATE TABLE movie_embeddings (movie_id INTEGER PRIMARY KEY, embedding BLOB)")
 
+    def read(self):
+        rows = self.connection.execute("SELECT id, title, overview FROM movies")
+        return [(key, f"Title: {title} | Description: {overview}") for key, title, overview in rows]
+
+    def save(self, vectors):
+        self.connection.executemany("INSERT INTO movie_embeddings VALUES (?, ?)", vectors)
+        self.connection.commit()
+"""
+WITH_URLLIB = """
+import array, json, multiprocessing, sys, urllib.request
+
+def ask(body):
+    with urllib.request.urlopen(sys.argv[1] + "/api/embed", json.dumps(body).encode()) as answer:
+        return json.load(answer)
+"""
+WITH_REQUESTS = """
+import array, multiprocessing, sys, requests
+
+def ask(body):
+    return requests.post(sys.argv[1] + "/api/embed", json=body).json()
+"""
+POOL = """
 def embed(row):
-    body = {"model": "nomic-embed-text", "input": [f"Title: {row[1]} | Description: {row[2]}"]}
-    with urllib.request.urlopen(url + "/api/embed", json.dumps(body).encode()) as answer:
-        return row[0], array.array("f", json.load(answer)["embeddings"][0]).tobytes()
+    answer = ask({"model": "nomic-embed-text", "input": row[1]})
+    return row[0], array.array("f", answer["embeddings"][0]).tobytes()
 
 if __name__ == "__main__":
-    connection = sqlite3.connect(database)
-    rows = connection.execute("SELECT id, title, overview FROM movies").fetchall()
+    movies = Movies(sys.argv[2])
     with multiprocessing.Pool(10) as pool:
-        vectors = pool.map(embed, rows)
+        vectors = pool.map(embed, movies.read())
         pool.close()
         pool.join()
-    connection.execute("CREATE TABLE movie_embeddings (movie_id INTEGER PRIMARY KEY, embedding BLOB)")
-    connection.executemany("INSERT INTO movie_embeddings VALUES (?, ?)", vectors)
-    connection.commit()
+    movies.save(vectors)
 """
+TEN_AT_ONCE = """
+async def main():
+    movies = Movies(sys.argv[2])
+    rows = movies.read()
+    starts = iter(range(0, len(rows), 32))
+    client = make_client(sys.argv[1])
+
+    async def work():
+        for start in starts:
+            batch = rows[start : start + 32]
+            vectors = await embed(client, [text for _, text in batch])
+            movies.save([(key, vector) for (key, _), vector in zip(batch, vectors)])
+
+    await asyncio.gather(*(work() for _ in range(10)))
+
+asyncio.run(main())
+"""
+EXPERT = f"""
+import asyncio, base64, sys
+import httpx, numpy, orjson
+
+def make_client(url):
+    return httpx.AsyncClient(base_url=url, timeout=300)
+
+async def embed(client, texts):
+    body = orjson.dumps({{"model": "nomic-embed-text", "input": texts, "encoding_format": "base64"}})
+    answer = await client.post("/v1/embeddings", content=body, headers={{"Content-Type": "application/json"}})
+    answer.raise_for_status()
+    data = orjson.loads(answer.content)["data"]
+    return [numpy.frombuffer(base64.b64decode(one["embedding"]), "<f4").tobytes() for one in data]
+{TEN_AT_ONCE}"""
+OLLAMA_PYTHON = f"""
+import array, asyncio, sys
+import ollama
+
+def make_client(url):
+    return ollama.AsyncClient(host=url)
+
+async def embed(client, texts):
+    answer = await client.embed(model="nomic-embed-text", input=texts)
+    return [array.array("f", vector).tobytes() for vector in answer.embeddings]
+{TEN_AT_ONCE}"""
+SCRIPTS = {  # name: packages and text
+    "expert, httpx orjson numpy": (("httpx", "orjson", "numpy"), EXPERT),
+    "ollama-python": (("ollama",), OLLAMA_PYTHON),
+    "requests, Pool(10), one by one": (("requests",), WITH_REQUESTS + POOL),
+    "urllib, Pool(10), one by one": ((), WITH_URLLIB + POOL),
+}
+LAST = "urllib, Pool(10), one by one"  # what all are compared with: the way it is done today
+
+
+def scripts(
+    folder: Path, url: str, fresh: Callable[[], str], movies: str = MOVIES_IN_SQLITE
+) -> dict[str, Callable[[], Measured]]:
+    """Return the jobs to run the scripts of others, those whose packages there are."""
+
+    def run(script: Path) -> Measured:
+        return measure([sys.executable, str(script), url, fresh()], folder)
+
+    jobs = {}
+    for number, (name, (packages, text)) in enumerate(SCRIPTS.items()):
+        missing = [package for package in packages if not importlib.util.find_spec(package)]
+        if missing:
+            print(f"{name}: not measured, without {', '.join(missing)}", flush=True)
+            continue
+        script = folder / f"script{number}.py"
+        script.write_text(movies + text)
+        jobs[name] = functools.partial(run, script)
+    return jobs
 
 
 def throughput(folder: Path, quick: bool) -> None:
     """What the client itself costs, where the server answers at once."""
     count = 5_000 if quick else 20_000
-    database = make_movies(folder / "throughput.db", count, PLOT)
-    script, last = folder / "baseline.py", "Pool(10), one text each"
-    script.write_text(BASELINE)
+    fresh = copies_of(make_movies(folder / "throughput.db", count, PLOT))
+    fixed = ("--concurrent", 10, "--batch-size", 32)
     with responder() as url:
-        raw_loop(url, 330, 32, 10)  # makes the answers ready
-        jobs = {"raw loop, 10 connections": lambda: raw_loop(url, count, 32, 10)}
-        jobs.update(both_engines(database, url, "--concurrent", 10, "--batch-size", 32))
-        jobs[last] = lambda: measure([sys.executable, str(script), url, str(copy(database))], folder)
+        jobs: dict[str, Callable[[], Measured]] = {}
+        for name, path in (("base64", "/v1/embeddings"), ("decimals", "/api/embed")):
+            raw_loop(url, 330, 32, 10, path)  # makes the answers ready
+            jobs[f"the server's ceiling, {name}"] = functools.partial(raw_loop, url, count, 32, 10, path)
+        jobs.update(both_engines(fresh, url, *fixed))
+        decimals = both_engines(fresh, url, *fixed, "--option", "num_ctx=2048")
+        jobs.update({f"{engine}, without base64": job for engine, job in decimals.items()})
+        jobs.update(scripts(folder, url, fresh))
         done = in_turns(jobs)
-    base, rows = done[last], []
+    base, rows = done[LAST], []
     for name, run in done.items():
         cpu = run.cpu / count * 1e6
         rows.append([name, count / run.seconds, base.seconds / run.seconds, cpu, run.cpu / base.cpu, run.peak])
     header = ("", "embeddings/s", "ratio", "CPU, µs each", "ratio", "peak PSS, MiB")
-    show(f"throughput: {count:,} rows, {DIMENSIONS} dimensions, ready-made answers", header, rows)
+    show(f"throughput: {count:,} rows, {DIMENSIONS} dimensions, ready-made answers, 10 x 32", header, rows)
+    clients = {name: run for name, run in done.items() if "ceiling" not in name}
+    draw("throughput", "embeddings per second", {name: count / run.seconds for name, run in clients.items()})
+    draw("cpu", "µs of processor time per embedding", {name: run.cpu / count * 1e6 for name, run in clients.items()})
+    draw("memory", "MiB of memory at the peak", {name: run.peak for name, run in clients.items()})
 
 
 def paced(folder: Path, quick: bool) -> None:
@@ -288,7 +432,7 @@ def paced(folder: Path, quick: bool) -> None:
     database = make_movies(folder / "paced.db", count, PLOT)
     with Ollama(seconds_per_text=0.005, slots=1) as server:
         best = {"raw loop, 2 x 32": lambda: raw_loop(server.url, count, 32, 2)}
-        done = in_turns({**best, **both_engines(database, server.url)})
+        done = in_turns({**best, **both_engines(copies_of(database), server.url)})
     most = done["raw loop, 2 x 32"].seconds
     rows = [[name, count / run.seconds, most / run.seconds] for name, run in done.items()]
     show(f"paced: a server of 200 embeddings/s, {count:,} rows", ("", "embeddings/s", "share"), rows)
@@ -397,6 +541,7 @@ def servers(folder: Path, quick: bool) -> None:
     """How much of four servers' time is used, without a flag; and when the fastest is killed in mid-run."""
     count = 2_000 if quick else 4_000
     database = make_movies(folder / "servers.db", count, PLOT)
+    fresh = copies_of(database)
     rows: list[list[Any]] = []
     for name, engine, killed in [(f"{e}{', one killed' if k else ''}", e, k) for k in (False, True) for e in ENGINES]:
         shares, speeds, used = [], [], []
@@ -417,7 +562,7 @@ def servers(folder: Path, quick: bool) -> None:
                 if killed:
                     killer.start()
                 others = itertools.chain.from_iterable(("--server", one.url) for one in four[1:])
-                run = program(copy(database), four[0].url, *others, "--engine", engine)
+                run = program(fresh(), four[0].url, *others, "--engine", engine)
                 if killed:
                     killer.join()
                 entries = [entry for one in four for entry in one.log() if entry["texts"]]
@@ -440,7 +585,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="with fewer rows")
+    parser.add_argument("--svg", action="store_true", help="draw the figures of the README, too")
     options = parser.parse_args()
+    if options.svg:
+        drawn.append(ROOT / "tests" / "figures")
     if not SECTIONS.keys() >= set(options.sections):
         parser.error(f"the sections are {', '.join(SECTIONS)}")
     print(f"Python {platform.python_version()} on {platform.system()}, {os.cpu_count()} cores", flush=True)

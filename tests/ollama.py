@@ -59,7 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "embed": True,    # False: older than 0.2.6, has only /api/embeddings
     "show": True,     # False: has no /api/show
     "api": True,      # False: not Ollama but another server, has only /v1
-    "base64": True,   # False: ignores encoding_format
+    "lean": True,     # False: has no /v1/embeddings, or stands behind a proxy that does not let it through
+    "base64": True,   # False: older than 0.12.7, ignores encoding_format
     "token": None,    # wanted as "Authorization: Bearer TOKEN" in every request
     "prefix": "",     # a path under which everything is served
     # Texts it cannot bear.
@@ -613,6 +614,8 @@ class Server:
         if path in ("/api/embed", "/v1/embeddings") and not self.settings["embed"]:
             return False
         if path == "/api/show" and not self.settings["show"]:
+            return False
+        if path == "/v1/embeddings" and not self.settings["lean"]:
             return False
         return path.startswith("/v1/") or self.settings["api"]
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import random
+import struct
 import unittest
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import embedgen
-from embedgen import Exchange, Reply, Send, Stop, Wait
+from embedgen import LEAN, LEGACY, USUAL, Exchange, Reply, Send, Stop, Wait
 from tests.ollama import blob, vector
 
 Serve = Callable[[list[str]], Reply]
@@ -32,10 +37,37 @@ NAN = "embedding contains NaN or Inf values"
 PROBE = [embedgen.KNOWN_GOOD]
 
 
+lean_bytes = 0  # of each new wire: what its greeting would have learned
+
+
 def wire(**options: object) -> embedgen.OllamaWire:
     """Return a wire to nowhere."""
     settings = {"model": "m", "timeout": 300.0, "option": [], "dimensions": None, **options}
-    return embedgen.OllamaWire(embedgen.Server("http", "h", 1, "", ""), argparse.Namespace(**settings))
+    made = embedgen.OllamaWire(embedgen.Server("http", "h", 1, "", ""), argparse.Namespace(**settings))
+    made.lean_bytes = lean_bytes
+    return made
+
+
+def as_asked(path: str, reply: Reply) -> Reply:
+    """Return a reply in the form of the path that it was asked for over."""
+    try:
+        answer = json.loads(reply.body)
+        if path == LEAN and "error" in answer:
+            answer = {"error": {"message": answer["error"], "type": "api_error", "param": None, "code": None}}
+        elif path == LEAN and isinstance(answer["embeddings"], list):
+            data = [{"index": i, "embedding": in_base64(one)} for i, one in enumerate(answer["embeddings"])]
+            answer = {"object": "list", "data": data}
+        return reply._replace(body=json.dumps(answer).encode())
+    except (ValueError, LookupError, TypeError):
+        return reply
+
+
+def in_base64(numbers: Any) -> Any:
+    """Return a vector as the lean path has it, or as it is where float32 cannot have it."""
+    try:
+        return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+    except (struct.error, OverflowError):
+        return numbers
 
 
 class Talked:
@@ -62,7 +94,7 @@ class Talked:
                     self.sent.append(asked)
                     self.paths.append(step.path)
                     self.timeouts.append(step.timeout)
-                    reply = serve(asked)
+                    reply = as_asked(step.path, serve(asked))
                     self.seconds += reply.seconds
                 elif isinstance(step, Wait):
                     self.waits.append(step.seconds)
@@ -93,10 +125,20 @@ VECTORS = [blob(text) for text in TEXTS]
 
 
 class Conversations(unittest.TestCase):
+    """Over the usual path; the same tests run over the lean one below."""
+
+    path, way, lean_bytes = USUAL, "decimals over /api/embed", 0
+
+    def setUp(self) -> None:
+        patch = mock.patch(f"{__name__}.lean_bytes", self.lean_bytes)
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def test_a_good_answer(self) -> None:
         talked = Talked(TEXTS, good)
         self.assertEqual((talked.answers, talked.sent, talked.waits), (VECTORS, [TEXTS], []))
-        self.assertEqual(talked.exchanges, [Exchange(8, 0.1, "ok")])
+        self.assertEqual(talked.exchanges, [Exchange(8, 0.1, "ok", way=self.way)])
+        self.assertEqual(talked.paths, [self.path])
 
     def test_what_passes_is_tried_again_with_growing_waits(self) -> None:
         for reply in (
@@ -173,7 +215,7 @@ class Conversations(unittest.TestCase):
         next(one)
         next(two)
         for conversation in (one, two):  # both hear the same odd answer before either has asked again
-            step = conversation.send(odd)
+            step = conversation.send(as_asked(self.path, odd))
             assert isinstance(step, Send)
             self.assertEqual(json.loads(step.body)["input"], PROBE)
         self.assertEqual(on.dimensions, 8)
@@ -219,7 +261,7 @@ class Conversations(unittest.TestCase):
                         step = conversation.send(reply)
                         reply = None
                         if isinstance(step, Send):
-                            reply = serve(json.loads(step.body)["input"])
+                            reply = as_asked(step.path, serve(json.loads(step.body)["input"]))
                         elif isinstance(step, Wait):
                             clock[0] += step.seconds
                 except StopIteration as end:
@@ -350,9 +392,10 @@ class Conversations(unittest.TestCase):
         def single(asked: list[str]) -> Reply:
             return Reply(200, json.dumps({"embedding": [number * 7 for number in vector(asked[0])]}).encode())
 
-        paths = iter([missing, *[single] * 8])
+        newer = [LEAN, USUAL][-1 - bool(self.lean_bytes) :]
+        paths = iter([*[missing] * len(newer), *[single] * 8])
         talked = Talked(TEXTS, serve)
-        self.assertEqual(talked.paths, ["/api/embed"] + ["/api/embeddings"] * 8)
+        self.assertEqual(talked.paths, newer + [LEGACY] * 8)
         for answer, expected in zip(talked.answers, VECTORS):
             assert isinstance(answer, bytes)
             for one, other in zip(array("f", answer), array("f", expected)):
@@ -368,9 +411,11 @@ class Conversations(unittest.TestCase):
             (Reply(301, b""), "final address"),
         ]:
             with self.subTest(reply=reply):
-                talked = Talked(TEXTS, script(reply))
+                talked = Talked(TEXTS, lambda asked, reply=reply: reply)
                 assert talked.stop
-                self.assertEqual((talked.stop.code, len(talked.sent)), (3, 1))
+                self.assertEqual((talked.stop.code, set(Counter(talked.paths).values())), (3, {1}))
+                if b"model" in reply.body:
+                    self.assertEqual(talked.paths, [self.path])
                 self.assertIn(words, talked.stop.message)
 
     def test_a_small_soak(self) -> None:
@@ -398,6 +443,77 @@ class Conversations(unittest.TestCase):
             self.assertEqual(talked.answers, [NAN if text in poison else blob(text) for text in batch])
 
 
+class OverTheLeanPath(Conversations):
+    path, way, lean_bytes = LEAN, "base64 over /v1/embeddings", 100
+
+    def test_what_is_asked_for(self) -> None:
+        step = next(embedgen.Talk(wire(dimensions=8)).embed(TEXTS))
+        assert isinstance(step, Send)
+        expected = {"model": "m", "input": TEXTS, "dimensions": 8, "encoding_format": "base64"}
+        self.assertEqual((step.path, json.loads(step.body)), (LEAN, expected))
+
+    def test_a_batch_with_a_text_that_might_be_cut_takes_the_usual_path(self) -> None:
+        on = wire(dimensions=8)
+        for text, path in (("x" * 100, LEAN), ("x" * 101, USUAL), ("é" * 50, LEAN), ("é" * 51, USUAL), ("y", LEAN)):
+            talked = Talked(["short", text], good, on)
+            self.assertEqual((talked.paths, talked.answers), ([path], [blob("short"), blob(text)]))
+
+    def test_the_index_gives_the_order(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            data = [{"index": i, "embedding": in_base64(vector(text))} for i, text in enumerate(asked)]
+            return Reply(200, json.dumps({"data": data[::-1]}).encode())
+
+        self.assertEqual(Talked(TEXTS, serve).answers, VECTORS)
+
+    def test_a_server_without_base64_is_asked_over_the_usual_path_from_then_on(self) -> None:
+        def serve(asked: list[str]) -> Reply:
+            data = [{"index": i, "embedding": vector(text)} for i, text in enumerate(asked)]
+            return Reply(200, json.dumps({"data": data}).encode())
+
+        on = wire(dimensions=8)
+        talked = Talked(TEXTS, serve, on)
+        self.assertEqual((talked.answers, talked.paths), (VECTORS, [LEAN]))
+        self.assertEqual([one.way for one in talked.exchanges], ["decimals over /v1/embeddings"])
+        talked = Talked(TEXTS, good, on)
+        self.assertEqual((talked.answers, talked.paths), (VECTORS, [USUAL]))
+
+    def test_a_server_without_the_path_costs_one_request_and_no_time(self) -> None:
+        for reply in (Reply(404, b"404 page not found"), Reply(403, b"<html>"), Reply(405), Reply(200, b"<html>"),
+                      Reply(301), error(400, "unknown field"), Reply(200, b'{"data": [{"embedding": "?"}]}'),
+                      Reply(200, b'{"data": [{"index": 0, "embedding": "AAA="}]}')):  # fmt: skip
+            with self.subTest(reply=reply):
+                on = wire(dimensions=8)
+                talked = Talked(TEXTS, script(reply), on)
+                self.assertEqual((talked.answers, talked.paths), (VECTORS, [LEAN, USUAL]))
+                self.assertEqual((talked.waits, len(talked.exchanges)), ([], 1))
+                self.assertEqual(Talked(TEXTS, good, on).paths, [USUAL])
+
+    def test_the_path_may_go_away_in_mid_run_but_is_not_left_for_a_fault(self) -> None:
+        on = wire(dimensions=8)
+        for reply in (error(503, "busy"), error(500, "crashed"), error(400, NAN), Reply(200, b"<html>"), SILENCE):
+            self.assertEqual(Talked(TEXTS, script(None, reply), on).paths, [LEAN])  # has shown that it is there
+            self.assertEqual(set(Talked(TEXTS, script(reply), on).paths), {LEAN})
+        self.assertEqual(Talked(TEXTS, script(Reply(404, b"404 page not found")), on).paths, [LEAN, USUAL])
+        self.assertEqual(Talked(TEXTS, good, on).paths, [USUAL])
+
+    def test_trouble_at_the_start_does_not_tell_of_an_older_server(self) -> None:
+        for reply in (error(503, "busy"), error(429, "busy"), error(400, "EOF"), error(400, NAN), REFUSED, SILENCE):
+            self.assertEqual(set(Talked(TEXTS, script(reply)).paths), {LEAN})
+
+    def test_each_number_counts_in_the_gate(self) -> None:
+        for dimensions in (1, 63, 64, 65, 768):
+            for place in {0, dimensions // 2, dimensions - 1}:
+                unit = [0.0] * dimensions
+                unit[place] = 1.0
+                self.assertEqual(embedgen.length_of(embedgen.pack(unit)), 1.0)
+                unit[place] = 3.0
+                self.assertEqual(embedgen.length_of(embedgen.pack(unit)), 3.0)
+                for bad in (float("nan"), float("inf")):
+                    unit[place] = bad
+                    with self.assertRaises(embedgen.Garbled):
+                        embedgen.gate([embedgen.pack(unit)], ["text"], True)
+
+
 class Greetings(unittest.TestCase):
     def greet(self, reply: Reply, on: embedgen.OllamaWire | None = None) -> embedgen.OllamaWire:
         on = on or wire()
@@ -413,13 +529,30 @@ class Greetings(unittest.TestCase):
         card = {"model_info": {"general.architecture": "bert", "bert.embedding_length": 768}}
         self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).dimensions, 768)
 
+    def test_the_model_card_tells_which_texts_cannot_be_cut(self) -> None:
+        margin = embedgen.LEAN_MARGIN
+        for context, parameters, most in (
+            (512, "", 512 - margin),
+            (2048, "", 2048 - margin),
+            (32768, "", 2048 - margin),  # Ollama may not use all of it
+            (512, "num_ctx                        256\ntemperature 1", 256 - margin),
+            (2048, "num_ctx 8192", 2048 - margin),
+            (10, "", 0),
+            (None, "num_ctx 8192", 0),
+        ):
+            card = {"model_info": {"bert.context_length": context}, "parameters": parameters}
+            reply = Reply(200, json.dumps(card).encode())
+            self.assertEqual(self.greet(reply).lean_bytes, most)
+            # Options go over the usual path alone.
+            self.assertEqual(self.greet(reply, wire(option=[("num_ctx", 512)])).lean_bytes, 0)
+
     def test_servers_that_show_nothing(self) -> None:
         for reply in (Reply(404, b"404 page not found"), Reply(200, b"{}"), Reply(200, b"[]"), Reply(200, b"<html>"),
                       Reply(200, b'{"model_info": null}'), error(400, "what?"), error(503, "busy")):  # fmt: skip
             with self.subTest(reply=reply):
                 on = self.greet(reply)  # a busy server is not an absent one
                 self.assertIsNone(on.dimensions)
-                self.assertFalse(on.legacy)
+                self.assertFalse(on.legacy or on.lean_bytes)
 
     def test_a_server_that_is_not_there(self) -> None:
         for reply in (REFUSED, SILENCE):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import unittest
+from collections import Counter
+from typing import Any
 
 import embedgen
+from tests.ollama import EMBED_PATHS
 from tests.support import ENGINES, FULL, MOVIES, Case, OnPostgres
 
 # The report that both engines print, with the parts that differ between runs taken out.
@@ -354,8 +358,9 @@ class MainJob(Case):
     def test_options_and_dimensions_reach_the_server_the_same_each_time(self) -> None:
         self.make_movies(20)
         self.succeed("--option", "num_ctx=512", "--option", "low=true", "--dimensions", 4, "--batch-size", 5)
-        bodies = [entry["body"] for entry in self.ollama.log() if entry["path"] == "/api/embed"]
-        for body in bodies:
+        requests = [entry for entry in self.ollama.log() if entry["path"] in EMBED_PATHS]
+        self.assertEqual({entry["path"] for entry in requests}, {"/api/embed"})  # the other does not take options
+        for body in (entry["body"] for entry in requests):
             self.assertEqual((body["options"], body["dimensions"]), ({"num_ctx": 512, "low": True}, 4))
         self.assertEqual({len(vector) for vector in self.stored().values()}, {16})
 
@@ -399,6 +404,58 @@ class MainJobOnPostgres(OnPostgres, MainJob):
     def change_dimensions(self) -> None:
         # The column is declared with its dimensions, and never altered.
         self.refuse(3, "--force", words=["16 dimensions", "8"])
+
+
+class Paths(Case):
+    """Over which of a server's paths vectors come; the database has no part in it."""
+
+    def test_vectors_come_as_base64_where_the_server_has_it(self) -> None:
+        lean, usual = "/v1/embeddings", "/api/embed"
+        cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
+            ({}, [lean] * 4, [f"base64 over {lean}"]),
+            ({"next": ["disorder"] * 4}, [lean] * 4, [f"base64 over {lean}"]),
+            ({"base64": False}, [lean] + [usual] * 3, [f"decimals over {lean}", f"decimals over {usual}"]),
+            # Whose vectors are of unknown length: the first is compared with that of one more text.
+            ({"show": False}, [usual] * 5, [f"decimals over {usual}"]),
+            ({"models": {"nomic-embed-text": {"context": 30}}}, [usual] * 4, [f"decimals over {usual}"]),
+        ]
+        for settings, paths, ways in cases:
+            for engine in ENGINES:
+                with self.subTest(engine=engine, settings=settings):
+                    self.wipe()
+                    shutil.rmtree(self.folder / "logs", ignore_errors=True)
+                    self.ollama.reset()
+                    self.ollama.configure(**settings)
+                    self.make_movies(20)
+                    flags = ("--engine", engine, "--batch-size", 5, "--concurrent", 1)
+                    self.assertEqual(self.succeed(*flags).tally, (20, 0, 0))
+                    self.assert_complete()
+                    self.assertEqual([entry["path"] for entry in self.ollama.log()], ["/api/show", *paths])
+                    self.assertEqual(re.findall("vectors come as (.*)", self.log()), ways)
+
+    def test_only_a_batch_with_a_long_text_takes_the_other_path(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.wipe()
+                self.ollama.reset()
+                self.make_movies(20, title=lambda key: "long " * 500 if key == 7 else f"Film {key}")
+                self.succeed("--engine", engine, "--batch-size", 5)
+                self.assert_complete()
+                taken = Counter(entry["path"] for entry in self.ollama.log())
+                self.assertEqual(taken, {"/api/show": 1, "/v1/embeddings": 3, "/api/embed": 1})
+
+    def test_a_server_without_the_lean_path_is_asked_for_it_once_by_each_worker(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.wipe()
+                self.ollama.reset()
+                self.ollama.configure(lean=False)
+                self.make_movies(40)
+                self.assertEqual(self.succeed("--engine", engine, "--batch-size", 2, "--concurrent", 2).tally[0], 40)
+                self.assert_complete()
+                missed = [entry for entry in self.ollama.log() if entry["status"] == 404]
+                self.assertEqual({entry["path"] for entry in missed}, {"/v1/embeddings"})
+                self.assertLessEqual(len(missed), 2)
 
 
 class HashServer(Case):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -283,6 +284,21 @@ class SeveralServers(Case):
                     )
                     self.assertRegex(self.log(), said)
                 self.assertNotIn("/api/tags", [entry["path"] for entry in self.alone()])
+
+    def test_each_is_asked_over_the_paths_that_it_has(self) -> None:
+        lean, usual = "base64 over /v1/embeddings", "decimals over /api/embed"
+        for engine in ENGINES:
+            for way in (lean, usual):
+                with self.subTest(engine=engine, way=way):
+                    flags = self.again(engine)
+                    self.make_movies(60)
+                    self.both(shuffle=0.01)
+                    self.other.configure(lean=way == lean)
+                    self.assertEqual(self.succeed(*flags, "--batch-size", 5, "--concurrent", 2).tally, (60, 0, 0))
+                    self.assert_complete()
+                    ways = [f"{self.ollama.url}: vectors come as {lean}", f"{self.other.url}: vectors come as {way}"]
+                    self.assertEqual(sorted(re.findall(r"http\S*: vectors come as .*", self.log())), sorted(ways))
+                    self.assertNotIn("/api/embed", [entry["path"] for entry in self.ollama.log()])
 
     def alone(self) -> list[dict[str, Any]]:
         """Return what one server is asked where it is the only one."""

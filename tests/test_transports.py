@@ -8,7 +8,9 @@ import socket
 import subprocess
 import threading
 import unittest
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import embedgen
 from embedgen import Reply, Send, run_now
@@ -118,6 +120,71 @@ class Framing(unittest.TestCase):
         answer = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
         for (reply,) in exchange(self.serve([answer], [answer])):
             self.assertEqual((reply.status, reply.retry_after), (503, 7.0))
+
+
+class Loop:
+    """An event loop whose clock is moved by hand: the calls that it was asked for, with their times."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, function: Callable[..., None], *arguments: object) -> mock.Mock:
+        call = (self.now + seconds, lambda: function(*arguments))
+        self.calls.append(call)
+        return mock.Mock(cancel=lambda: call in self.calls and self.calls.remove(call))
+
+    def call_soon(self, function: Callable[..., None], *arguments: object) -> mock.Mock:
+        return self.call_later(0.0, function, *arguments)
+
+    def turn(self) -> None:
+        """Make the calls that are due, and not those that they ask for."""
+        due = [call for call in self.calls if call[0] <= self.now]
+        self.calls = [call for call in self.calls if call[0] > self.now]
+        for _, function in due:
+            function()
+
+
+class Silences(unittest.TestCase):
+    """How long a connection may be silent."""
+
+    def setUp(self) -> None:
+        self.loop, self.connection = Loop(), mock.Mock()
+        patch = mock.patch("asyncio.get_running_loop", lambda: self.loop)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_any_sign_of_life_begins_the_time_anew(self) -> None:
+        with embedgen.Watch(self.connection, 5.0) as watch:
+            for _ in range(4):
+                self.loop.now += 4.0
+                self.loop.turn()
+                self.loop.turn()
+                watch.heard()
+        self.connection.abort.assert_not_called()
+        self.assertEqual(self.loop.calls, [])
+
+    def test_what_arrived_while_the_loop_was_held_up_is_heard_first(self) -> None:
+        with embedgen.Watch(self.connection, 5.0) as watch:
+            self.loop.now = 60.0
+            self.loop.turn()
+            watch.heard()
+            self.loop.turn()
+        self.connection.abort.assert_not_called()
+
+    def test_silence_drops_the_connection(self) -> None:
+        for error in (ConnectionError, EOFError):  # as which that shows
+            with self.assertRaises(TimeoutError):
+                with embedgen.Watch(self.connection, 5.0):
+                    self.loop.now += 5.0
+                    self.loop.turn()
+                    self.loop.turn()
+                    self.connection.abort.assert_called_once_with()
+                    raise error
+            self.connection.reset_mock()
 
 
 @unittest.skipUnless(shutil.which("openssl"), "the command openssl is needed, to make certificates")
