@@ -4,6 +4,7 @@
   python embedgen.py                                        movies.db, its table movies, Ollama on this machine
   python embedgen.py --load movies.csv --server hash:       try it, with nothing installed
   python embedgen.py --database shop.db --table products    embed a table of your own
+  python embedgen.py --database postgresql://db/shop        in Postgres, on any number of machines at once
   python embedgen.py --engine process --workers 10          worker processes
   python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
   python embedgen.py --server gpu1 --server gpu2            servers that share the work
@@ -29,7 +30,7 @@ Only this process touches the database, the log and the terminal. A store knows
 nothing of engines and an engine nothing of HTTP statuses, so that every pair of
 them behaves the same.
 
-Needs Python 3.9 or later and nothing else. MIT licence.
+Needs Python 3.9 or later and nothing else, but for Postgres psycopg 3. MIT licence.
 """
 
 from __future__ import annotations
