@@ -2893,7 +2893,11 @@ class Store:
         """Create a table, given by its name and columns."""
         self.rows(f"CREATE TABLE {table}")
 
-    def joined(self) -> tuple[str, str]:
+    def beside(self, on: str, page: bool) -> str:
+        """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
+        return f"LEFT JOIN {self.target.sql} AS e ON e.{on}"
+
+    def joined(self, page: bool = False) -> tuple[str, str]:
         """Return the FROM clause of the rows with their embeddings, and the condition that one exists.
 
         With --force none does; but where that changes the model, what has the new one already
@@ -2907,8 +2911,8 @@ class Store:
         if "text_sha256" in self.target_columns and not self.unchanged:
             stored = f"e.{quoted(self.target_columns['text_sha256'])}"
             exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
-        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
-        return f"{self.source} AS s LEFT JOIN {self.target.sql} AS e ON {on}", exists
+        on = f"{quoted(self.target_key)} = s.{quoted(self.key)}"
+        return f"{self.source} AS s {self.beside(on, page)}", exists
 
     def count(self) -> tuple[int, int]:
         """Return how many rows there are, and how many of them have their embedding."""
@@ -3482,6 +3486,11 @@ class PostgresStore(Store):
                 # A row may be deleted between the look at it and the reference to it; not thrice.
                 orphans += isinstance(error, errors.ForeignKeyViolation)
                 again = isinstance(error, errors.TransactionRollback) or 0 < orphans < 3  # the former: a deadlock
+                if "pooling mode" in str(error):  # PgBouncer's words, after which it hangs up
+                    raise Stop(
+                        "the pooler in front of Postgres works in statement mode, which tears transactions apart. "
+                        "Let it work in transaction mode, or give Postgres itself in --database."
+                    ) from error
                 if not again and not self.connection.closed:
                     raise self.translated(error) from error
                 deadline = deadline or time.monotonic() + RECONNECT_PATIENCE
@@ -3745,9 +3754,15 @@ class PostgresStore(Store):
     def elsewhere(self) -> tuple[int, int]:
         return self.fleet.elsewhere() if self.fleet else (0, 0)
 
+    def beside(self, on: str, page: bool) -> str:
+        # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
+        # Postgres from turning this into one: it is a look at the index for each row, whatever the statistics say.
+        probe = f"LEFT JOIN LATERAL (SELECT * FROM {self.target.sql} AS t WHERE t.{on} OFFSET 0) AS e ON true"
+        return probe if page else super().beside(on, page)
+
     def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
         """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
-        tables, exists = self.joined()
+        tables, exists = self.joined(page=True)
         key = f"s.{quoted(self.key)}"
         bounds = [(sign, value) for sign, value in ((">", above), ("<=", upto)) if value is not None]
         within = "".join(f"{key} {sign} ${place} AND " for place, (sign, _) in enumerate(bounds, 1))
@@ -3895,6 +3910,7 @@ class PostgresStore(Store):
             return
         schema, _, _ = self.find_vector()
         failure: list[Exception] = []
+        ended = threading.Event()
         builder = self.connect()
 
         def build() -> None:
@@ -3907,18 +3923,25 @@ class PostgresStore(Store):
                 )
             except Exception as error:
                 failure.append(error)
+            finally:
+                ended.set()
 
         thread = threading.Thread(target=build, daemon=True)
         thread.start()
         try:
-            while thread.is_alive() and not self.stopping():
+            while not ended.is_set() and not self.stopping():
                 yield next((share for (share,) in self.rows(progress, self.target.sql)), 0.0)
-                thread.join(LOOK)
+                ended.wait(LOOK)
         finally:
-            if thread.is_alive():
+            if not ended.is_set():
                 builder.cancel()
-                thread.join(GRACE)
-                self.rows(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+                if ended.wait(GRACE):
+                    # Half an index is of use to nobody. If this has to wait for others, the next --index does it.
+                    timer = threading.Timer(GRACE / 2, builder.cancel)
+                    timer.start()
+                    with contextlib.suppress(self.psycopg.Error):
+                        builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+                    timer.cancel()
             builder.close()
         errors = self.psycopg.errors
         if failure and isinstance(failure[0], (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
@@ -4945,6 +4968,7 @@ def generate(
         report.start(counts)
     if options.index and not interrupt.code:
         report.end(counts)
+        interrupt.gentle = True
         for share in store.build_index():
             report.show_index(share)
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)

@@ -574,6 +574,40 @@ class Targets(PostgresCase):
         self.assertIn("Building the index: 100%", self.succeed("--index").out)
         self.assertEqual(self.execute(f"SELECT indisvalid FROM pg_index WHERE indexrelid = {name}"), [(True,)])
 
+    def test_an_interrupt_while_the_index_is_built(self) -> None:
+        self.make_movies(20)
+        self.succeed()
+        blocker = self.db.psycopg.connect(self.db.url)  # CONCURRENTLY waits for older transactions
+        self.addCleanup(blocker.close)
+        blocker.execute("UPDATE movie_embeddings SET model = model")
+        process = self.start_program("--index")
+        self.wait_for(self.index, "the index that is being built")
+        os.kill(process.pid, signal.SIGINT)
+        done = self.finish(process)
+        self.assertEqual((done.code, done.err), (130, ""))
+        self.assertEqual(self.execute("SELECT * FROM pg_stat_progress_create_index"), [])
+        blocker.rollback()
+        self.assertIn("Building the index: 100%", self.succeed("--index").out)
+
+    def test_a_page_is_found_by_key_whatever_the_statistics_say(self) -> None:
+        self.execute("CREATE TABLE movies (id BIGINT PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies SELECT n, 'Film ' || n FROM generate_series(1, 30000) n")
+        self.execute("CREATE TABLE movie_embeddings (movie_id BIGINT PRIMARY KEY, embedding vector(8))")
+        self.execute("INSERT INTO movie_embeddings SELECT n, '[1,0,0,0,0,0,0,0]' FROM generate_series(1, 30000) n")
+        options = embedgen.parse_arguments(["--database", self.db.url, "--server", "hash:"])
+        for statement in ("", "ANALYZE"):
+            with self.subTest(statement=statement):
+                if statement:
+                    self.execute(statement)
+                store = embedgen.open_store(options)
+                self.addCleanup(store.close)
+                store.prepare()
+                tables, exists = store.joined(page=True)
+                sql = f"SELECT s.id FROM {tables} WHERE s.id > 29000 AND NOT ({exists}) ORDER BY s.id LIMIT 512"
+                plan = "\n".join(line for (line,) in store.rows(f"EXPLAIN (ANALYZE, TIMING OFF, COSTS OFF) {sql}"))
+                self.assertNotIn("Merge", plan)
+                self.assertRegex(plan, r"movie_embeddings\S* .*loops=1000")
+
     def test_too_many_dimensions_for_an_index(self) -> None:
         self.make_movies(3)
         self.ollama.configure(models={"nomic-embed-text": {"dimensions": 2500}})
