@@ -30,12 +30,14 @@ import sys
 import tempfile
 import threading
 import time
+import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from xml.sax.saxutils import escape
 
+from tests.databases import Postgres
 from tests.ollama import EMBED_PATHS, MODEL, Connection, Ollama, Question, Server, vector
 from tests.support import ENGINES, ROOT, command, environment
 
@@ -515,6 +517,44 @@ def idle(folder: Path, quick: bool) -> None:
     show(f"idle: nothing to do in {count:,} rows", ("", "seconds", "ratio", "peak PSS, MiB"), rows)
 
 
+def postgres(folder: Path, quick: bool) -> None:
+    """The same in Postgres, if there is one to test with; in two sizes, to see that the memory stays."""
+    try:
+        database = Postgres(folder)
+    except unittest.SkipTest as reason:
+        print(f"\npostgres: left out, since {reason}")
+        return
+    rows = []
+    for count in (1_000, 100_000 if quick else 1_000_000):
+        database.wipe()
+        database.execute("CREATE TABLE movies (id BIGINT PRIMARY KEY, title TEXT, overview TEXT)")
+        database.execute(f"INSERT INTO movies SELECT n, 'Film ' || n, '{MARK} ' || n || '.' "
+                         f"FROM generate_series(1, {count}) AS n")  # fmt: skip
+        with Ollama(models={"nomic-embed-text": {"dimensions": 64}}) as server:
+            program(database.url, server.url, "--limit", 1)
+            url = server.url
+        database.execute(
+            "INSERT INTO movie_embeddings SELECT id, array_fill(0.125, ARRAY[64])::vector, 'nomic-embed-text', "
+            "sha256(convert_to('Title: ' || title || ' | Description: ' || overview, 'UTF8')), now() "
+            "FROM movies WHERE id > 1"
+        )
+        database.execute("ANALYZE")
+        with database.psycopg.connect(database.url) as connection:
+
+            def join(connection: Any = connection, count: int = count) -> Measured:
+                begin = time.monotonic()
+                sql = "SELECT count(*) FROM movies m JOIN movie_embeddings e ON e.movie_id = m.id"
+                assert connection.execute(sql).fetchone() == (count,)
+                return Measured(time.monotonic() - begin)
+
+            done = in_turns({"the join alone": join, "the run": functools.partial(program, database.url, url)})
+        shortest = done["the join alone"].seconds
+        rows += [
+            [f"{count:,} rows: {name}", run.seconds, run.seconds / shortest, run.peak] for name, run in done.items()
+        ]
+    show("postgres: nothing to do", ("", "seconds", "ratio", "peak PSS, MiB"), rows)
+
+
 def start(folder: Path, quick: bool) -> None:
     """How soon the program is there."""
     database = make_movies(folder / "start.db", 100)
@@ -577,7 +617,7 @@ def servers(folder: Path, quick: bool) -> None:
     show(f"servers: of {', '.join(map(str, FOUR))} embeddings/s, {count:,} rows", header, rows)
 
 
-SECTIONS = {section.__name__: section for section in (memory, throughput, paced, servers, pace, idle, start)}
+SECTIONS = {section.__name__: section for section in (memory, throughput, paced, servers, pace, idle, postgres, start)}
 
 
 def main() -> int:
