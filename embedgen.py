@@ -719,7 +719,9 @@ class OllamaWire:
         lengths = [n for key, n in figures if key.endswith(".embedding_length")]
         if self.dimensions is None:
             self.dimensions = lengths[0] if lengths else None
-        elif lengths[:1] != [self.dimensions]:
+        elif (
+            lengths[:1] != [self.dimensions] and "dimensions" not in self.common
+        ):  # those are chosen, the card's are not
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         if len(self.kin) > 1:
             yield from self.compare()
