@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import os
 import re
@@ -84,6 +86,14 @@ class Finished(NamedTuple):
         return good, skipped, failed
 
 
+@functools.lru_cache(None)
+def shared_double() -> Ollama:
+    """Return the double that all tests share: to start one for each class would take as long as the tests do."""
+    double = Ollama()
+    atexit.register(double.close)
+    return double
+
+
 class Case(unittest.TestCase):
     """A test with a folder of its own, in which the program runs, a database, and a double of Ollama.
 
@@ -96,8 +106,7 @@ class Case(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.ollama = Ollama()
-        cls.addClassCleanup(cls.ollama.close)
+        cls.ollama = shared_double()
 
     def setUp(self) -> None:
         self.ollama.reset()
