@@ -3959,7 +3959,7 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-LEASE = 8.0  # seconds without a sign of life after which a machine's share goes to the others
+LEASE = 6.0  # seconds without a sign of life after which a machine's share goes to the others
 RENEWAL = 2.0  # seconds between two such signs
 LOOK = 0.5  # seconds between two looks at what the others have left
 STRETCH = 20_000  # rows of the table, embedded or not, that one statement looks through: some ten milliseconds
