@@ -3523,11 +3523,12 @@ class PostgresStore(Store):
         return Stop(f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        def read() -> list[Any]:
-            cursor = self.connection.execute(sql, parameters)
-            return list(cursor.fetchall()) if cursor.description else []
+        return self.patiently(lambda: self.execute(sql, *parameters))
 
-        return self.patiently(read)
+    def execute(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement, tried once, as within a transaction."""
+        cursor = self.connection.execute(sql, parameters)
+        return list(cursor.fetchall()) if cursor.description else []
 
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
@@ -3754,7 +3755,7 @@ class PostgresStore(Store):
             self.fleet.give_up(row)
 
     def elsewhere(self) -> tuple[int, int]:
-        return self.fleet.elsewhere() if self.fleet else (0, 0)
+        return self.fleet.others if self.fleet else (0, 0)
 
     def beside(self, on: str, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
@@ -4017,9 +4018,7 @@ class Fleet:
         self.generated = self.failed = 0  # rows that this machine has, of leases given back
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
-        self.late = (
-            False  # whether the pass was under way when we joined, so that it proves nothing about its beginning
-        )
+        self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
         self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
         self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
         self.failures: dict[int, int] = {}  # and how many have failed: whoever inherits a lease tries them again
@@ -4062,11 +4061,7 @@ class Fleet:
         """Return the pass's round, whether it is under way, and the number that this machine has from now on."""
         import socket
 
-        def execute(sql: str, *parameters: Any) -> list[Any]:
-            cursor = self.store.connection.execute(sql, parameters)
-            return list(cursor.fetchall()) if cursor.description else []
-
-        schema = self.store.target.schema
+        execute, schema = self.store.execute, self.store.target.schema
         sql = "SELECT relname FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1)"
         there = {name for (name,) in execute(sql, schema)}
         for name, columns in self.TABLES.items():
@@ -4145,10 +4140,7 @@ class Fleet:
             self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
             for lease in leases:
                 del self.held[lease]
-
-    def elsewhere(self) -> tuple[int, int]:
-        """Return how many rows the other machines have generated, and how many have failed there."""
-        return self.others
+                self.failures.pop(lease, None)
 
     # Taking rows
 
