@@ -206,6 +206,10 @@ def create_parser() -> Parser:
         help="longest silence of one request (default: 300)",
     )
     add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
+    add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
+    add(
+        "--query-prefix", metavar="P", help="put before what is searched for; empty for none (default: the model's own)"
+    )
     add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
         help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
 
@@ -249,10 +253,70 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # Ollama's names carry :latest or leave it out; both are one model.
     if options.model.endswith(":latest"):
         options.model = options.model[: -len(":latest")]
+    card = card_of(options.model)
+    options.context = card.context
+    if options.document_prefix is None:
+        options.document_prefix = card.document
+    if options.query_prefix is None:
+        options.query_prefix = card.query
+    options.prefix = options.document_prefix  # of what is sent to the server
     return options
 
 
 # =============================== text ===============================
+
+
+class Card(NamedTuple):
+    """What a model was trained with, and no server tells: what stands before a document and before a query.
+
+    `context` is the tokens of a text that it takes, 0 if not known.
+    """
+
+    document: str = ""
+    query: str = ""
+    context: int = 0
+
+
+PASSAGES = "Represent this sentence for searching relevant passages: "
+# By the beginning of a model's name, in Ollama's library and on Hugging Face; the first that fits.
+CARDS = (
+    # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
+    ("nomic-embed-text-v2", Card("search_document: ", "search_query: ", 512)),
+    # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
+    ("nomic-embed-text", Card("search_document: ", "search_query: ", 2048)),
+    # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
+    ("embeddinggemma", Card("title: none | text: ", "task: search result | query: ", 2048)),
+    # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
+    ("(multilingual-)?e5-(?!mistral|.*instruct)", Card("passage: ", "query: ", 512)),
+    # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
+    ("mxbai-embed-large", Card("", PASSAGES, 512)),
+    # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
+    ("snowflake-arctic-embed(2|-[lm]-v2)", Card("", "query: ", 8192)),
+    # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
+    ("snowflake-arctic-embed.*long", Card("", PASSAGES, 2048)),
+    # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
+    ("snowflake-arctic-embed", Card("", PASSAGES, 512)),
+    # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
+    ("bge-m3", Card("", "", 8192)),
+    # https://github.com/FlagOpen/FlagEmbedding, the English models
+    ("bge-(small|base|large)(?!-zh)", Card("", PASSAGES, 512)),
+    # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
+    ("qwen3-embedding", Card("", "Instruct: Given a web search query, retrieve relevant passages "
+        "that answer the query\nQuery:", 32768)),
+    # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
+    ("all-minilm", Card("", "", 256)),
+    # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
+    ("granite-embedding", Card("", "", 512)),
+    # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
+    ("paraphrase-multilingual", Card("", "", 512)),
+)  # fmt: skip
+
+
+def card_of(model: str) -> Card:
+    """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
+    name = model.lower().rpartition("/")[2].partition(":")[0]
+    return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
+
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
@@ -661,6 +725,8 @@ class OllamaWire:
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
         self.address = server.shown
+        self.prefix: str = options.prefix
+        self.context: int = options.context or LEAN_MOST  # tokens, as the model's card has it
         self.common: dict[str, Any] = {"model": self.model}
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
@@ -715,7 +781,7 @@ class OllamaWire:
             contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
         own = [n for key, n in figures if key.endswith(".context_length")]
         lean = own and "options" not in self.common  # which the lean path does not take
-        self.lean_bytes = max(min(*own, *contexts, LEAN_MOST) - LEAN_MARGIN, 0) if lean else 0
+        self.lean_bytes = max(min(*own, *contexts, self.context, LEAN_MOST) - LEAN_MARGIN, 0) if lean else 0
         lengths = [n for key, n in figures if key.endswith(".embedding_length")]
         if self.dimensions is None:
             self.dimensions = lengths[0] if lengths else None
@@ -761,6 +827,7 @@ class OllamaWire:
         import json
 
         asked: dict[str, Any]
+        texts = [self.prefix + text for text in texts] if self.prefix else texts
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
@@ -913,7 +980,7 @@ class HashWire:
     kin: ClassVar[list[Any]] = []
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        pass
+        self.prefix: str = options.prefix
 
     def greet(self) -> Conversation:
         """There is nobody to greet."""
@@ -927,16 +994,17 @@ class HashWire:
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
         """Return a conversation that knows the answers without asking anyone."""
-        return [hash_embedding(text) or "no words in the text" for text in texts]
+        return [hash_embedding(self.prefix, text) or "no words in the text" for text in texts]
         yield  # makes it a generator
 
 
-def hash_embedding(text: str) -> bytes:
+def hash_embedding(prefix: str, text: str) -> bytes:
     """Return the vector of 256 float32, or nothing for a text without words."""
     import hashlib
     import math
 
     words = re.findall(r"\w+", text.casefold())
+    words = words and re.findall(r"\w+", prefix.casefold()) + words
     vector = [0.0] * HashWire.dimensions
     # Long words are rare words, in any language and without a list of them: they say the most. Pairs weigh
     # little: they break ties, and 256 places are few. Chosen on the sample films, where the three longest
@@ -2603,6 +2671,7 @@ class Store:
         self.shown = hide_password(options.database)  # the database, as it may be logged
         self.force: bool = options.force
         self.model: str = options.model
+        self.prefix: str = options.document_prefix
         self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
         self.changing_model = False  # --force, and the target still has vectors of another model
         self.unchanged = False  # whether all digests in the target are known to fit, without a look at the texts
@@ -2654,7 +2723,7 @@ class Store:
         raise NotImplementedError
 
     def digest_sql(self) -> str:
-        """Return the SQL of the SHA-256 of a row's text, `self.text`."""
+        """Return the SQL of the SHA-256 of a row's text with its prefix, `self.whole_text`."""
         raise NotImplementedError
 
     def key_type(self, declared: str) -> str:
@@ -2739,6 +2808,8 @@ class Store:
         self.key_declared = described[self.key].type
         self.how = self.recipe(columns, relation.name)
         self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
+        # What is embedded, and so what the digest is of.
+        self.whole_text = f"{literal(self.prefix)} || ({self.text})" if self.prefix else self.text
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
         self.referable = relation.is_table and self.is_unique(relation, self.key)
@@ -3152,12 +3223,8 @@ class SQLiteStore(Store):
         visible = f"unicode({name}) BETWEEN 33 AND 126 OR trim({name}, char({blanks})) <> ''"
         return f"CASE WHEN {visible} THEN {name} END"
 
-    def text_sql(self) -> str:
-        """Return the SQL of a row's text as bytes: it may hold NUL, or bytes that are no text at all."""
-        return f"CAST({self.text} AS BLOB)"
-
     def digest_sql(self) -> str:
-        return f"embedgen_sha256({self.text_sql()})"
+        return f"embedgen_sha256({as_bytes(self.whole_text)})"
 
     def key_type(self, declared: str) -> str:
         """Return the key's type by SQLite's rule (https://sqlite.org/datatype3.html, section 3.1)."""
@@ -3240,7 +3307,7 @@ class SQLiteStore(Store):
         SQLite's version is there because its way to write a REAL as text has changed before.
         """
         target = (self.target, self.target_key, sorted(self.target_columns.items()))
-        source = (self.relation, self.key, self.text, self.model)
+        source = (self.relation, self.key, self.whole_text, self.model)
         return digest_of(repr((__version__, self.sqlite3.sqlite_version, source, target))).hex()
 
     def note_holds(self) -> bool:
@@ -3323,7 +3390,7 @@ class SQLiteStore(Store):
         execute(f"REPLACE INTO {NOTES} VALUES (?, ?, ?, ?)", (self.target.name, self.claim, state, now))
 
     def page(self, after: Any) -> tuple[list[Row], bool]:
-        sql = self.page_sql(f"s.{quoted(self.key)}", self.text_sql(), above=after is not None)
+        sql = self.page_sql(f"s.{quoted(self.key)}", as_bytes(self.text), above=after is not None)
 
         def read() -> tuple[list[Row], bool]:
             page: list[Row] = []
@@ -3331,7 +3398,7 @@ class SQLiteStore(Store):
             with contextlib.closing(self.connection.execute(sql, () if after is None else (after,))) as cursor:
                 for key, raw in cursor:
                     text = raw.decode(self.encoding, "replace")
-                    page.append(Row(key, text, digest_of(text)))
+                    page.append(Row(key, text, digest_of(self.prefix + text)))
                     size += len(raw)
                     if size >= PAGE_BYTES:
                         return page, True
@@ -3399,6 +3466,11 @@ class SQLiteStore(Store):
             return max(int(self.connection.executemany(insert, values).rowcount), 0)
 
         return self.transaction(insert_all)
+
+
+def as_bytes(text: str) -> str:
+    """Return the SQL of a text as bytes: it may hold NUL, or bytes that are no text at all."""
+    return f"CAST({text} AS BLOB)"
 
 
 def is_locked(error: Exception) -> bool:
@@ -3625,7 +3697,7 @@ class PostgresStore(Store):
         return f"CASE WHEN btrim({value}, {literal(self.blanks)}) <> '' THEN {value} END"
 
     def digest_sql(self) -> str:
-        return f"sha256(convert_to({self.text}, 'UTF8'))"
+        return f"sha256(convert_to({self.whole_text}, 'UTF8'))"
 
     def key_type(self, declared: str) -> str:
         kind = declared.partition("(")[0]
@@ -3777,7 +3849,7 @@ class PostgresStore(Store):
             f"ORDER BY {key} LIMIT {most}) AS page) AS sized WHERE before < {PAGE_BYTES} ORDER BY key"
         )
         found = self.rows(sql, *(value for _, value in bounds))
-        page = [Row(key, text, digest_of(text)) for key, text, _ in found]
+        page = [Row(key, text, digest_of(self.prefix + text)) for key, text, _ in found]
         return page, len(page) == (found[0][2] if found else 0) < most
 
     def key_after(self, above: Any, count: int) -> Any:
@@ -4004,7 +4076,7 @@ class Fleet:
 
         options = store.options
         work = [
-            store.source, store.key, store.text, store.target.sql, store.model, options.dimensions,
+            store.source, store.key, store.whole_text, store.target.sql, store.model, options.dimensions,
             sorted(map(repr, options.option)), store.force,
         ]  # fmt: skip
         self.store, self.job = store, hashlib.sha256(repr(work).encode("utf-8")).digest()
@@ -4953,7 +5025,7 @@ def generate(
         f"{options.engine} engine, {store.shown}, table {options.table}, model {options.model} "
         f"at {', '.join(wire.address for wire in wires)}: {counts.total} rows, {counts.skipped} with their embedding"
     )
-    log.info(f"text: {store.how}")
+    log.info(f"text: {options.document_prefix}{store.how}")
     if not store.referable:
         log.info(f'the key "{store.key}" is not declared unique; without an index behind it, reading by pages is slow')
     if counts.total > counts.done:

@@ -192,7 +192,8 @@ class Soak:
         self.started += 1
         rate = max(50.0, (len(self.expected) - len(self.stored)) / seconds)
         self.ollama.configure(seconds_per_text=1 / rate)
-        given = ["--server", self.ollama.url, "--database", self.store.url, "--engine", self.engine]
+        given = ["--document-prefix", "", "--server", self.ollama.url]
+        given += ["--database", self.store.url, "--engine", self.engine]
         given += ["--timeout", str(max(2.0, 400 / rate))]  # enough for the queue that ten requests make
         given += ["--concurrent", "10", "--batch-size", "16"] if self.started % 2 else []
         run = Run(self.folder / f"run-{self.started}", *given)

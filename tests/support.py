@@ -102,6 +102,7 @@ class Case(unittest.TestCase):
 
     ollama: Ollama
     db: SQLite | Postgres
+    prefixed = False  # whether texts get the prefix of their model's card
     maxDiff = None
 
     @classmethod
@@ -122,8 +123,12 @@ class Case(unittest.TestCase):
     # Running the program
 
     def arguments(self, *given: object, **constants: object) -> list[str]:
-        """Return a command line, with the double as the server unless another is given."""
+        """Return a command line, with the double as the server unless another is given.
+
+        Without a prefix before the texts, so that the double sees them as they are, unless `self.prefixed`.
+        """
         flags = [] if "--server" in given else ["--server", self.ollama.url]
+        flags += [] if self.prefixed or "--document-prefix" in given else ["--document-prefix", ""]
         flags += [] if "--database" in given else self.db.flags
         return command("--log-dir", self.folder / "logs", *flags, *given, **constants)
 
@@ -212,7 +217,7 @@ class Case(unittest.TestCase):
 
     def asked(self) -> list[str]:
         """Return the texts that the server was asked for, but for the known-good one, which is no row's."""
-        return [text for text in self.ollama.texts() if text != embedgen.KNOWN_GOOD]
+        return [text for text in self.ollama.texts() if not text.endswith(embedgen.KNOWN_GOOD)]
 
     # The database
 

@@ -42,7 +42,7 @@ lean_bytes = 0  # of each new wire: what its greeting would have learned
 
 def wire(**options: object) -> embedgen.OllamaWire:
     """Return a wire to nowhere."""
-    settings = {"model": "m", "timeout": 300.0, "option": [], "dimensions": None, **options}
+    settings = {"model": "m", "timeout": 300.0, "option": [], "dimensions": None, "prefix": "", "context": 0, **options}
     made = embedgen.OllamaWire(embedgen.Server("http", "h", 1, "", ""), argparse.Namespace(**settings))
     made.lean_bytes = lean_bytes
     return made

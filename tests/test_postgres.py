@@ -237,7 +237,7 @@ class Interleaved(PostgresCase):
 
     def save(self, store: Any, rows: list[embedgen.Row]) -> None:
         """Save vectors for rows."""
-        store.save([(row, embedgen.hash_embedding(row.text)) for row in rows])
+        store.save([(row, embedgen.hash_embedding("", row.text)) for row in rows])
 
     def finish(self, store: Any) -> None:
         """Do all that is left."""
