@@ -738,7 +738,7 @@ class OllamaWire:
         # Vectors must have this length: as asked for, as stored, or as the server's model card says.
         self.dimensions: int | None = options.dimensions
         self.certain = options.dimensions is not None  # a model card may be wrong
-        self.digest = ""  # of the model, as this server has it; only asked for where there are several
+        self.digest = ""  # of the model, as this server has it; "" if it does not tell
         self.kin: list[Any] = [self]  # the wires to all servers of the run
 
     @property
@@ -789,12 +789,11 @@ class OllamaWire:
             lengths[:1] != [self.dimensions] and "dimensions" not in self.common
         ):  # those are chosen, the card's are not
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
-        if len(self.kin) > 1:
-            yield from self.compare()
+        yield from self.identify()
         return []
 
-    def compare(self) -> Generator[Send, Reply | None, None]:
-        """Raise Stop if the model is not the one that the other servers have, by its digest in GET /api/tags.
+    def identify(self) -> Generator[Send, Reply | None, None]:
+        """Learn the model's digest from GET /api/tags; raise Stop if the other servers have another one.
 
         A server that tells no digest (only Ollama does) is taken at its word about the model's name.
         """
@@ -974,6 +973,7 @@ class HashWire:
 
     product = address = "hash:"
     model = "hash-256"
+    digest = ""  # the name says it all
     dimensions = 256
     certain = True
     server = Server("hash", "", 0, "", "")
@@ -2660,10 +2660,24 @@ def primary_key(columns: dict[str, Column]) -> list[str]:
     return [name for name, column in columns.items() if column.place]
 
 
-class Store:
-    """The table to read, called s in statements, and the table to fill, called e."""
+class Forbidden(Stop):
+    """The database refuses something to this user."""
 
-    own_columns = ("embedding", "model", "text_sha256", "updated_at")  # of a target as it is created
+
+PROVENANCE = "embedgen_provenance"  # the table of what made the vectors, in the target's schema
+SAMPLES, SAMPLED = 3, 1000  # embedded rows that a server's vectors are compared with, and rows to look for them in
+
+
+class Store:
+    """The table to read, called s in statements, and the table to fill, called e.
+
+    Beside the target is the table of its provenance: a row for each way in which vectors in it were
+    made, by which version of the model, with which prefix, and from the whole text or not. Its id
+    stands with each vector; a target without a column for it is filled all the same.
+    """
+
+    own_columns = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
+    identity = ""  # the type of a table's own number
     other_dimensions = ", or --force for all rows to replace them"  # a way out where vectors have another length
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -2673,6 +2687,8 @@ class Store:
         self.model: str = options.model
         self.prefix: str = options.document_prefix
         self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
+        self.digest = ""  # of the model as the server has it, "" if that is not known
+        self.makers: dict[str, int | None] = {}  # the ids in PROVENANCE of what this run makes, by fit
         self.changing_model = False  # --force, and the target still has vectors of another model
         self.unchanged = False  # whether all digests in the target are known to fit, without a look at the texts
 
@@ -2684,6 +2700,18 @@ class Store:
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         """Return all rows of a statement that gives few; raise Stop where the database fails."""
+        raise NotImplementedError
+
+    def execute(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement, tried once, as within a transaction."""
+        raise NotImplementedError
+
+    def alone(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
+        raise NotImplementedError
+
+    def is_there(self, relation: Relation) -> bool:
+        """Whether a table exists; within a transaction."""
         raise NotImplementedError
 
     def complaint(self, sql: str) -> str:
@@ -2742,6 +2770,10 @@ class Store:
         """Return the length that vectors in the target have, None if it may be any."""
         raise NotImplementedError
 
+    def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
+        """Return the texts and vectors of a few rows, given by the FROM clause and what follows it."""
+        raise NotImplementedError
+
     def page(self, after: Any) -> tuple[list[Row], bool]:
         """Return pending rows above a key, by ascending key, a page of them, and whether there may be more."""
         raise NotImplementedError
@@ -2769,10 +2801,6 @@ class Store:
     def elsewhere(self) -> tuple[int, int]:
         """Return how many rows other machines have generated, and how many have failed there, since `count`."""
         return 0, 0
-
-    def samples(self) -> list[tuple[str, bytes]]:
-        """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same."""
-        return []
 
     def build_index(self) -> Iterator[float]:
         """Build the index that --index asks for; yield the share that is done, from 0 to 1."""
@@ -2890,6 +2918,8 @@ class Store:
         described = self.columns(self.target)
         columns = list(described)
         self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
+        if not described[self.target_columns.get("provenance", columns[0])].type.upper().startswith("INT"):
+            self.target_columns.pop("provenance", None)  # somebody else's, for something else
         if "embedding" not in self.target_columns:
             raise UsageError(
                 f'"{self.target.name}" has no column "embedding" to fill. It has: {listed(columns)}. '
@@ -2938,6 +2968,96 @@ class Store:
         if self.changing_model:
             column = quoted(self.target_columns["model"])
             self.rows(f"DELETE FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
+        if not self.force or self.partial or not any(self.makers.values()):
+            return
+        column, mark = quoted(self.target_columns["provenance"]), self.mark(1)
+        others = f"FROM {self.provenance.sql} AS p WHERE p.target = {mark} AND p.id NOT IN ({self.own_makers})"
+        if self.digest:
+            other = f"SELECT p.id {others} AND p.digest NOT IN ('', {self.mark(2)})"
+            self.rows(f"DELETE FROM {self.target.sql} WHERE {column} IN ({other})", self.target.name, self.digest)
+        self.rows(
+            f"DELETE {others} AND NOT EXISTS (SELECT 1 FROM {self.target.sql} AS e WHERE e.{column} = p.id)",
+            self.target.name,
+        )
+
+    @property
+    def own_makers(self) -> str:
+        """The ids in PROVENANCE of what this run makes, for a statement."""
+        return ", ".join(str(number) for number in self.makers.values() if number)
+
+    @property
+    def provenance(self) -> Relation:
+        """The table of provenance."""
+        return Relation(self.target.schema, PROVENANCE, True)
+
+    def register(self, digest: str) -> None:
+        """Note which version of the model fills the target, by its digest, "" if not known.
+
+        Raises Stop if another version has filled it, and this run would not replace or accept that.
+        At once, before a vector is saved, so that of two machines with different versions the second is refused.
+        """
+        self.digest = digest
+        if "provenance" in self.target_columns:
+            with contextlib.suppress(Forbidden):  # then nothing is known and told of it
+                self.makers["whole"] = self.alone(lambda: self.enter_provenance("whole"))
+
+    def enter_provenance(self, fit: str) -> int:
+        """Return the id in PROVENANCE of what this run makes; within a transaction."""
+        name, target = self.provenance.sql, self.target.name
+        if not self.is_there(self.provenance):
+            self.execute(
+                f"CREATE TABLE {name} (id {self.identity}, target text NOT NULL, model text NOT NULL, "
+                "digest text NOT NULL, prefix text NOT NULL, fit text NOT NULL, "
+                "UNIQUE (target, model, digest, prefix, fit))"
+            )
+        self.check_version(name)
+        names = ("target", "model", "digest", "prefix", "fit")
+        values = (target, self.model, self.digest, self.prefix, fit)
+        same = " AND ".join(f"{column} = {self.mark(place)}" for place, column in enumerate(names, 1))
+        if not (found := self.execute(f"SELECT id FROM {name} WHERE {same}", *values)):
+            marks = ", ".join(self.mark(place) for place in range(1, 6))
+            self.execute(f"INSERT INTO {name} ({', '.join(names)}) VALUES ({marks})", *values)
+            found = self.execute(f"SELECT id FROM {name} WHERE {same}", *values)
+        number: int = found[0][0]
+        return number
+
+    def check_version(self, table: str) -> None:
+        """Raise Stop if the target was filled by another version of the model than this run's."""
+        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
+        known = [digest for (digest,) in self.execute(sql, self.target.name, self.model)]
+        if not self.digest or not known or self.digest in known or self.options.accept_drift:
+            return
+        if not self.force or self.partial:
+            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (known[-1], self.digest))
+            ways = "Give --force, without --limit and --where, for all rows again"
+            raise Stop(
+                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
+                f"server has now ({ours}), and the two may not compare. {ways}, --target NAME for a second table, "
+                "or --accept-drift to mix them."
+            )
+
+    def maker(self, vector: bytes) -> int | None:
+        """Return the id in PROVENANCE of a vector made by this run."""
+        fit = getattr(vector, "fit", "whole")
+        if fit not in self.makers and self.makers:
+            self.makers[fit] = self.alone(lambda: self.enter_provenance(fit))
+        return self.makers.get(fit)
+
+    def samples(self) -> list[tuple[str, bytes]]:
+        """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same."""
+        if self.force or not self.has_target or "text_sha256" not in self.target_columns:
+            return []  # all are replaced, or may be of another text
+        _, exists = self.joined()
+        embedding, key = quoted(self.target_columns["embedding"]), quoted(self.target_key)
+        whole = ""
+        if self.makers:
+            column = quoted(self.target_columns["provenance"])
+            whole = f" AND COALESCE(e.{column} IN (SELECT id FROM {self.provenance.sql} WHERE fit = 'whole'), 1 = 1)"
+        return self.known_texts(
+            f"FROM (SELECT * FROM {self.target.sql} WHERE {embedding} IS NOT NULL "
+            f"LIMIT {SAMPLED}) AS e JOIN {self.source} AS s ON e.{key} = s.{quoted(self.key)} "
+            f"WHERE {exists}{whole} LIMIT {SAMPLES}"
+        )
 
     @property
     def partial(self) -> bool:
@@ -2959,12 +3079,16 @@ class Store:
             return
         references = self.references_sql() if self.referable else ""  # only a declared key can be referred to
         key = f"{quoted(self.target_key)} {self.key_type(self.key_declared)} PRIMARY KEY{references}"
-        self.create(f"{self.target.sql} ({key}, {self.create_sql(measure)})")
-        self.has_target = True
+        columns = f"({key}, {self.create_sql(measure)})"
 
-    def create(self, table: str) -> None:
-        """Create a table, given by its name and columns."""
-        self.rows(f"CREATE TABLE {table}")
+        def create() -> None:
+            if not self.is_there(self.target):  # another machine may have been quicker
+                self.execute(f"CREATE TABLE {self.target.sql} {columns}")
+                if self.is_there(self.provenance):  # what it says was of a table that is gone
+                    self.execute(f"DELETE FROM {self.provenance.sql} WHERE target = {self.mark(1)}", self.target.name)
+
+        self.alone(create)
+        self.has_target = True
 
     def beside(self, on: str, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
@@ -3038,6 +3162,8 @@ NOTE_SECONDS = 2.0  # between a note and the file's time of change, at most; FAT
 
 class SQLiteStore(Store):
     """A table in an SQLite file."""
+
+    identity = "INTEGER PRIMARY KEY"
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -3158,7 +3284,10 @@ class SQLiteStore(Store):
         return Stop(f"SQLite says of {path}: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        return self.patiently(lambda: self.connection.execute(sql, parameters).fetchall())
+        return self.patiently(lambda: self.execute(sql, *parameters))
+
+    def execute(self, sql: str, *parameters: Any) -> list[Any]:
+        return list(self.connection.execute(sql, parameters).fetchall())
 
     def complaint(self, sql: str) -> str:
         try:
@@ -3243,7 +3372,10 @@ class SQLiteStore(Store):
         return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE" if same else ""
 
     def create_sql(self, measure: Callable[[], int]) -> str:
-        return "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL"
+        return (
+            "embedding BLOB NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL, "
+            "provenance INTEGER"
+        )
 
     def create_target(self, measure: Callable[[], int]) -> None:
         self.commits += not self.has_target
@@ -3423,6 +3555,7 @@ class SQLiteStore(Store):
             "model": itertools.repeat(self.model),
             "text_sha256": [row.digest for row, _ in vectors],
             "updated_at": itertools.repeat(now),
+            "provenance": [self.maker(vector) for _, vector in vectors],
         }
         parameters = list(zip(keys, *(known[name] for name in names), keys))
         return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
@@ -3430,6 +3563,16 @@ class SQLiteStore(Store):
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all; wait for a locked database."""
         return self.patiently(lambda: self.whole(action))
+
+    alone = transaction  # nobody else has one meanwhile
+
+    def is_there(self, relation: Relation) -> bool:
+        sql = f"SELECT 1 FROM {quoted(relation.schema)}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
+        return bool(self.execute(sql, relation.name))
+
+    def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
+        found = self.rows(f"SELECT {as_bytes(self.text)}, e.{quoted(self.target_columns['embedding'])} {tables}")
+        return [(raw.decode(self.encoding, "replace"), vector) for raw, vector in found if isinstance(vector, bytes)]
 
     def whole(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
@@ -3480,18 +3623,14 @@ def is_locked(error: Exception) -> bool:
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
-ALIKE = 0.99  # cosine above which two vectors of one text are of one model; rounding and batching stay above 0.999
-SAMPLES = 3  # embedded rows that a server's vectors are compared with
 PG_TYPES = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}  # of the columns of a loaded file
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
 
 
-class Forbidden(Stop):
-    """Postgres refuses something to this role."""
-
-
 class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
+
+    identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
 
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
@@ -3598,7 +3737,6 @@ class PostgresStore(Store):
         return self.patiently(lambda: self.execute(sql, *parameters))
 
     def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement, tried once, as within a transaction."""
         cursor = self.connection.execute(sql, parameters)
         return list(cursor.fetchall()) if cursor.description else []
 
@@ -3612,13 +3750,14 @@ class PostgresStore(Store):
         return self.patiently(whole)
 
     def alone(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
-
         def locked() -> T:
             self.connection.execute("SELECT pg_advisory_xact_lock($1)", [ONE_AT_A_TIME])
             return action()
 
         return self.transaction(locked)
+
+    def is_there(self, relation: Relation) -> bool:
+        return bool(self.execute("SELECT to_regclass($1) IS NOT NULL", relation.sql)[0][0])
 
     def complaint(self, sql: str) -> str:
         try:
@@ -3711,9 +3850,6 @@ class PostgresStore(Store):
             return ""
         return f" REFERENCES {self.relation.sql}({quoted(self.key)}) ON DELETE CASCADE"
 
-    def create(self, table: str) -> None:
-        self.alone(lambda: self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table}"))
-
     def find_vector(self) -> tuple[str, int, int]:
         """Return pgvector's schema, quoted, and the OIDs of its type vector and its array; create it if need be."""
         sql = (
@@ -3740,7 +3876,7 @@ class PostgresStore(Store):
         self.check_index("vector", measure())
         return (
             f"embedding {schema}.vector({measure()}) NOT NULL, model text NOT NULL, "
-            "text_sha256 bytea NOT NULL, updated_at timestamptz NOT NULL"
+            "text_sha256 bytea NOT NULL, updated_at timestamptz NOT NULL, provenance integer"
         )
 
     def use_target(self) -> None:
@@ -3881,7 +4017,7 @@ class PostgresStore(Store):
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
         known = {"embedding": "b.embedding", "model": literal(self.model)}
-        known |= {"text_sha256": "b.digest", "updated_at": "now()"}
+        known |= {"text_sha256": "b.digest", "updated_at": "now()", "provenance": "b.provenance"}
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
@@ -3893,26 +4029,24 @@ class PostgresStore(Store):
             f"WITH patience AS (SELECT set_config('lock_timeout', '{ROW_LOCK_PATIENCE}s', true)), saved AS ("
             f"INSERT INTO {self.target.sql} ({key}, {', '.join(names)}) "
             f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
-            "FROM patience, unnest($1::text[], $2, $3::bytea[]) AS b(key, embedding, digest) "
+            "FROM patience, unnest($1::text[], $2, $3::bytea[], $4::int[]) AS b(key, embedding, digest, provenance) "
             f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
             f"){share} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
         embeddings = self.vectors([vector for _, vector in vectors])
-        saved = int(self.rows(sql, keys, embeddings, [row.digest for row in rows], *more)[0][0])
+        makers = [self.maker(vector) for _, vector in vectors]
+        saved = int(self.rows(sql, keys, embeddings, [row.digest for row in rows], makers, *more)[0][0])
         if self.fleet:
             self.fleet.saved(rows, saved)
         return saved
 
-    def samples(self) -> list[tuple[str, bytes]]:
-        if self.force or not self.has_target or "text_sha256" not in self.target_columns:
-            return []  # all are replaced, or may be of another text
+    def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
         import json
 
-        tables, exists = self.joined()
-        embedding = f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
-        found = self.rows(f"SELECT {self.text}, {embedding} FROM {tables} WHERE {exists} LIMIT {SAMPLES}")
+        vector = f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
+        found = self.rows(f"SELECT {self.text}, {vector} {tables}")
         return [(text, pack(json.loads(vector))) for text, vector in found]
 
     def load(self, path: str) -> int:
@@ -4139,11 +4273,14 @@ class Fleet:
         for name, columns in self.TABLES.items():
             if name not in there:
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
-        target, model = self.store.target.name, self.store.model
+        target = self.store.target.name
+        model = self.store.model + (f"@{self.store.digest}" if self.store.digest else "")
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
-            f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND p.model <> $2 AND {alive}", target, model
-        )
+            f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND {alive} AND p.model <> $2 AND ("
+            "split_part(p.model, '@', 1) <> split_part($2, '@', 1) OR (p.model LIKE '%@%' AND $2 LIKE '%@%'))",
+            target, model,
+        )  # fmt: skip
         if other:
             raise Stop(
                 f'another run fills "{target}" with vectors of the model "{other[0][0]}", which do not compare with '
@@ -4153,10 +4290,10 @@ class Fleet:
                 self.job, target, model)  # fmt: skip
         left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
         fresh = execute(
-            f"UPDATE {self.passes} AS p SET round = round + 1, reached = NULL, ended = false "
+            f"UPDATE {self.passes} AS p SET round = round + 1, reached = NULL, ended = false, model = $2 "
             f"WHERE job = $1 AND (NOT {alive} OR (ended AND NOT {left})) RETURNING 1",
-            self.job,
-        )
+            self.job, model,
+        )  # fmt: skip
         if fresh:  # whoever took part is gone: what they left is found anew
             execute(f"DELETE FROM {self.leases} WHERE job = $1", self.job)
         # What machines did may still be counted by one that has just come; not after a day.
@@ -4379,7 +4516,7 @@ class Fleet:
         self.done = [lease for lease in self.done if lease not in self.giving]
 
     def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
-        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $4.
+        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $5.
 
         So that a lease is given back, and a row counted, in the moment in which it is saved; counted
         from a total that does not change if the statement has to be repeated. Nothing is noted as
@@ -4395,9 +4532,9 @@ class Fleet:
         self.giving = self.done + complete
         failed = self.failed + sum(self.failures.get(lease, 0) for lease in complete)
         sql = (
-            f", sign AS (UPDATE {self.machines} SET generated = $5 + (SELECT count(*) FROM saved), failed = $6, "
-            f"expires = {self.EXPIRY} WHERE id = $4), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($7) AND machine = $4)"
+            f", sign AS (UPDATE {self.machines} SET generated = $6 + (SELECT count(*) FROM saved), failed = $7, "
+            f"expires = {self.EXPIRY} WHERE id = $5), "
+            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($8) AND machine = $5)"
         )
         return sql, [self.machine, self.generated, failed, self.giving]
 
@@ -5068,6 +5205,7 @@ def embed(
             log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
             complain(f"warning: {text}")
         store.create_target(engine.dimensions)
+        store.register(next((wire.digest for wire in wires if wire.digest), ""))
         if not options.accept_drift:
             check_drift(options, engine, store.samples())
         if remark := store.join():
@@ -5087,6 +5225,9 @@ def embed(
         raise Reported(message, code) from stop
     finally:
         engine.close()
+
+
+ALIKE = 0.99  # cosine above which two vectors of one text are of one model; rounding and batching stay above 0.999
 
 
 def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:

@@ -26,7 +26,7 @@ class SQLite:
     loaded = "INTEGER", "TEXT", "REAL"  # types of a loaded file's columns
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
         "movie_id": ("INTEGER", False), "embedding": ("BLOB", True), "model": ("TEXT", True),
-        "text_sha256": ("BLOB", True), "updated_at": ("TEXT", True),
+        "text_sha256": ("BLOB", True), "updated_at": ("TEXT", True), "provenance": ("INTEGER", False),
     }  # fmt: skip
     now = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
@@ -82,6 +82,7 @@ class Postgres:
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
         "movie_id": ("bigint", True), "embedding": ("vector(8)", True), "model": ("text", True),
         "text_sha256": ("bytea", True), "updated_at": ("timestamp with time zone", True),
+        "provenance": ("integer", False),
     }  # fmt: skip
     now = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 

@@ -514,15 +514,21 @@ class OverTheLeanPath(Conversations):
                         embedgen.gate([embedgen.pack(unit)], ["text"], True)
 
 
+NO_TAGS = error(404, "404 page not found")
+
+
 class Greetings(unittest.TestCase):
-    def greet(self, reply: Reply, on: embedgen.OllamaWire | None = None) -> embedgen.OllamaWire:
+    def greet(self, reply: Reply, on: embedgen.OllamaWire | None = None, tags: Reply = NO_TAGS) -> embedgen.OllamaWire:
         on = on or wire()
         conversation = on.greet()
         sent = next(conversation)
         assert isinstance(sent, Send)
         self.assertEqual(sent.path, "/api/show")
+        sent = conversation.send(reply)
+        assert isinstance(sent, Send)
+        self.assertEqual(sent.path, "/api/tags")
         with self.assertRaises(StopIteration):
-            conversation.send(reply)
+            conversation.send(tags)
         return on
 
     def test_the_model_card_tells_the_dimensions(self) -> None:
@@ -553,6 +559,19 @@ class Greetings(unittest.TestCase):
                 on = self.greet(reply)  # a busy server is not an absent one
                 self.assertIsNone(on.dimensions)
                 self.assertFalse(on.legacy or on.lean_bytes)
+
+    def test_the_models_digest(self) -> None:
+        models = [
+            {"name": "other:latest", "digest": "a"},
+            {"name": "m:latest", "digest": "b"},
+            {"name": "m:1", "digest": "c"},
+        ]
+        card = Reply(200, b"{}")
+        for name, digest in (("m", "b"), ("m:1", "c"), ("m:2", "")):
+            on = self.greet(card, wire(model=name), Reply(200, json.dumps({"models": models}).encode()))
+            self.assertEqual(on.digest, digest)
+        for body in (b"{}", b"[]", b"null", b'{"models": [{}]}', b"<html>"):
+            self.assertEqual(self.greet(card, tags=Reply(200, body)).digest, "")
 
     def test_a_server_that_is_not_there(self) -> None:
         for reply in (REFUSED, SILENCE):

@@ -84,8 +84,8 @@ class Spared(Idle):
         with mock.patch.object(embedgen, "NOTE_ROWS", 4):
             self.succeed()
             self.assertEqual(self.look(), ((0, 3, 0), 3))
-        names = [name for (name,) in self.execute("SELECT name FROM sqlite_master ORDER BY name")]
-        self.assertEqual(names, ["movie_embeddings", "movies"])
+        names = [name for (name,) in self.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        self.assertEqual(names, ["embedgen_provenance", "movie_embeddings", "movies"])
 
     def test_rows_without_text_fail_each_time_and_need_no_hash(self) -> None:
         self.execute("INSERT INTO movies VALUES (4, '', NULL)")

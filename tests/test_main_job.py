@@ -430,7 +430,7 @@ class Paths(Case):
                     flags = ("--engine", engine, "--batch-size", 5, "--concurrent", 1)
                     self.assertEqual(self.succeed(*flags).tally, (20, 0, 0))
                     self.assert_complete()
-                    self.assertEqual([entry["path"] for entry in self.ollama.log()], ["/api/show", *paths])
+                    self.assertEqual([entry["path"] for entry in self.ollama.log()], ["/api/show", "/api/tags", *paths])
                     self.assertEqual(re.findall("vectors come as (.*)", self.log()), ways)
 
     def test_only_a_batch_with_a_long_text_takes_the_other_path(self) -> None:
@@ -442,7 +442,7 @@ class Paths(Case):
                 self.succeed("--engine", engine, "--batch-size", 5)
                 self.assert_complete()
                 taken = Counter(entry["path"] for entry in self.ollama.log())
-                self.assertEqual(taken, {"/api/show": 1, "/v1/embeddings": 3, "/api/embed": 1})
+                self.assertEqual(taken, {"/api/show": 1, "/api/tags": 1, "/v1/embeddings": 3, "/api/embed": 1})
 
     def test_a_server_without_the_lean_path_is_asked_for_it_once_by_each_worker(self) -> None:
         for engine in ENGINES:

@@ -150,17 +150,6 @@ class Fleet(PostgresCase):
         self.refuse(2 if self.embedded() else 3, "--model", "all-minilm", words=["nomic-embed-text", "all-minilm"])
         self.assertEqual(self.finish(first).code, 0)
 
-    def test_a_server_with_other_vectors_does_not_take_part(self) -> None:
-        self.make_movies(20)
-        self.succeed("--limit", 10)
-        self.ollama.configure(models={"nomic-embed-text": {"seed": "another version"}})
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                words = [self.ollama.url.partition("//")[2], "nomic-embed-text", "--accept-drift", "cosine"]
-                self.refuse(3, "--engine", engine, words=words)
-        self.assertEqual(self.embedded(), 10)
-        self.assertEqual(self.succeed("--accept-drift").tally, (10, 10, 0))
-
     def test_a_role_without_a_place_for_leases_works_alone(self) -> None:
         self.make_movies(30)
         self.succeed("--limit", 10)

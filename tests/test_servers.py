@@ -283,7 +283,6 @@ class SeveralServers(Case):
                         rf"{server.url}: {len(texts)} texts, [\d.]+ texts/s, away for 0.0 s; at the end \d+ in flight"
                     )
                     self.assertRegex(self.log(), said)
-                self.assertNotIn("/api/tags", [entry["path"] for entry in self.alone()])
 
     def test_each_is_asked_over_the_paths_that_it_has(self) -> None:
         lean, usual = "base64 over /v1/embeddings", "decimals over /api/embed"
@@ -299,12 +298,6 @@ class SeveralServers(Case):
                     ways = [f"{self.ollama.url}: vectors come as {lean}", f"{self.other.url}: vectors come as {way}"]
                     self.assertEqual(sorted(re.findall(r"http\S*: vectors come as .*", self.log())), sorted(ways))
                     self.assertNotIn("/api/embed", [entry["path"] for entry in self.ollama.log()])
-
-    def alone(self) -> list[dict[str, Any]]:
-        """Return what one server is asked where it is the only one."""
-        self.ollama.reset()
-        self.succeed("--force")
-        return self.ollama.log()
 
     def test_one_server_alone_in_the_flags(self) -> None:
         self.make_movies(3)

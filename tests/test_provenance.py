@@ -1,0 +1,155 @@
+"""What made the vectors: told beside the target, and compared with what would make the next ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support import ENGINES, Case, OnPostgres
+
+MODEL = "nomic-embed-text"
+OTHER_SEED = {MODEL: {"seed": "another version"}}
+
+
+class Provenance(Case):
+    """Everything is about the one target of movies unless it says otherwise."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.serve("sha256:aaaa", seed="")
+
+    def serve(self, digest: str, seed: str) -> None:
+        """Have the model in some version, by its digest, whose vectors are of that seed."""
+        self.ollama.reset()
+        self.ollama.configure(models={MODEL: {"digest": digest, "seed": seed}})
+
+    def made(self, target: str = "movie_embeddings") -> list[Any]:
+        """Return how many vectors were made in which way: model, digest, prefix, fit, count."""
+        return self.execute(
+            f"SELECT p.model, p.digest, p.prefix, p.fit, count(*) FROM {target} AS e "
+            "LEFT JOIN embedgen_provenance AS p ON p.id = e.provenance GROUP BY 1, 2, 3, 4 ORDER BY 2, 3, 4"
+        )
+
+    def versions(self) -> list[Any]:
+        """Return the digests that are on record."""
+        return [digest for (digest,) in self.execute("SELECT digest FROM embedgen_provenance ORDER BY id")]
+
+    def test_each_vector_tells_what_made_it(self) -> None:
+        self.make_movies(5)
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.succeed("--engine", engine, "--force")
+                self.assertEqual(self.made(), [(MODEL, "sha256:aaaa", "", "whole", 5)])
+        self.succeed("--limit", 2, "--document-prefix", "it's a film: ")
+        made = [(MODEL, "sha256:aaaa", "", "whole", 3), (MODEL, "sha256:aaaa", "it's a film: ", "whole", 2)]
+        self.assertEqual(self.made(), made)
+
+    def test_another_version_stops_the_run_before_the_first_row(self) -> None:
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        for seed in ("", "other"):  # whether or not its vectors differ
+            self.serve("sha256:bbbb", seed)
+            for engine in ENGINES:
+                for flags in ((), ("--force", "--limit", 2), ("--force", "--where", "id > 1")):
+                    words = [MODEL, "aaaa", "bbbb", "--force", "--accept-drift", "--target"]
+                    self.refuse(3, "--engine", engine, *flags, words=words)
+        self.assertEqual(self.asked(), [])
+        self.assertEqual(self.made(), [(MODEL, "sha256:aaaa", "", "whole", 3)])
+
+    def test_accepted_it_is_mixed_and_told_apart(self) -> None:
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        self.serve("sha256:bbbb", "other")
+        self.assertEqual(self.succeed("--accept-drift").tally, (2, 3, 0))
+        self.assertEqual([row[1::3] for row in self.made()], [("sha256:aaaa", 3), ("sha256:bbbb", 2)])
+        self.execute("INSERT INTO movies VALUES (6, 'One more', 'x')")
+        self.refuse(3, words=["cosine"])  # most of what is stored is of the other one
+        self.serve("sha256:aaaa", "")
+        self.assertEqual(self.succeed().tally, (1, 5, 0))
+
+    def test_force_replaces_it(self) -> None:
+        self.make_movies(5)
+        self.succeed()
+        self.serve("sha256:bbbb", "other")
+        self.ollama.configure(refuse=[{"contains": "Film 4", "status": 400, "error": "not that"}])
+        done = self.run_program("--force")
+        self.assertEqual((done.code, done.tally), (1, (4, 0, 1)))
+        self.assertEqual(self.made(), [(MODEL, "sha256:bbbb", "", "whole", 4)])  # what is left of it would not compare
+        self.assertEqual(self.versions(), ["sha256:bbbb"])
+        self.serve("sha256:bbbb", "other")
+        self.assertEqual(self.succeed().tally, (1, 4, 0))
+
+    def test_drift_stops_the_run_before_the_first_row(self) -> None:
+        self.make_movies(20)
+        self.succeed("--limit", 10)
+        self.serve("sha256:aaaa", "another build of the server")
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                address = self.ollama.url.partition("//")[2]
+                self.refuse(3, "--engine", engine, words=[address, MODEL, "--accept-drift", "cosine", "--force"])
+        self.assertEqual(len(self.stored()), 10)
+        self.assertLessEqual(len(set(self.asked())), 3)
+        self.assertEqual(self.succeed("--accept-drift").tally, (10, 10, 0))
+
+    def test_a_single_odd_vector_is_no_drift(self) -> None:
+        self.make_movies(6)
+        self.succeed("--limit", 3)
+        other = "(SELECT embedding FROM movie_embeddings WHERE movie_id = 3)"
+        self.execute(f"UPDATE movie_embeddings SET embedding = {other} WHERE movie_id = 1")  # by some accident
+        self.assertEqual(self.succeed("--limit", 1).tally, (1, 3, 0))
+        self.execute(f"UPDATE movie_embeddings SET embedding = {other} WHERE movie_id IN (2, 4)")
+        self.refuse(3, "--limit", 1, words=["cosine"])
+
+    def test_a_server_that_tells_no_digest(self) -> None:
+        self.serve("", "")
+        self.make_movies(5)
+        self.succeed("--limit", 2)
+        self.serve("sha256:aaaa", "")  # it does now, after an upgrade
+        self.succeed("--limit", 2)
+        self.serve("", "")
+        self.succeed()
+        self.assertEqual([row[1::3] for row in self.made()], [("", 3), ("sha256:aaaa", 2)])
+
+    def test_a_target_that_was_dropped_is_forgotten(self) -> None:
+        self.make_movies(5)
+        self.succeed("--target", "kept")
+        self.succeed()
+        self.execute("DROP TABLE movie_embeddings")
+        self.serve("sha256:bbbb", "other")
+        self.succeed()
+        self.assertEqual(self.made(), [(MODEL, "sha256:bbbb", "", "whole", 5)])
+        self.assertEqual(self.made("kept"), [(MODEL, "sha256:aaaa", "", "whole", 5)])
+
+    def test_a_target_without_a_place_for_it(self) -> None:
+        self.make_movies(5)
+        self.execute(
+            f"CREATE TABLE vectors (movie INTEGER PRIMARY KEY, embedding {self.db.vector_type}, provenance TEXT)"
+        )
+        self.succeed("--target", "vectors", "--limit", 3)
+        self.serve("sha256:bbbb", "")
+        self.succeed("--target", "vectors")
+        self.assertEqual(self.execute("SELECT DISTINCT provenance FROM vectors"), [(None,)])
+        self.assertNotIn("embedgen_provenance", self.db.tables())
+
+    def test_another_model_is_forgotten_with_its_vectors(self) -> None:
+        self.make_movies(5)
+        self.succeed()
+        self.ollama.configure(models={MODEL: {}, "all-minilm": {"digest": "sha256:mini"}})
+        self.succeed("--model", "all-minilm", "--force")
+        self.assertEqual(self.made(), [("all-minilm", "sha256:mini", "", "whole", 5)])
+        self.assertEqual(self.versions(), ["sha256:mini"])
+
+
+class ProvenanceOnPostgres(OnPostgres, Provenance):
+    """The same on Postgres."""
+
+    def test_two_versions_at_one_time(self) -> None:
+        self.make_movies(300)
+        self.ollama.configure(seconds_per_text=0.02)
+        first = self.start_program("--batch-size", 2, "--force")
+        self.wait_for(lambda: "embedgen_machines" in self.db.tables(), "the first run")
+        self.ollama.configure(models={MODEL: {"digest": "sha256:bbbb"}}, seconds_per_text=0.0)
+        self.refuse(3, words=["another version", "aaaa", "bbbb"])
+        self.refuse(3, "--force", words=["another run", "sha256:aaaa", "sha256:bbbb"])
+        _, err = first.communicate(timeout=60)
+        self.assertEqual((first.returncode, err), (0, b""))
+        self.assertEqual(self.made(), [(MODEL, "sha256:aaaa", "", "whole", 300)])
