@@ -213,6 +213,8 @@ def create_parser() -> Parser:
     add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
         help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
 
+    add("--on-long", choices=ON_LONG, default="cut", help="texts longer than the model takes: embed their beginning, "
+        "counted and logged; or all parts, to store their mean; or fail; or skip them (default: cut)")  # fmt: skip
     add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
 
     output = parser.add_argument_group("output")
@@ -488,6 +490,46 @@ def digest_of(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8")).digest()
 
 
+ON_LONG = ("cut", "split", "fail", "skip")  # what becomes of a text that is longer than the model takes
+
+
+class Fitted(bytes):
+    """A vector of a text that the model does not take as a whole."""
+
+    fit = "whole"
+
+
+class Cut(Fitted):
+    """The vector of a text's beginning."""
+
+    fit = "cut"
+
+
+class Split(Fitted):
+    """The mean of the vectors of a text's parts."""
+
+    fit = "split"
+
+
+class TooLongFor(str):
+    """Why a text that is longer than the model takes is left out."""
+
+
+# Where a text may be split, best first: behind a sentence or a line, and between words.
+BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\s*\n\s*"), re.compile(r"\s+"))
+
+
+def halves(text: str) -> tuple[str, str]:
+    """Return the two parts of a text, split at the border nearest to its middle, within the middle half of it."""
+    middle, margin = len(text) // 2, len(text) // 4
+    for border in BORDERS:
+        ends = [found.end() for found in border.finditer(text, middle - margin, middle + margin)]
+        if ends:
+            middle = min(ends, key=lambda end: abs(end - middle))
+            break
+    return text[:middle], text[middle:]
+
+
 class Row(NamedTuple):
     """One row to embed: its key, its text, and the text's SHA-256."""
 
@@ -743,6 +785,7 @@ class HTTPWire:
 
     product = ""  # what the server is called in an error
     unit_length = False  # whether it promises L2-normalised vectors
+    cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OLLAMA_API_KEY"  # the setting that carries the token
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
@@ -756,13 +799,15 @@ class HTTPWire:
         # Vectors must have this length: as asked for, as stored, or as the server's model card says.
         self.dimensions: int | None = options.dimensions
         self.certain = options.dimensions is not None  # a model card may be wrong
+        self.on_long: str = options.on_long
+        self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
         self.most_texts = sys.maxsize  # that one request can carry
         self.digest = ""  # of the model, as this server has it; "" if it does not tell
         self.kin: list[Any] = [self]  # the wires to all servers of the run
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
         """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
-        return Talk(self, movable=movable).embed(texts)
+        return Talk(self, movable=movable).embed(texts, self.on_long)
 
     def probe(self) -> Conversation:
         """Return the conversation that finds out whether a server that was away is back, and still the same."""
@@ -792,8 +837,8 @@ class HTTPWire:
         """Return what to do about a server that cannot be reached."""
         raise NotImplementedError
 
-    def request(self, texts: list[str], timeout: float) -> Send:
-        """Return the request that asks for the vectors of `texts`."""
+    def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
+        """Return the request that asks for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
         raise NotImplementedError
 
     def prefixed(self, texts: list[str]) -> list[str]:
@@ -867,6 +912,7 @@ class OllamaWire(HTTPWire):
 
     product = "Ollama"
     unit_length = True  # both newer paths promise L2-normalised vectors
+    cuts = True
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         super().__init__(server, options)
@@ -931,7 +977,7 @@ class OllamaWire(HTTPWire):
     def advice(self) -> str:
         return 'Start it with "ollama serve", or give --server URL.'
 
-    def request(self, texts: list[str], timeout: float) -> Send:
+    def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked: dict[str, Any]
@@ -941,7 +987,7 @@ class OllamaWire(HTTPWire):
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
             path, asked = LEAN, {"input": texts, "encoding_format": "base64"}
         else:
-            path, asked = USUAL, {"input": texts, "truncate": True}
+            path, asked = USUAL, {"input": texts, "truncate": truncate}
         return Send(path, json.dumps({**self.common, **asked}).encode(), timeout)
 
     def way(self, path: str) -> str:
@@ -1078,7 +1124,7 @@ class OpenAIWire(HTTPWire):
     def advice(self) -> str:
         return "Start it, or give --server URL."
 
-    def request(self, texts: list[str], timeout: float) -> Send:
+    def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked = {**self.common, "input": self.prefixed(texts)}
@@ -1286,6 +1332,18 @@ SUSPICIONS = 3  # of one text, before it fails although the server was not well 
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
 
+def in_half(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Return the two halves of a list."""
+    middle = len(texts) // 2
+    return texts[:middle], texts[middle:]
+
+
+def mean(vectors: list[tuple[int, bytes]]) -> bytes:
+    """Return the mean of vectors, each with its weight, scaled to length 1."""
+    sums = [sum(values) for values in zip(*([weight * x for x in unpack(vector)] for weight, vector in vectors))]
+    return pack(normalised(sums))
+
+
 class Talk:
     """One conversation with a server, about one batch of texts."""
 
@@ -1299,24 +1357,42 @@ class Talk:
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
-    def embed(self, texts: list[str]) -> Conversation:
+    def embed(self, texts: list[str], on_long: str) -> Conversation:
         """Return the answers for `texts`; raise Stop where the server is away or of no use.
+
+        `on_long` is one of ON_LONG, or "truncate": the server cuts.
 
         A batch that is refused, or keeps failing, is halved until the texts at fault stand
         alone. A single text is failed only when the server embeds a known-good text right after
         it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
-        if len(texts) > self.wire.most_texts:
-            return (yield from self.halve(texts))
         single = len(texts) == 1
+        if len(texts) > self.wire.most_texts:
+            return (yield from self.apart(texts, on_long, *in_half(texts)))
+        if not single and max(map(len, texts)) >= self.wire.long_from:
+            likely = [text for text in texts if len(text) >= self.wire.long_from]
+            others = [text for text in texts if len(text) < self.wire.long_from]
+            return (yield from self.apart(texts, on_long, others, *([text] for text in likely)))
         garbled = silences = crashes = suspicions = 0
         while True:
             try:
-                return list((yield from self.ask(texts)))
+                vectors = yield from self.ask(texts, truncate=on_long == "truncate")
+                if single and len(texts[0]) >= self.wire.long_from:
+                    self.wire.long_from = len(texts[0]) + 1
+                return list(vectors)
             except Superseded:
-                return (yield from self.embed(texts))
-            except Refused as refused:
+                return (yield from self.embed(texts, on_long))
+            except TooLong as refused:
+                if single:
+                    self.wire.long_from = min(self.wire.long_from, len(texts[0]))
+                    if on_long != "fail":
+                        return [(yield from self.fit(texts[0], on_long, str(refused)))]
+                else:  # by length, so that those at fault are soon among themselves
+                    return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
                 trouble: Trouble = refused
+                suspect = True
+            except Refused as refused:
+                trouble = refused
                 suspect = True
             except Garbled as unusable:
                 trouble = unusable
@@ -1341,22 +1417,81 @@ class Talk:
             if not single:
                 if crashes:
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
-                return (yield from self.halve(texts))
+                return (yield from self.apart(texts, on_long, *in_half(texts)))
             # Is it the text, or the server? Only the server's word on a known-good text tells.
             suspicions += 1
             if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
                 return [str(trouble)]
             crashes = 0
 
-    def halve(self, texts: list[str]) -> Conversation:
-        """Return the answers for each half of `texts`, asked for on its own."""
-        middle = len(texts) // 2
-        first = yield from self.embed(texts[:middle])
-        return first + (yield from self.embed(texts[middle:]))
+    def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
+        """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
+        answers: dict[str, bytes | str] = {}
+        for group in groups:
+            if group:
+                answers.update(zip(group, (yield from self.embed(group, on_long))))
+        return [answers[text] for text in texts]
 
-    def ask(self, texts: list[str], probe: bool = False) -> Generator[Any, Reply | None, list[bytes]]:
+    def fit(self, text: str, on_long: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+        """Return the answer for a text that the server does not take as a whole."""
+        if on_long == "split":
+            parts = yield from self.split(text)
+            return parts if isinstance(parts, str) else Split(mean(parts))
+        if on_long == "cut":
+            answer: bytes | str = TooLongFor(refusal)
+            if self.wire.cuts:
+                [answer] = yield from self.embed([text], "truncate")
+            if isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
+                answer = yield from self.cut(text, refusal)
+            return Cut(answer) if isinstance(answer, bytes) else answer
+        return TooLongFor(refusal)
+
+    def cut(self, text: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+        """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
+
+        Within a sixteenth of its length: each further step costs a request and adds fewer words.
+        """
+        best: bytes | str = refusal
+        low, high = 0, len(text)
+        while high - low > max(low // 16, 1):
+            middle = (low + high) // 2
+            space = text.rfind(" ", low + 1, middle)
+            middle = space if space > 0 else middle
+            [answer] = yield from self.embed([text[:middle]], "skip")
+            if isinstance(answer, bytes):
+                low, best = middle, answer
+            elif isinstance(answer, TooLongFor):
+                high = middle
+            else:
+                return answer
+        return best
+
+    def split(self, text: str) -> Generator[Any, Reply | None, list[tuple[int, bytes]] | str]:
+        """Return the lengths and vectors of a text's parts, each as the server takes it; or why there is one without.
+
+        The text is known to be too long, and is halved until its parts are not.
+        """
+        found: list[tuple[int, bytes]] = []
+        for part in halves(text):
+            if not part.strip(BLANKS):
+                continue
+            [answer] = yield from self.embed([part], "skip")
+            if isinstance(answer, bytes):
+                found.append((len(part), answer))
+            elif isinstance(answer, TooLongFor) and len(part) < len(text):
+                inner = yield from self.split(part)
+                if isinstance(inner, str):
+                    return inner
+                found += inner
+            else:
+                return str(answer)
+        return found
+
+    def ask(
+        self, texts: list[str], probe: bool = False, truncate: bool = False
+    ) -> Generator[Any, Reply | None, list[bytes]]:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
-        request = self.wire.request(texts, self.timeout)
+        request = self.wire.request(texts, self.timeout, truncate)
         reply = yield request
         assert reply is not None
         try:
@@ -3001,8 +3136,8 @@ class Store:
     def tend(self) -> None:
         """Do what is due by and by; called every TICK or so."""
 
-    def give_up(self, row: Row) -> None:
-        """Note that a pending row has failed and will not be saved."""
+    def give_up(self, row: Row, failed: bool = True) -> None:
+        """Note that a pending row has failed, or is left out, and will not be saved."""
 
     def elsewhere(self) -> tuple[int, int]:
         """Return how many rows other machines have generated, and how many have failed there, since `count`."""
@@ -4164,9 +4299,9 @@ class PostgresStore(Store):
         if self.fleet:
             self.fleet.tend()
 
-    def give_up(self, row: Row) -> None:
+    def give_up(self, row: Row, failed: bool = True) -> None:
         if self.fleet:
-            self.fleet.give_up(row)
+            self.fleet.give_up(row, failed)
 
     def elsewhere(self) -> tuple[int, int]:
         return self.fleet.others if self.fleet else (0, 0)
@@ -4515,9 +4650,10 @@ class Fleet:
     def leave(self) -> None:
         """Give back what is not done; what was generated and failed stays for the others to count."""
         if self.machine:
-            gone = f"UPDATE {self.machines} SET gone = true, failed = $2 WHERE id = $1"
+            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, generated = $4 WHERE id = $1"
             free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
-            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", [self.machine, self.failed, self.done])
+            known = [self.machine, self.failed, self.done, self.generated]
+            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", known)
 
     def tend(self) -> None:
         """Give the others a sign of life and learn what they have done, if it is time to."""
@@ -4528,12 +4664,13 @@ class Fleet:
         """Give the others a sign of life and learn what they have done."""
         self.giving = list(self.done)
         sql = (
-            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5 WHERE id = $2 "
+            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5, "
+            f"generated = $6 WHERE id = $2 "
             f"RETURNING 1), done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
             "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
             f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2) FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round)
+        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.generated)
         self.last_sign = time.monotonic()
         self.given()
         known = bool(found) and found[0][4]
@@ -4711,11 +4848,12 @@ class Fleet:
                 self.failed += self.failures.pop(lease)
                 self.done.append(lease)
 
-    def give_up(self, row: Row) -> None:
-        """Note that a row has failed."""
+    def give_up(self, row: Row, failed: bool) -> None:
+        """Note that a row has failed or is left out; for the others the latter is as if it were done."""
         if self.late:
             self.hopeless.add(row.key)
-        self.decided(row, failed=True)
+        self.decided(row, failed)
+        self.generated += not failed
 
     def given(self) -> None:
         """Note that the leases of the last statement have been given back."""
@@ -4804,10 +4942,16 @@ class Counts:
     """What has become of the rows; generated + skipped + failed is the total."""
 
     def __init__(self, rows: int, existing: int, limit: int | None) -> None:
-        self.existing = self.skipped = existing
+        self.existing, self.others, self.too_long = existing, 0, 0  # skipped: others have generated some meanwhile
         self.to_do, self.limit = rows - existing, limit
         self.generated = self.failed = 0
+        self.cut = 0  # of those generated
         self.reasons: dict[str, int] = {}
+
+    @property
+    def skipped(self) -> int:
+        """Rows that this run has nothing to do with."""
+        return self.existing + self.others + self.too_long
 
     @property
     def done(self) -> int:
@@ -4831,9 +4975,14 @@ class Counts:
         if failed:
             self.reasons[ELSEWHERE] = failed
         # One that was taken for dead may have generated the same rows as another.
-        generated = min(generated, max(self.skipped - self.existing + self.left, 0))
-        more = generated - (self.skipped - self.existing)
-        self.skipped, self.to_do = self.skipped + more, self.to_do - more
+        generated = min(generated, max(self.others + self.left, 0))
+        self.to_do -= generated - self.others
+        self.others = generated
+
+    def leave_out(self) -> None:
+        """Count a row whose text is too long, and which is skipped for it."""
+        self.too_long += 1
+        self.to_do -= 1
 
     def fail(self, reason: str) -> None:
         """Count a failed row."""
@@ -4846,7 +4995,7 @@ PIPE_BAR = 8  # cells of the bar where there is no terminal to fit it to
 REDRAW, PIPE_INTERVAL = 0.1, 30.0  # seconds between two progress lines, on a terminal and elsewhere
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # For terminals that cannot show them; all else that they cannot show becomes a question mark.
-LEGIBLE = {"✓": "+", "⊘": "-", "✗": "x", **dict.fromkeys(EIGHTHS[1:], "#")}
+LEGIBLE = {"✓": "+", "⊘": "-", "✗": "x", "✂": "<", **dict.fromkeys(EIGHTHS[1:], "#")}
 
 
 def bar(share: float, cells: int) -> str:
@@ -5056,7 +5205,11 @@ class Report:
         say(RULE)
         say(f"📊 Total {self.nouns} processed: {counts.done}")
         say(f"   ✓  Successfully generated: {counts.generated}")
+        if counts.cut:
+            say(f"   ✂  Cut to the model's context: {counts.cut}")
         say(f"   ⊘  Skipped (already exist): {counts.skipped}")
+        if counts.too_long:
+            say(f"   ✂  Skipped for their length: {counts.too_long}")
         say(f"   ✗  Failed: {counts.failed}")
         if not complete:
             say(f"   …  Left for the next run: {counts.left}")
@@ -5091,8 +5244,9 @@ class Report:
 
         summary: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
-            "left": counts.left, "seconds": round(elapsed, 2), "rate": round(speed, 2), "exit_code": code,
-            "failures": counts.reasons, "model": self.options.model, "log": self.log_path,
+            "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": round(elapsed, 2),
+            "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": self.options.model,
+            "log": self.log_path,
         }  # fmt: skip
         if error:
             summary["error"] = error
@@ -5303,16 +5457,26 @@ class Run:
         for row, answer in zip(result.rows, result.answers):
             if isinstance(answer, bytes):
                 self.unsaved.append((row, answer))
+                if isinstance(answer, Fitted):
+                    self.log.warn(f"{self.name(row)} is longer than the model takes: {answer.fit}", answer.fit)
+                continue
+            self.handed_out -= 1
+            if isinstance(answer, TooLongFor):
+                self.counts.leave_out()
+                self.store.give_up(row, failed=False)
+                self.log.warn(f"{self.name(row)} is longer than the model takes: skipped ({answer})", "skipped")
             else:
-                self.handed_out -= 1
                 self.fail(row, answer)
+
+    def name(self, row: Row) -> str:
+        """Return what a row is called in the log."""
+        return f"{self.report.noun} {repr(row.key) if isinstance(row.key, (str, bytes)) else row.key}"
 
     def fail(self, row: Row, reason: str) -> None:
         """Count and log a row that gets no embedding."""
         self.counts.fail(reason)
         self.store.give_up(row)
-        key = repr(row.key) if isinstance(row.key, (str, bytes)) else row.key
-        self.log.warn(f"{self.report.noun} {key} failed: {reason}", reason)
+        self.log.warn(f"{self.name(row)} failed: {reason}", reason)
 
     def note(self, lane: Lane, what: Exchange | str) -> None:
         """Log one request, or news about a server."""
@@ -5345,6 +5509,7 @@ class Run:
         if vectors:
             saved = self.store.save(vectors)
             self.counts.generated += saved
+            self.counts.cut += min(saved, sum(isinstance(vector, Cut) for _, vector in vectors))
             dropped = len(vectors) - saved  # rows that were deleted meanwhile
             self.counts.to_do -= dropped
             self.handed_out -= dropped

@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "api": True,      # False: not Ollama but another server, has only /v1
     "lean": True,     # False: has no /v1/embeddings, or stands behind a proxy that does not let it through
     "base64": True,   # False: older than 0.12.7, ignores encoding_format
+    "truncates": True,  # False: refuses long texts whatever it is asked, as some versions do
     "token": None,    # wanted as "Authorization: Bearer TOKEN" in every request
     "prefix": "",     # a path under which everything is served
     # Texts it cannot bear.
@@ -733,7 +734,8 @@ class Server:
         options = {} if openai else body.get("options") or {}
         context = min(options.get("num_ctx", model["context"]), model["context"])
         shortened = [cut(text, context) for text in texts]
-        if path == "/api/embed" and body.get("truncate") is False and shortened != texts:
+        whole = body.get("truncate") is False or not self.settings["truncates"]
+        if path == "/api/embed" and whole and shortened != texts:
             raise Refusal(400, "the input length exceeds the context length")
         texts = shortened
         tokens = sum(len(text.split()) + SPECIAL_TOKENS for text in texts)

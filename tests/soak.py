@@ -36,7 +36,7 @@ FAULTS = {"500": 0.10, "reset": 0.05, "cut": 0.05, "503": 0.02, "eof": 0.02,
           "hang": 0.01, "short": 0.01, "zero": 0.005, "nan": 0.005}
 REFUSALS = {  # a title with the word is refused, with that error
     "cursed": "embedding contains NaN or Inf values (cursed)",
-    "endless": "the input length exceeds the context length (endless)",
+    "endless": "words of no model (endless)",
 }
 # fmt: on
 KILL_AFTER = (0.5, 4.0)  # seconds

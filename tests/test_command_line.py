@@ -214,7 +214,7 @@ class Output(Case):
         summary = json.loads(done.out)
         expected = {"total": 11, "generated": 10, "skipped": 0, "failed": 1, "exit_code": 1, "failures": {"no text": 1}}
         self.assertEqual({name: summary[name] for name in expected}, expected)
-        others = {"left", "seconds", "rate", "model", "log"}
+        others = {"left", "cut", "too_long", "seconds", "rate", "model", "log"}
         self.assertEqual(set(summary), expected.keys() | others)
 
     def test_json_when_the_run_could_not_start_or_not_go_on(self) -> None:

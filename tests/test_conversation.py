@@ -42,7 +42,16 @@ lean_bytes = 0  # of each new wire: what its greeting would have learned
 
 def wire(**options: object) -> embedgen.OllamaWire:
     """Return a wire to nowhere."""
-    settings = {"model": "m", "timeout": 300.0, "option": [], "dimensions": None, "prefix": "", "context": 0, **options}
+    settings = {
+        "model": "m",
+        "timeout": 300.0,
+        "option": [],
+        "dimensions": None,
+        "prefix": "",
+        "context": 0,
+        "on_long": "cut",
+        **options,
+    }
     made = embedgen.OllamaWire(embedgen.Server("http", "h", 1, "", ""), argparse.Namespace(**settings))
     made.lean_bytes = lean_bytes
     return made
@@ -82,7 +91,8 @@ class Talked:
         self.seconds = 0.0
         self.stop: Stop | None = None
         self.answers: list[bytes | str] = []
-        conversation = embedgen.Talk(on or wire(dimensions=8), jitter=lambda: 0.5).embed(list(texts))
+        on = on or wire(dimensions=8)
+        conversation = embedgen.Talk(on, jitter=lambda: 0.5).embed(list(texts), on.on_long)
         reply: Reply | None = None
         try:
             while True:
@@ -211,7 +221,10 @@ class Conversations(unittest.TestCase):
         on = wire(dimensions=None)
         on.dimensions = 8
         odd = Reply(200, json.dumps({"embeddings": [vector("x", 16)]}).encode())
-        one, two = embedgen.Talk(on, lambda: 0.5).embed(["a"]), embedgen.Talk(on, lambda: 0.5).embed(["b"])
+        one, two = (
+            embedgen.Talk(on, lambda: 0.5).embed(["a"], "cut"),
+            embedgen.Talk(on, lambda: 0.5).embed(["b"], "cut"),
+        )
         next(one)
         next(two)
         for conversation in (one, two):  # both hear the same odd answer before either has asked again
@@ -254,7 +267,7 @@ class Conversations(unittest.TestCase):
                 def serve(asked: list[str], away: Reply = away, clock: list[float] = clock) -> Reply:
                     return good(asked) if clock[0] > 90 else away
 
-                conversation = embedgen.Talk(wire(dimensions=8), jitter=lambda: 0.5).embed(list(texts))
+                conversation = embedgen.Talk(wire(dimensions=8), jitter=lambda: 0.5).embed(list(texts), "cut")
                 reply: Reply | None = None
                 try:
                     while True:
@@ -278,7 +291,7 @@ class Conversations(unittest.TestCase):
                 def serve(asked: list[str], status: int = status, words: object = words) -> Reply:
                     return error(status, words) if bad.intersection(asked) else good(asked)
 
-                talked = Talked(TEXTS, serve)
+                talked = Talked(TEXTS, serve, wire(dimensions=8, on_long="fail"))
                 said = "no" if isinstance(words, dict) else words
                 expected = [said if text in bad else blob(text) for text in TEXTS]
                 self.assertEqual(talked.answers, expected)
@@ -447,7 +460,7 @@ class OverTheLeanPath(Conversations):
     path, way, lean_bytes = LEAN, "base64 over /v1/embeddings", 100
 
     def test_what_is_asked_for(self) -> None:
-        step = next(embedgen.Talk(wire(dimensions=8)).embed(TEXTS))
+        step = next(embedgen.Talk(wire(dimensions=8)).embed(TEXTS, "cut"))
         assert isinstance(step, Send)
         expected = {"model": "m", "input": TEXTS, "dimensions": 8, "encoding_format": "base64"}
         self.assertEqual((step.path, json.loads(step.body)), (LEAN, expected))

@@ -203,7 +203,7 @@ class Leaving(unittest.TestCase):
 
     def talk(self, serve: Serve) -> tuple[Any, float]:
         """Return the answers, or what was raised instead, and the seconds waited."""
-        conversation = embedgen.Talk(wire(dimensions=8), lambda: 0.5, movable=True).embed(list(TEXTS))
+        conversation = embedgen.Talk(wire(dimensions=8), lambda: 0.5, movable=True).embed(list(TEXTS), "cut")
         waited, reply = 0.0, None
         try:
             while True:

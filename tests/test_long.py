@@ -1,0 +1,190 @@
+"""Texts longer than the model takes: cut, split, failed or skipped, and never in silence."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import unittest
+
+import embedgen
+from tests.ollama import SPECIAL_TOKENS, blob, cut, normalised, vector
+from tests.support import ENGINES, FULL, Case, OnPostgres
+
+CONTEXT = 300  # tokens; the double's are words
+MOST = CONTEXT - SPECIAL_TOKENS  # words of a text
+ROWS = 1000 if FULL else 200
+LONG = range(7, ROWS, ROWS // 20)  # keys of the rows that are too long, and
+EXACT = LONG[0] + 1  # of one that is not
+SENTENCES = 4  # of a long text
+
+
+def long_text(key: int) -> str:
+    """Return a text of some sentences, more than the model takes and less than twice that."""
+    return " ".join(" ".join([f"Film{key}.{part}", *["and"] * 98, "on."]) for part in range(SENTENCES))
+
+
+def middle(numbers: list[float], others: list[float]) -> bytes:
+    """Return the mean of two vectors of equal weight, as it must be stored."""
+    mean = normalised([(one + other) / 2 for one, other in zip(numbers, others)])
+    return struct.pack(f"<{len(mean)}f", *mean)
+
+
+class LongTexts(Case):
+    """Over Ollama's own protocol."""
+
+    refusal = "the input length exceeds the context length"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.serve()
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, overview TEXT)")
+        texts = {key: f"Film {key} is short." for key in range(1, ROWS + 1)}
+        texts.update({key: long_text(key) for key in LONG})
+        texts[EXACT] = " ".join(["film"] * MOST)
+        self.assertEqual(len(LONG), 20)
+        self.execute("INSERT INTO movies VALUES (?, ?)", list(texts.items()))
+        self.texts = texts
+
+    def serve(self) -> None:
+        """Have a server whose model takes so much."""
+        self.ollama.configure(models={"nomic-embed-text": {"context": CONTEXT}})
+
+    def flags(self, on_long: str, engine: str) -> tuple[str, ...]:
+        """Return the flags of a run."""
+        given = () if on_long == "cut" else ("--on-long", on_long)
+        return ("--text", "{overview}", "--engine", engine, "--target", f"{on_long}_{engine}", *given)
+
+    def logged(self, words: str) -> list[int]:
+        """Return the keys of the rows of which the log says so."""
+        return sorted(int(key) for key in re.findall(rf"movie (\d+) {words}", self.log()))
+
+    def run_each(self, on_long: str, code: int, tally: tuple[int, int, int]) -> None:
+        """Run both engines, the second time with nothing left of what they did."""
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                for path in (self.folder / "logs").glob("*"):
+                    path.unlink()
+                self.ollama.reset()
+                self.serve()
+                done = self.run_program(*self.flags(on_long, engine))
+                self.assertEqual((done.code, done.tally), (code, tally), done.err)
+                self.look(done.out, self.stored(f"{on_long}_{engine}"))
+
+    def look(self, out: str, stored: dict[int, bytes]) -> None:
+        raise NotImplementedError
+
+    def good(self, stored: dict[int, bytes]) -> dict[int, bytes]:
+        """Check the vectors of all texts that are not too long, and return the others."""
+        for key, text in self.texts.items():
+            if key not in LONG:
+                self.assertEqual(stored.pop(key), blob(text), key)
+        return stored
+
+    def beginnings(self, stored: dict[int, bytes]) -> None:
+        """Check the vectors of the beginnings of long texts, as the server cuts them."""
+        self.assertEqual(stored, {key: blob(cut(self.texts[key], CONTEXT)) for key in LONG})
+
+    def test_cut(self) -> None:
+        def look(out: str, stored: dict[int, bytes]) -> None:
+            self.beginnings(self.good(stored))
+            lines = out.splitlines()
+            line = lines.index("   ✂  Cut to the model's context: 20")
+            self.assertEqual(lines[line - 1], f"   ✓  Successfully generated: {ROWS}")
+            self.assertEqual(self.logged("is longer than the model takes: cut"), [*LONG])
+
+        self.look = look  # type: ignore[method-assign]
+        self.run_each("cut", 0, (ROWS, 0, 0))
+        again = self.succeed(*self.flags("cut", "async"))
+        self.assertEqual(again.tally, (0, ROWS, 0))
+        self.assertNotIn("✂", again.out)
+        fits = self.execute(
+            "SELECT fit, count(*) FROM cut_async AS e JOIN embedgen_provenance AS p ON p.id = provenance "
+            "GROUP BY fit ORDER BY fit"
+        )
+        self.assertEqual(fits, [("cut", 20), ("whole", ROWS - 20)])
+        done = self.succeed(*self.flags("cut", "async"), "--force", "--json")
+        self.assertEqual(json.loads(done.out)["cut"], 20)
+
+    def test_split(self) -> None:
+        def look(out: str, stored: dict[int, bytes]) -> None:
+            stored = self.good(stored)
+            self.assertEqual(sorted(stored), [*LONG])
+            for key, found in stored.items():
+                words = self.texts[key].split()
+                half = len(words) // 2  # two sentences each, with the space behind the first two
+                one, two = " ".join(words[:half]) + " ", " ".join(words[half:])
+                self.assertEqual(one + two, self.texts[key])
+                mean = struct.unpack("<8f", middle(vector(one), vector(two)))
+                for number, wanted in zip(struct.unpack("<8f", found), mean):
+                    self.assertAlmostEqual(number, wanted, places=2)  # the parts differ in length by a space
+            self.assertNotIn("✂", out)
+            self.assertEqual(self.logged("is longer than the model takes: split"), [*LONG])
+
+        self.look = look  # type: ignore[method-assign]
+        self.run_each("split", 0, (ROWS, 0, 0))
+
+    def test_fail(self) -> None:
+        def look(out: str, stored: dict[int, bytes]) -> None:
+            self.assertEqual(self.good(stored), {})
+            self.assertEqual(self.logged(f"failed: .*{self.refusal}"), [*LONG])
+            self.assertNotIn("✂", out)
+
+        self.look = look  # type: ignore[method-assign]
+        self.run_each("fail", 1, (ROWS - 20, 0, 20))
+
+    def test_skip(self) -> None:
+        def look(out: str, stored: dict[int, bytes]) -> None:
+            self.assertEqual(self.good(stored), {})
+            self.assertEqual(self.logged(r"is longer than the model takes: skipped \(.*" + self.refusal), [*LONG])
+            self.assertIn("   ✂  Skipped for their length: 20\n", out)
+            self.assertIn(f"✓={ROWS - 20}, ⊘=20, ✗=0]", out)
+
+        self.look = look  # type: ignore[method-assign]
+        self.run_each("skip", 0, (ROWS - 20, 20, 0))
+        limited = self.succeed(*self.flags("skip", "async"), "--force", "--limit", str(ROWS - 20))
+        self.assertEqual(limited.tally, (ROWS - 20, 20, 0))  # what is skipped does not use up the limit
+        self.succeed(*self.flags("cut", "async")[:-2], "--target", "skip_async")
+        self.beginnings(self.good(self.stored("skip_async")))
+
+
+class LongTextsWhereTheServerDoesNotCut(LongTexts):
+    """Over Ollama's protocol with a version that refuses to cut, so that the beginning has to be found."""
+
+    def serve(self) -> None:
+        super().serve()
+        self.ollama.configure(truncates=False)
+
+    def beginnings(self, stored: dict[int, bytes]) -> None:
+        self.assertEqual(sorted(stored), [*LONG])
+        for key, found in stored.items():
+            words = self.texts[key].split(" ")
+            fitting = [" ".join(words[:count]) for count in range(MOST * 15 // 16 - 1, MOST + 1)]
+            self.assertIn(found, [blob(text) for text in fitting])
+
+    test_split = test_fail = test_skip = None  # type: ignore[assignment]
+
+
+class LongTextsOnPostgres(OnPostgres, LongTexts):
+    """The same on Postgres."""
+
+
+class Halves(unittest.TestCase):
+    """Where a text is split."""
+
+    def test_the_best_border_near_the_middle(self) -> None:
+        for text, first in (
+            ("One. Two. Three. Four.", "One. Two. "),
+            ("One two three four. Five six seven eight nine ten", "One two three four. "),
+            ("A. one two three four five six seven", "A. one two three "),  # too far from the middle
+            ("第一句。第二句。第三句。第四句。", "第一句。第二句。"),
+            ("one line\nanother line\n", "one line\n"),
+            ("oneword", "one"),
+            ("ab", "a"),
+            ("a", ""),  # there is nothing to split
+        ):
+            self.assertEqual(embedgen.halves(text), (first, text[len(first) :]))
+
+
+if __name__ == "__main__":
+    unittest.main()
