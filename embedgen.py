@@ -1133,7 +1133,7 @@ class OpenAIWire(HTTPWire):
         if not first:
             return []  # busy: it will show
         self.base64, second = True, b""
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, Superseded):
             second = yield from self.sample()
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
