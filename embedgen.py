@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -205,6 +206,7 @@ def create_parser() -> Parser:
         default=300.0,
         help="longest silence of one request (default: 300)",
     )
+    add("--ca-file", metavar="FILE", help="certificates of your own authorities, in place of the system's, for https")
     add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
     add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
     add(
@@ -231,15 +233,30 @@ def create_parser() -> Parser:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the settings: flags first, then the environment, then the defaults."""
     options = create_parser().parse_args(argv)
-    for name in ("database", "table", "id", "columns", "text", "where", "target", "load", "server", "model", "noun"):
+    for name in (
+        "database",
+        "table",
+        "id",
+        "columns",
+        "text",
+        "where",
+        "target",
+        "load",
+        "server",
+        "ca_file",
+        "model",
+        "noun",
+    ):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
         given = getattr(options, name)
         if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
-            raise UsageError(f"--{name} is empty. Give it a value, or leave it out.")
+            raise UsageError(f"--{name.replace('_', '-')} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
     if options.quiet and options.json:
         raise UsageError("--quiet and --json both say what is printed. Give one of them.")
+    if options.ca_file:
+        check_roots(options.ca_file)
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -617,12 +634,34 @@ class Server(NamedTuple):
     port: int
     path: str
     authorization: str
+    ca_file: str = ""  # roots of its certificate, "" for the system's
+
+    @property
+    def openai(self) -> bool:
+        """Whether it speaks the OpenAI protocol rather than Ollama's own."""
+        return self.path.endswith("/v1")
 
     @property
     def shown(self) -> str:
         """The address as it may be printed."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+    def hide(self, text: str) -> str:
+        """Return what a server says, or an error, without the secrets that were sent: some proxies echo a request."""
+        import base64
+
+        kind, _, secret = self.authorization.partition(" ")
+        secrets = [secret]
+        if kind == "Basic":
+            userinfo = base64.b64decode(secret).decode()
+            secrets += [userinfo, userinfo.partition(":")[2]]
+        for secret in filter(None, secrets):
+            alone = (
+                re.escape(secret) if len(secret) >= 8 else rf"(?<!\w){re.escape(secret)}(?!\w)"
+            )  # short ones are words
+            text = re.sub(alone, "***", text)
+        return text
 
 
 def parse_server(text: str) -> Server:
@@ -654,20 +693,27 @@ def parse_server(text: str) -> Server:
     if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    token = os.environ.get("OLLAMA_API_KEY", "").strip()
-    authorization = f"Bearer {token}" if token else ""
+    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
+    # OpenAI's is none of Ollama's business.
+    tokens = {
+        name: os.environ.get(name, "").strip() for name in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]
+    }
+    setting = next(filter(tokens.get, tokens), "")
+    authorization = f"Bearer {tokens[setting]}" if setting else ""
     if userinfo:
         import base64
 
         authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
     if not re.fullmatch(r"[\x20-\x7e]*", authorization):
-        raise UsageError("OLLAMA_API_KEY holds characters that a token cannot have.")
-    return Server(scheme, host, int(port or default), (slash + path).rstrip("/"), authorization)
+        raise UsageError(f"{setting} holds characters that a token cannot have.")
+    return server._replace(authorization=authorization)
 
 
 def hide_password(url: str) -> str:
-    """Return a URL without the secret before its last @."""
-    return re.sub(r"(password=)[^&\s]+", r"\1***", re.sub(r"^(.*?://)?.*@", r"\1***@", url, flags=re.DOTALL))
+    """Return a URL without the secret before its last @, or in a parameter."""
+    return re.sub(
+        r"((?:password|token|secret|key)=)[^&\s]+", r"\1***", re.sub(r"^(.*?://)?.*@", r"\1***@", url, flags=re.DOTALL)
+    )
 
 
 def pack(numbers: Sequence[float]) -> bytes:
@@ -705,8 +751,8 @@ def innermost(said: Any) -> Any:
     return said
 
 
-def words_of(body: bytes) -> str:
-    """Return what an error's body says, on one line.
+def words_of(body: bytes, hide: Callable[[str], str] = str) -> str:
+    """Return what an error's body says, on one line, with `hide` applied.
 
     Ollama has {"error": words}, OpenAI {"error": {"message": words}}, FastAPI {"detail": words} or {"detail": [{"msg":
     words}]}, TEI and others {"message": words}.
@@ -719,9 +765,19 @@ def words_of(body: bytes) -> str:
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "replace")
         if text.lstrip()[:1] == "<":
-            text = "an HTML page"
-    text = " ".join(str(text).split())
+            title = re.search("<title>(.{1,200}?)</title>", text, re.IGNORECASE | re.DOTALL)
+            text = f'an HTML page, "{title[1].strip()}"' if title else "an HTML page"
+    text = " ".join(hide(text).split())
     return text if len(text) <= 300 else text[:300] + "..."
+
+
+UNKNOWN_ISSUER = "is of an unknown issuer; if that is one of your own, give its certificate with --ca-file FILE"
+CERTIFICATE_ERRORS = {  # X509_V_ERR_ of OpenSSL
+    9: "is not valid yet, or this machine's clock is wrong",
+    10: "has expired",
+    **dict.fromkeys((18, 19, 20, 21), UNKNOWN_ISSUER),
+    **dict.fromkeys((62, 64), "is for another host"),
+}
 
 
 def describe(error: Exception) -> str:
@@ -730,7 +786,8 @@ def describe(error: Exception) -> str:
     if name == "gaierror":
         return "the host's name cannot be resolved"
     if name == "SSLCertVerificationError":
-        return f"the certificate is not trusted: {getattr(error, 'verify_message', error)}"
+        said = CERTIFICATE_ERRORS.get(getattr(error, "verify_code", 0), "is not to be trusted")
+        return f"its certificate {said}: {getattr(error, 'verify_message', error)}".rstrip(".")
     if name == "SSLError":
         return f"TLS failed, does the server speak http? {getattr(error, 'reason', None) or error}"
     if isinstance(error, EOFError):
@@ -741,6 +798,28 @@ def describe(error: Exception) -> str:
     if number:
         text = os.strerror(int(number[1]))
     return text[:1].lower() + text[1:]
+
+
+@functools.lru_cache(None)
+def tls_context(ca_file: str) -> Any:
+    """Return what verifies the certificates and names of servers, by the roots in a file, or by the system's.
+
+    One for the whole process: to load the roots takes 10 to 20 ms. Made where it is used: it cannot be pickled.
+    """
+    import ssl
+
+    return ssl.create_default_context(cafile=ca_file or None)
+
+
+def check_roots(ca_file: str) -> None:
+    """Raise a UsageError if there are no roots in a file."""
+    try:
+        tls_context(ca_file)
+    except OSError as error:
+        problem = "it holds no certificate" if type(error).__name__ == "SSLError" else describe(error)
+        raise UsageError(
+            f"--ca-file {ca_file} cannot be used: {problem}. Give a file of certificates as PEM."
+        ) from None
 
 
 def headers_for(server: Server) -> dict[str, str]:
@@ -771,6 +850,7 @@ TOO_LONG = re.compile(
     r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
     re.IGNORECASE,
 )
+SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
 CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 
 
@@ -828,7 +908,10 @@ class HTTPWire:
         reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         assert reply is not None
         if reply.status == 0 and not (patient and reply.timed_out):
-            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}). {self.advice()}")
+            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
+            if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
+                advice = " If it speaks TLS, give --server https://..."
+            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}).{advice}")
             away.reason = reply.reason
             raise away
         return reply
@@ -858,12 +941,16 @@ class HTTPWire:
         try:
             vectors = self.vectors(path, reply.body)
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise self.unreadable(path, words_of(reply.body)) from None
+            raise self.unreadable(path, self.words(reply)) from None
         return gate(vectors, texts, self.unit_length)
 
     def vectors(self, path: str, body: bytes) -> list[Any]:
         """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
         raise NotImplementedError
+
+    def words(self, reply: Reply) -> str:
+        """Return what an error's reply says."""
+        return words_of(reply.body, self.server.hide)
 
     def unreadable(self, path: str, words: str) -> Trouble:
         """Return what a 200 without vectors means."""
@@ -876,8 +963,10 @@ class HTTPWire:
             return
         if status == 0:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
-        words = words_of(reply.body)
+        words = self.words(reply)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
+        if SPEAKS_TLS.search(words):
+            raise Stop(f"{self.server.shown} speaks TLS ({said}). Give --server https://...")
         if CANNOT_EMBED.search(words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
         if status in (400, 413, 422, 500) and TOO_LONG.search(words):
@@ -1090,7 +1179,7 @@ class OpenAIWire(HTTPWire):
         if not first:
             return []  # busy: it will show
         self.base64, second = True, b""
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, Superseded):
             second = yield from self.sample()
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
@@ -1144,7 +1233,7 @@ class OpenAIWire(HTTPWire):
         return vectors
 
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = words_of(reply.body) if reply.status in (400, 413, 422) else ""
+        words = self.words(reply) if reply.status in (400, 413, 422) else ""
         if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
             # The number that it names is not its place in the sentence, but below what was sent.
             below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
@@ -1276,8 +1365,8 @@ def wire_for(address: str, options: argparse.Namespace) -> Wire:
     """Return the wire that speaks to a server."""
     if address == "hash:":
         return HashWire(HashWire.server, options)
-    server = parse_server(address)
-    return (OpenAIWire if server.path.endswith("/v1") else OllamaWire)(server, options)
+    server = parse_server(address)._replace(ca_file=options.ca_file or "")
+    return (OpenAIWire if server.openai else OllamaWire)(server, options)
 
 
 def wires_for(options: argparse.Namespace) -> list[Wire]:
@@ -1307,7 +1396,8 @@ class Wait(NamedTuple):
 class Exchange(NamedTuple):
     """What happened to one request, for the pace and the log; `outcome` is ok, overloaded, timeout or failed.
 
-    `texts` is 0 for the known-good text, which is none of the table's; `way` is how vectors came, in words.
+    `texts` is 0 for the known-good text, which is none of the table's; `way` is how vectors came, in words;
+    `most` is how many texts one request can carry.
     """
 
     texts: int
@@ -1315,6 +1405,7 @@ class Exchange(NamedTuple):
     outcome: str
     reason: str = ""
     way: str = ""
+    most: int = sys.maxsize
 
 
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
@@ -1512,7 +1603,7 @@ class Talk:
             raise
         self.trying = self.waits = 0
         if not probe:
-            yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path))
+            yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path), most=self.wire.most_texts)
         return vectors
 
     def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
@@ -1626,6 +1717,7 @@ class Pace:
         self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
         self.reason = "start"
         self._auto_in_flight, self._auto_batch, self._most = in_flight is None, batch_size is None, most
+        self._largest = self.LARGEST_BATCH if batch_size is None else batch_size
         self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
         self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
         self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
@@ -1660,6 +1752,14 @@ class Pace:
             self._load, self._seconds = self._load + load, self._seconds + max(seconds, 0.001)
             if self._count >= self._enough(self._load / self._seconds):
                 self._decide(self._load / self._seconds)
+
+    def limit(self, most: int) -> None:
+        """Learn that a request can carry no more texts than that."""
+        if most < self._largest:
+            self._largest = most
+            if most < self.batch_size:
+                self._move, self._needed, self._rate = "", 0.0, 0.0
+                self._change(self.in_flight, most, f"no more than {most} texts are taken")
 
     def _measure_anew(self) -> None:
         self._count, self._texts, self._load, self._seconds = 0, 0, 0, 0.0
@@ -1734,7 +1834,7 @@ class Pace:
         elif move == "larger requests" and (took < 2 * target or self._costly):
             batch, needed = 2 * batch, self.LEAP if self._costly else self.GAIN
         in_flight = min(self._most, in_flight) if self._auto_in_flight else self.in_flight
-        batch = min(self.LARGEST_BATCH, max(1, batch)) if self._auto_batch else self.batch_size
+        batch = min(self._largest, max(1, batch)) if self._auto_batch else self.batch_size
         if (in_flight, batch) != (self.in_flight, self.batch_size):
             self._move, self._needed, self._before = move, needed, (self.in_flight, self.batch_size)
             self._change(in_flight, batch, f"trying {move}: {self._rate:.1f} texts/s, {took:.1f} s per request")
@@ -1788,6 +1888,7 @@ class Lane:
 
     def observe(self, exchange: Exchange, under_way: int) -> None:
         """Learn how a request went; Little's law gives the rate, as it does in Pace."""
+        self.pace.limit(exchange.most)
         self.pace.observe(exchange.texts, exchange.seconds, exchange.outcome, under_way)
         if exchange.outcome == "ok":
             self.embedded += exchange.texts
@@ -2103,7 +2204,9 @@ class Transport:
                     kept = False
                     continue
                 timed_out = isinstance(error, TimeoutError)
-                reason = f"no answer within {send.timeout:g} s" if timed_out else describe(error)
+                reason = (
+                    f"no answer within {send.timeout:g} s" if timed_out else self.server.hide(describe(error))[:200]
+                )
                 return Reply(0, seconds=time.monotonic() - started, reason=reason, timed_out=timed_out)
 
     async def connect(self, seconds: float) -> None:
@@ -2118,12 +2221,17 @@ class Transport:
 class BlockingTransport(Transport):
     """A connection by http.client, for worker processes; its coroutines never wait for one another."""
 
+    connection: Any
+
     async def open(self, seconds: float) -> None:
         import http.client
 
-        server = self.server
-        kind = http.client.HTTPSConnection if server.scheme == "https" else http.client.HTTPConnection
-        self.connection = kind(server.host, server.port, timeout=seconds)
+        host, port = self.server.host, self.server.port
+        if self.server.scheme == "https":
+            context = tls_context(self.server.ca_file)
+            self.connection = http.client.HTTPSConnection(host, port, timeout=seconds, context=context)
+        else:
+            self.connection = http.client.HTTPConnection(host, port, timeout=seconds)
         with builtin_timeout():
             self.connection.connect()
 
@@ -2218,11 +2326,7 @@ class StreamTransport(Transport):
         import asyncio
 
         server = self.server
-        context = None
-        if server.scheme == "https":
-            import ssl
-
-            context = ssl.create_default_context()
+        context = tls_context(server.ca_file) if server.scheme == "https" else None
         with builtin_timeout():
             self.reader, self.writer = await asyncio.wait_for(
                 asyncio.open_connection(server.host, server.port, ssl=context, limit=STREAM_BYTES), seconds
@@ -2244,7 +2348,7 @@ class StreamTransport(Transport):
                 lines = (await self.head()).decode("latin-1").split("\r\n")
                 version, code = (lines[0].split() + ["", ""])[:2]
                 if not version.startswith("HTTP/1.") or not code.isdigit():
-                    raise OSError(f"malformed answer: {lines[0][:80]!r}")
+                    raise OSError(f"malformed answer: {lines[0]!r}")
                 status = int(code)
             fields = (line.partition(":") for line in lines[1:] if line)
             headers = {name.strip().lower(): value.strip() for name, _, value in fields}
@@ -2264,9 +2368,11 @@ class StreamTransport(Transport):
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
-            if error.partial:
-                raise OSError("the answer was cut off") from None
-            raise
+            if not error.partial:
+                raise
+            said = error.partial.decode("latin-1")
+            whole = said.startswith("HTTP/")
+            raise OSError("the answer was cut off" if whole else f"malformed answer: {said!r}") from None
         except asyncio.LimitOverrunError:
             raise OSError("malformed answer: endless headers") from None
         self.watch.heard()
@@ -5641,6 +5747,32 @@ def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
 # =============================== main ===============================
 
 
+def hide_arguments(urls: Sequence[str]) -> None:
+    """Overwrite the passwords of URLs in what the process list shows of this process and of those forked from it.
+
+    On Linux alone: proc(5) has the arguments from arg_start in /proc/self/stat on.
+    """
+
+    def stars(found: re.Match[bytes]) -> bytes:
+        return found[1] + b"*" * len(found[2])
+
+    with contextlib.suppress(Exception):  # what cannot be hidden is no reason not to run
+        with open("/proc/self/cmdline", "rb") as file:
+            hidden = shown = file.read()
+        for url in map(os.fsencode, urls):
+            starred = re.sub(rb"(?s)^((?:.*?://)?[^:/]*:)(.*)(?=@)", stars, url)
+            starred = re.sub(rb"((?:password|token|secret|key)=)([^&\s]+)", stars, starred)
+            hidden = hidden.replace(url, starred)
+        if hidden == shown:
+            return
+        import ctypes
+
+        with open("/proc/self/stat", "rb") as file:
+            start = int(file.read().rpartition(b")")[2].split()[45])
+        if ctypes.string_at(start, len(shown)) == shown:
+            ctypes.memmove(start, hidden, len(hidden))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import signal
@@ -5653,6 +5785,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
+        if argv is None:
+            hide_arguments([*options.server, options.database])
         wires = wires_for(options)
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)

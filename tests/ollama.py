@@ -41,6 +41,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -60,10 +61,18 @@ DEFAULTS: dict[str, Any] = {
     "show": True,     # False: has no /api/show
     "api": True,      # False: not Ollama but another server, has only /v1
     "lean": True,     # False: has no /v1/embeddings, or stands behind a proxy that does not let it through
-    "base64": True,   # False: older than 0.12.7, ignores encoding_format
+    "base64": True,   # False: older than 0.12.7, ignores encoding_format; "refused"; "mangled"
     "truncates": True,  # False: refuses long texts whatever it is asked, as some versions do
     "token": None,    # wanted as "Authorization: Bearer TOKEN" in every request
+    "basic": None,    # or as "Authorization: Basic ...", user:password
     "prefix": "",     # a path under which everything is served
+    # What other servers of the OpenAI protocol do; of /v1 alone.
+    "scale": 1.0,     # length of the vectors
+    "shape": "openai",     # of errors, by the names in SHAPES
+    "most_inputs": None,   # {"most": number, "status": number, "error": words}: for more inputs than that
+    "too_long": None,      # {"status": number, "error": words}: for texts that would be cut
+    # What a proxy in front of it may do.
+    "echo": None,     # {"status": number, "as": text, json or html}: every answer repeats the request's headers
     # Texts it cannot bear.
     "refuse": [],     # {"contains": substring, "status": number, "error": words}
     "crash": [],      # substrings that kill the runner
@@ -99,6 +108,14 @@ FAULTS = {
     "drop": "a good answer, and the connection closes without a word",
 }
 # fmt: on
+
+SHAPES: dict[str, Callable[[str], Any]] = {
+    "openai": lambda words: {"error": {"message": words, "type": "api_error", "param": None, "code": None}},
+    "string": lambda words: {"error": words, "error_type": "Validation"},
+    "message": lambda words: {"object": "error", "message": words, "type": "Validation", "code": 422},
+    "detail": lambda words: {"detail": words},
+    "pydantic": lambda words: {"detail": [{"type": "value_error", "loc": ["body", "input"], "msg": words, "input": 0}]},
+}
 
 CRASHED = 'do embedding request: Post "http://127.0.0.1:1/embedding": EOF'
 ERRORS = {
@@ -232,14 +249,22 @@ def text_reply(words: str, status: int = 200) -> Reply:
     return Reply(status, words.encode(), "text/plain; charset=utf-8")
 
 
-def error_reply(path: str, refusal: Refusal) -> Reply:
-    """An error in the shape of its path: a string under /api, an object under /v1."""
+def error_reply(path: str, shape: str, refusal: Refusal) -> Reply:
+    """An error in the shape of its path: a string under /api, an object or what is set under /v1."""
     error = refusal.error
     if path.startswith("/v1/") and isinstance(error, str):
-        kinds = {400: "invalid_request_error", 404: "not_found_error"}
-        kind = kinds.get(refusal.status, "api_error")
-        error = {"message": error, "type": kind, "param": None, "code": None}
+        return json_reply(SHAPES[shape](error), refusal.status)
     return json_reply({"error": error}, refusal.status)
+
+
+def echo(request: Request, **way: Any) -> Reply:
+    """A proxy's error page that repeats the request."""
+    words = f"cannot {request.method} {request.path} with {request.headers}"
+    if way["as"] == "json":
+        return json_reply({"request": {"headers": request.headers}}, way["status"])
+    if way["as"] == "html":
+        return Reply(way["status"], f"<html><title>{words}</title></html>".encode(), "text/html")
+    return text_reply(words, way["status"])
 
 
 def full_name(name: str) -> str:
@@ -589,7 +614,12 @@ class Server:
         """The reply to a request; None for never."""
         settings = self.settings
         prefix, token = settings["prefix"].rstrip("/"), settings["token"]
-        if token and request.headers.get("authorization") != f"Bearer {token}":
+        given = request.headers.get("authorization")
+        if settings["echo"]:
+            return echo(request, **settings["echo"])
+        if token and given != f"Bearer {token}":
+            return json_reply({"error": "unauthorized"}, 401)
+        if settings["basic"] and given != "Basic " + base64.b64encode(settings["basic"].encode()).decode():
             return json_reply({"error": "unauthorized"}, 401)
         if not request.path.startswith(prefix):
             return text_reply("404 page not found", 404)
@@ -605,7 +635,7 @@ class Server:
                 return self.show(self.parse(request))
             return self.page(path)
         except Refusal as refusal:
-            reply = error_reply(path, refusal)
+            reply = error_reply(path, settings["shape"], refusal)
             if refusal.status in (429, 503) and settings["retry_after"] is not None:
                 reply.headers["Retry-After"] = str(settings["retry_after"])
             return reply
@@ -690,6 +720,10 @@ class Server:
         await self.sleep(self.settings["slow_seconds"] if fault == "slow" else 0)
         space = (question.dimensions, question.model["seed"])
         vectors = [vector(text, *space) for text in question.texts]
+        if path == "/v1/embeddings" and self.settings["scale"] != 1.0:
+            vectors = [[n * self.settings["scale"] for n in numbers] for numbers in vectors]
+        if question.base64 and self.settings["base64"] == "mangled":  # as big-endian, say
+            vectors = [list(struct.unpack(f">{len(v)}f", struct.pack(f"<{len(v)}f", *v))) for v in vectors]
         spent = time.monotonic() - entry["start"]
         durations = {"total_duration": int(spent * 1e9), "load_duration": int(loaded * 1e9)}
         answer = self.encode(question, self.distort(vectors, fault), durations, fault)
@@ -711,6 +745,8 @@ class Server:
         """Read a request, in the order of the real server's checks."""
         openai = path == "/v1/embeddings"
         encoding = (body.get("encoding_format") or "float").lower() if openai else "float"
+        if encoding == "base64" and self.settings["base64"] == "refused":
+            raise Refusal(422, "encoding_format: Input should be 'float'")
         if encoding not in ("float", "base64"):
             raise Refusal(
                 400,
@@ -737,13 +773,23 @@ class Server:
         whole = body.get("truncate") is False or not self.settings["truncates"]
         if path == "/api/embed" and whole and shortened != texts:
             raise Refusal(400, "the input length exceeds the context length")
+        self.check_limits(openai, texts, shortened, context)
         texts = shortened
         tokens = sum(len(text.split()) + SPECIAL_TOKENS for text in texts)
         dimensions = model["dimensions"]
         if path != "/api/embeddings" and 0 < (body.get("dimensions") or 0) < dimensions:
             dimensions = body["dimensions"]
-        as_base64 = encoding == "base64" and self.settings["base64"]
+        as_base64 = encoding == "base64" and bool(self.settings["base64"])
         return Question(path, name, model, texts, tokens, dimensions, as_base64)
+
+    def check_limits(self, openai: bool, texts: list[str], shortened: list[str], context: int) -> None:
+        """Refuse too many texts, or those too long, as some servers do."""
+        most, long = self.settings["most_inputs"], self.settings["too_long"]
+        if openai and most and len(texts) > most["most"]:
+            raise Refusal(most["status"], most["error"].format(given=len(texts), most=most["most"]))
+        if openai and long and texts != shortened:
+            given = max(len(text.split()) + SPECIAL_TOKENS for text in texts)
+            raise Refusal(long["status"], long["error"].format(given=given, context=context))
 
     def refuse(self, texts: list[str]) -> None:
         """One bad text fails the request, and nobody says which; the others' work is lost."""

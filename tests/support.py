@@ -103,6 +103,7 @@ class Case(unittest.TestCase):
     ollama: Ollama
     db: SQLite | Postgres
     prefixed = False  # whether texts get the prefix of their model's card
+    path = ""  # of the server's address
     maxDiff = None
 
     @classmethod
@@ -127,7 +128,7 @@ class Case(unittest.TestCase):
 
         Without a prefix before the texts, so that the double sees them as they are, unless `self.prefixed`.
         """
-        flags = [] if "--server" in given else ["--server", self.ollama.url]
+        flags = [] if "--server" in given else ["--server", self.ollama.url + self.path]
         flags += [] if self.prefixed or "--document-prefix" in given else ["--document-prefix", ""]
         flags += [] if "--database" in given else self.db.flags
         return command("--log-dir", self.folder / "logs", *flags, *given, **constants)

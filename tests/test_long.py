@@ -165,6 +165,19 @@ class LongTextsWhereTheServerDoesNotCut(LongTexts):
     test_split = test_fail = test_skip = None  # type: ignore[assignment]
 
 
+class LongTextsOverOpenAI(LongTextsWhereTheServerDoesNotCut):
+    """Over the protocol of OpenAI, in which no server is asked to cut."""
+
+    path = "/v1"
+    refusal = "`inputs` must have less than"
+    test_split, test_fail, test_skip = LongTexts.test_split, LongTexts.test_fail, LongTexts.test_skip
+
+    def serve(self) -> None:
+        super().serve()
+        limit = {"status": 413, "error": "`inputs` must have less than {context} tokens. Given: {given}"}
+        self.ollama.configure(api=False, too_long=limit)
+
+
 class LongTextsOnPostgres(OnPostgres, LongTexts):
     """The same on Postgres."""
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import contextlib
+import itertools
 import socket
-import subprocess
 import threading
 import unittest
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import embedgen
 from embedgen import Reply, Send, run_now
 from tests.ollama import Ollama
-from tests.support import ENGINES, Case
+from tests.support import ENGINES, ROOT, Case
 
 BODY = b'{"answer": "' + b"x" * 5000 + b'"}'
 CHUNKED = (
@@ -122,6 +122,26 @@ class Framing(unittest.TestCase):
             self.assertEqual((reply.status, reply.retry_after), (503, 7.0))
 
 
+@contextlib.contextmanager
+def said_to_all(answer: bytes) -> Iterator[int]:
+    """Say this to whoever connects, whatever is asked, within the block; gives the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+                        connection.shutdown(socket.SHUT_WR)
+                        while connection.recv(65536):  # what is left unread would turn the end into a reset
+                            pass
+
+        threading.Thread(target=work, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
 class Loop:
     """An event loop whose clock is moved by hand: the calls that it was asked for, with their times."""
 
@@ -187,58 +207,110 @@ class Silences(unittest.TestCase):
             self.connection.reset_mock()
 
 
-@unittest.skipUnless(shutil.which("openssl"), "the command openssl is needed, to make certificates")
+TLS = ROOT / "tests" / "data" / "tls"  # made by the script `make` that lies there; valid to 2120 but for one
+AUTHORITY = str(TLS / "root.pem")
+
+
+def tls_double(name: str, **settings: Any) -> Ollama:
+    """Return a double that speaks TLS with one of the certificates."""
+    return Ollama(cert=str(TLS / f"{name}.pem"), key=str(TLS / f"{name}.key"), **settings)
+
+
 class Tls(Case):
-    """A real TLS server on loopback, with a root of its own."""
+    """A real TLS server on loopback, whose certificate is from an authority of its own."""
 
-    def certificate(self, name: str, days: str = "2") -> tuple[Path, Path]:
-        """Make a self-signed certificate for a name; return it and its key."""
-        files = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", days, "-subj", f"/CN={name}",
-             "-addext", f"subjectAltName=DNS:{name}" + ",IP:127.0.0.1" * (name == "localhost"),
-             "-out", str(files[0]), "-keyout", str(files[1])],
-            check=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        return files
-
-    def test_a_trusted_certificate(self) -> None:
+    def test_a_private_authority_by_flag_or_environment_over_each_protocol_behind_a_path(self) -> None:
         self.make_movies(5)
-        root, key = self.certificate("localhost")
-        with Ollama(cert=str(root), key=str(key)) as server:
-            for engine in ENGINES:
-                self.assertTrue(server.url.startswith("https://"))
-                done = self.run_program("--server", server.url, "--engine", engine, "--force", real=True,
-                                        env={"SSL_CERT_FILE": str(root)})  # fmt: skip
-                self.assertEqual((done.code, done.err), (0, ""))
-                self.assert_complete()
+        with tls_double("good") as server:
+            for prefix, path in (("", ""), ("/ollama", ""), ("", "/v1"), ("/x", "/v1")):
+                server.configure(prefix=prefix, api=not path)
+                for engine in ENGINES:
+                    with self.subTest(engine=engine, prefix=prefix, path=path):
+                        flags = ("--server", server.url + path, "--engine", engine, "--force")
+                        self.succeed(*flags, "--ca-file", AUTHORITY)
+                        self.assert_complete()
+            self.assertTrue(server.url.startswith("https://"))
+            self.succeed("--server", server.url + path, "--force", real=True, env={"SSL_CERT_FILE": AUTHORITY})
+            self.assertEqual({e["path"].partition("/embeddings")[0] for e in server.log()[-2:]}, {"/x/v1"})
 
     def test_certificates_that_are_not_to_be_trusted(self) -> None:
         self.make_movies(5)
-        root, key = self.certificate("localhost")
-        other, other_key = self.certificate("elsewhere")
-        for served, served_key, trusted in [(root, key, other), (other, other_key, other)]:
-            with Ollama(cert=str(served), key=str(served_key)) as server:
-                for engine in ENGINES:
-                    with self.subTest(engine=engine, served=served):
-                        self.refuse(3, "--server", server.url, "--engine", engine, real=True,
-                                    env={"SSL_CERT_FILE": str(trusted)}, words=["certificate"])  # fmt: skip
-                self.assertEqual(server.texts(), [])
+        for name, flags, words in (
+            ("good", (), ["unknown issuer", "--ca-file"]),
+            ("elsewhere", ("--ca-file", AUTHORITY), ["is for another host", "'127.0.0.1'"]),
+            ("expired", ("--ca-file", AUTHORITY), ["has expired"]),
+        ):
+            with tls_double(name) as server:
+                for engine, path in itertools.product(ENGINES, ("", "/v1")):
+                    with self.subTest(engine=engine, name=name, path=path):
+                        words = ["its certificate", server.url, *words]
+                        said = self.refuse(3, "--server", server.url + path, "--engine", engine, *flags, words=words)
+                        self.assertNotIn("ollama serve", said)  # it is running
+                self.assertEqual(server.log(), [])
+
+    def test_the_flag_replaces_the_systems_authorities(self) -> None:
+        self.make_movies(1)
+        other = self.folder / "other.pem"
+        other.write_bytes((TLS / "good.pem").read_bytes())  # an authority of nobody
+        with tls_double("elsewhere") as server:
+            flags = ("--server", server.url, "--ca-file", other)
+            self.refuse(3, *flags, real=True, env={"SSL_CERT_FILE": AUTHORITY}, words=["unknown issuer"])
+
+    def test_a_file_without_authorities_is_refused_before_anything_else(self) -> None:
+        empty, junk = self.folder / "empty", self.folder / "junk"
+        empty.write_bytes(b"")
+        junk.write_bytes(b"certificate")
+        none, key = self.folder / "none", TLS / "good.key"
+        for path, words in ((empty, "no certificate"), (junk, "no certificate"), (key, "no certificate"),
+                            (none, "o such file"), (self.folder, "")):  # fmt: skip
+            self.refuse(2, "--ca-file", path, "--database", "sqlite:///nowhere/x.db", words=["--ca-file", words])
+        self.refuse(2, "--ca-file", "", words=["--ca-file is empty"])
+
+    def test_one_context_for_the_whole_process_and_it_verifies(self) -> None:
+        import ssl
+
+        embedgen.tls_context.cache_clear()
+        self.make_movies(20)
+        with (
+            tls_double("good") as server,
+            mock.patch("ssl.create_default_context", wraps=ssl.create_default_context) as made,
+        ):
+            self.succeed("--server", server.url, "--ca-file", AUTHORITY, "--concurrent", 4, "--batch-size", 1)
+            self.assertGreater(len({entry["connection"] for entry in server.log()}), 1)
+        made.assert_called_once_with(cafile=AUTHORITY)
+        for ca_file in ("", AUTHORITY):
+            context = embedgen.tls_context(ca_file)
+            self.assertTrue(context.check_hostname)
+            self.assertEqual(context.verify_mode, ssl.CERT_REQUIRED)
+
+    def test_http_to_a_server_that_speaks_tls(self) -> None:
+        self.make_movies(5)
+        with tls_double("good") as server:
+            for engine in ENGINES:
+                self.refuse(3, "--server", server.url.replace("https", "http"), "--engine", engine, words=["https"])
+        with said_to_all(
+            b"\x15\x03\x03\x00\x02\x02\x46"
+        ) as port:  # as OpenSSL has it: "alert, fatal, protocol version"
+            for engine in ENGINES:
+                self.refuse(3, "--server", f"http://127.0.0.1:{port}", "--engine", engine, words=["https://"])
+        with said_to_all(b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n") as port:
+            for engine in ENGINES:  # as Go has it
+                self.refuse(3, "--server", f"127.0.0.1:{port}", "--engine", engine, words=["speaks TLS", "https://"])
+
+    def test_workers_that_are_spawned_make_their_own_context(self) -> None:
+        self.make_movies(5)
+        with tls_double("good") as server:
+            flags = ("--server", server.url, "--ca-file", AUTHORITY, "--engine", "process")
+            process = self.start_program(*flags, START_METHOD="spawn")
+            out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, err), (0, b""), out)
+        self.assert_complete()
 
     def test_https_to_a_server_that_speaks_http(self) -> None:
         self.make_movies(5)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-
-            def work() -> None:
-                for _ in ENGINES:
-                    connection, _ = listener.accept()
-                    with connection:
-                        connection.recv(65536)
-                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-            threading.Thread(target=work, daemon=True).start()
+        with said_to_all(b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
             for engine in ENGINES:
-                address = f"https://127.0.0.1:{listener.getsockname()[1]}"
+                address = f"https://127.0.0.1:{port}"
                 self.refuse(3, "--server", address, "--engine", engine, words=["does the server speak http?"])
 
 
