@@ -291,6 +291,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.quiet and options.json:
         raise UsageError("--quiet and --json both say what is printed. Give one of them.")
     choose_action(options)
+    if options.search:  # bytes on the command line that are no text
+        options.search = options.search.encode("utf-8", "replace").decode()
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -724,7 +726,8 @@ def cosine(one: bytes, other: bytes) -> float:
     a, b = unpack(one), unpack(other)
     try:
         squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
-        return max(-1.0, min(math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1])), 1.0))
+        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        return min(max(quotient, -1.0), 1.0)
     except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
         return math.nan
 
@@ -3333,8 +3336,7 @@ class Store:
 
     def check_version(self, table: str) -> None:
         """Raise Stop if the target was filled by another version of the model than this run's."""
-        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
-        known = [digest for (digest,) in self.execute(sql, self.target.name, self.model)]
+        known = self.versions(table, self.execute)
         if not self.digest or not known or self.digest in known or self.options.accept_drift:
             return
         if not self.force or self.partial:
@@ -3345,6 +3347,11 @@ class Store:
                 f"server has now ({ours}), and the two may not compare. {ways}, --target NAME for a second table, "
                 "or --accept-drift to mix them."
             )
+
+    def versions(self, table: str, execute: Callable[..., list[Any]]) -> list[str]:
+        """Return the digests of this run's model that are on record for the target."""
+        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
+        return [digest for (digest,) in execute(sql, self.target.name, self.model)]
 
     def maker(self, vector: bytes) -> int | None:
         """Return the id in PROVENANCE of a vector made by this run."""
@@ -3467,6 +3474,23 @@ class Store:
             f'{name} holds vectors of the model "{other}", which do not compare with those of "{model}". '
             f"Give --model {other}, or --target NAME."
         )
+
+    def check_query(self, dimensions: int, digest: str) -> None:
+        """Raise UsageError if a vector of that length, by that version of the model, compares with none stored."""
+        stored, name = self.stored_dimensions(), f'"{self.target.name}"'
+        if stored not in (None, dimensions):
+            raise UsageError(
+                f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
+                "compare. Give --target NAME, or the --model and the --dimensions that made them."
+            )
+        if digest and "provenance" in self.target_columns and self.find_exactly(self.provenance):
+            known = self.versions(self.provenance.sql, self.rows)
+            if known and digest not in known:
+                theirs, ours = (one.rpartition(":")[2][:12] for one in (known[-1], digest))
+                raise UsageError(
+                    f'{name} holds vectors of another version of "{self.model}" (digest {theirs}) than the server has '
+                    f"now ({ours}), and the two may not compare. Give another --server, or run with --force first."
+                )
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return the key, the vector and its model of the row with a key, given as text, or raise UsageError."""
@@ -5647,17 +5671,18 @@ def embed_here(wire: Wire, texts: list[str], stopping: Callable[[], bool]) -> An
 
 
 def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
-    """Return the vector of a text, from the first server that is there."""
+    """Return the vector of a text, from the first server that is there; raise UsageError if it cannot compare."""
     for wire in wires:
         try:
             answer = embed_here(wire, [text], store.stopping)[0]
         except Away:
             if wire is wires[-1]:
                 raise
-        else:
-            if isinstance(answer, bytes):
-                return answer
+            continue
+        if isinstance(answer, str):
             raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
+        store.check_query(len(answer) // 4, wire.digest)
+        return answer
     raise AssertionError("there is at least one server")
 
 
@@ -5678,15 +5703,7 @@ def search(options: argparse.Namespace, wires: Sequence[Wire], store: Store, con
     """List the rows nearest to a text."""
     store.prepare()
     store.check_searchable(options.model)
-    stored = store.stored_dimensions()
-    if stored:
-        wires[0].settle(stored)
     vector = embed_query(wires, options.search, store)
-    if stored and len(vector) != 4 * stored:
-        raise UsageError(
-            f'the vectors in "{store.target.name}" have {stored} dimensions, and that of the text has '
-            f"{len(vector) // 4}: they do not compare. Give --target NAME, or the --model that made them."
-        )
     hits = hits_of(store, vector, options.model)
     show_hits(options, store, console, hits, {"query": options.search}, f'"{options.search}"', vector, options.model)
     return EXIT_DONE
