@@ -271,6 +271,14 @@ class Queries(SearchCase):
         self.ollama.away()
         self.assertEqual(len(self.found("--similar", 1)), 2)  # asks nobody
 
+    def test_over_the_other_protocol(self) -> None:
+        self.make_movies(3)
+        server = ("--server", self.ollama.url + "/v1")
+        self.succeed(*server)
+        self.assertEqual(len(self.found(*server, "--search", "x")), 3)
+        self.assertEqual(self.ollama.log()[-1]["path"], "/v1/embeddings")
+        self.assertEqual(self.asked()[-1], "search_query: x")
+
     def test_a_text_that_the_server_refuses(self) -> None:
         self.make_movies(3)
         self.succeed()

@@ -363,7 +363,7 @@ class TracesInSQLite(Case):
     @unittest.skipUnless(hasattr(signal, "SIGKILL"), "needs kill -9")
     def test_a_hot_journal(self) -> None:
         self.write(
-            "c.execute('PRAGMA cache_size=5'); c.execute('BEGIN'); rows = [(n, 'x' * 1000, '') for n in range(9, 500)]; "
+            "c.execute('PRAGMA cache_size=5'); c.execute('BEGIN'); rows = [(n, 'x' * 1000, '') for n in range(9, 500)];"
             "c.executemany('INSERT INTO movies VALUES (?, ?, ?)', rows); " + self.DIE
         )
         before = self.traces(self.folder)
