@@ -8,6 +8,8 @@
   python embedgen.py --engine process --workers 10          worker processes
   python embedgen.py --engine async --concurrent 10 --force one event loop, all rows again
   python embedgen.py --server gpu1 --server gpu2            servers that share the work
+  python embedgen.py --search "a robot learns to love"      the rows nearest to that, by the embeddings
+  python embedgen.py --status                               what is embedded, and by which model
 
 Rows that have an embedding of the same text are skipped, so the same command
 run again embeds only what is missing or has changed.
@@ -19,7 +21,7 @@ generated is saved.
 
 How it works, in the order of this file: settings and command line, text,
 wire, one batch's conversation, pace, engines, files to load, stores, progress
-and report, the run, main.
+and report, search and status, the run, main.
 
   store.pending() --rows--> Run.batches() --batches--> Engine.run()
                                                           |  up to N conversations at once with
@@ -181,6 +183,16 @@ def create_parser() -> Parser:
     add("--force", action="store_true", help="embed every row again, existing or not")
     add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
 
+    instead = parser.add_argument_group("instead of embedding")
+    add = instead.add_mutually_exclusive_group().add_argument
+    add("--search", metavar="TEXT", help="list the rows nearest to a text, by cosine similarity")
+    add("--similar", metavar="ID", help="list the rows nearest to one of them, given by its key; needs no server")
+    add("--status", action="store_true", help="say what is embedded, missing or stale; needs no server")
+    add("--prune", action="store_true", help="remove embeddings whose row is gone")
+    add = instead.add_argument
+    add("--top", metavar="N", type=number(1), default=10, help="rows to list (default: 10)")
+    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
+
     way = parser.add_argument_group("how")
     add = way.add_argument
     add(
@@ -230,23 +242,50 @@ def create_parser() -> Parser:
     return parser
 
 
+READING = ("search", "similar", "status", "dry_run")  # actions that write nothing
+# What a flag goes with: the main job, "generate", or what is done instead. One that is not here goes with everything.
+GOES_WITH = {
+    "top": ("search", "similar"),
+    "dry_run": ("dry_run", "prune"),
+    "where": ("generate", *READING),
+    "force": ("generate", "dry_run", "prune"),
+    "quiet": ("generate", "search", "similar", "prune"),
+    "timeout": ("generate", "dry_run", "search"),
+    "load": ("generate",),
+    **dict.fromkeys(
+        ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
+    ),
+}  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    """Return the flag that sets an option."""
+    return "--" + {"in_flight": "concurrent"}.get(name, name).replace("_", "-")
+
+
+def choose_action(options: argparse.Namespace) -> None:
+    """Note what is to be done; raise UsageError for flags that do not go with it."""
+    options.action = next((name for name in ("search", "similar", "status", "prune") if name in options.given), "")
+    options.action = options.action or ("dry_run" if options.dry_run else "generate")
+    options.reads_only = options.action in READING or options.dry_run
+    for name in sorted(options.given):
+        actions = GOES_WITH.get(name, (options.action,))
+        if options.action in actions:
+            continue
+        if options.action == "generate":
+            raise UsageError(f"{flag_of(name)} goes with {' or '.join(map(flag_of, actions))}. Leave it out.")
+        raise UsageError(f"{flag_of(name)} does not go with {flag_of(options.action)}. Leave out one of them.")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the settings: flags first, then the environment, then the defaults."""
-    options = create_parser().parse_args(argv)
+    parser = create_parser()
+    options = parser.parse_args(argv)
+    options.given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     for name in (
-        "database",
-        "table",
-        "id",
-        "columns",
-        "text",
-        "where",
-        "target",
-        "load",
-        "server",
-        "ca_file",
-        "model",
-        "noun",
-    ):
+        "database", "table", "id", "columns", "text", "where", "target", "load", "server", "ca_file", "model", "noun",
+        "search", "similar",
+    ):  # fmt: skip
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
         given = getattr(options, name)
         if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
@@ -257,6 +296,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError("--quiet and --json both say what is printed. Give one of them.")
     if options.ca_file:
         check_roots(options.ca_file)
+    choose_action(options)
+    if options.search:  # bytes on the command line that are no text
+        options.search = options.search.encode("utf-8", "replace").decode()
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -268,18 +310,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if options.dimensions not in (None, HashWire.dimensions):
             raise UsageError(f"--server hash: gives {HashWire.dimensions} dimensions. Leave out --dimensions.")
         options.model = HashWire.model
-    options.model = options.model or os.environ.get("EMBEDGEN_MODEL") or "nomic-embed-text"
+    named = options.model or os.environ.get("EMBEDGEN_MODEL")
+    options.model_is_named = bool(named)
+    apply_card(options, named or "nomic-embed-text")
+    return options
+
+
+def apply_card(options: argparse.Namespace, model: str) -> None:
+    """Set the model, and what its card says and no flag says otherwise."""
     # Ollama's names carry :latest or leave it out; both are one model.
-    if options.model.endswith(":latest"):
-        options.model = options.model[: -len(":latest")]
+    options.model = model[: -len(":latest")] if model.endswith(":latest") else model
     card = card_of(options.model)
     options.context = card.context
-    if options.document_prefix is None:
+    if "document_prefix" not in options.given:
         options.document_prefix = card.document
-    if options.query_prefix is None:
+    if "query_prefix" not in options.given:
         options.query_prefix = card.query
-    options.prefix = options.document_prefix  # of what is sent to the server
-    return options
+    # Of what is sent to the server.
+    options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
 # =============================== text ===============================
@@ -740,6 +788,23 @@ def unpack(vector: bytes) -> Sequence[float]:
     import struct
 
     return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+def cosine(one: bytes, other: bytes) -> float:
+    """Return the cosine of the angle between two stored vectors, NaN if one has no direction.
+
+    To the last digit but one: products of two float32 are exact in double precision, and fsum rounds once.
+    """
+    import math
+    from operator import mul
+
+    a, b = unpack(one), unpack(other)
+    try:
+        squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
+        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        return min(max(quotient, -1.0), 1.0)
+    except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
+        return math.nan
 
 
 def innermost(said: Any) -> Any:
@@ -3136,7 +3201,8 @@ class Store:
         self.stopping: Callable[[], bool] = lambda: False  # whether the run is to stop, so that waits be short
         self.digest = ""  # of the model as the server has it, "" if that is not known
         self.makers: dict[str, int | None] = {}  # the ids in PROVENANCE of what this run makes, by fit
-        self.changing_model = False  # --force, and the target still has vectors of another model
+        self.reads_only: bool = options.reads_only
+        self.changing_model = False  # --force, and the target still has vectors of another model: none of them exists
         self.unchanged = False  # whether all digests in the target are known to fit, without a look at the texts
 
     # What a subclass says to its database:
@@ -3221,6 +3287,26 @@ class Store:
         """Return the texts and vectors of a few rows, given by the FROM clause and what follows it."""
         raise NotImplementedError
 
+    def vector_sql(self) -> str:
+        """Return the SQL of a stored vector, for `vector_of`."""
+        raise NotImplementedError
+
+    def vector_of(self, value: Any) -> bytes | None:
+        """Return a stored vector as the database gave it, None if there is none or it is of no use."""
+        raise NotImplementedError
+
+    def with_key(self, sql: str, text: str) -> list[Any]:
+        """Return the rows of a statement whose parameter is a key, given as text, whatever its type."""
+        raise NotImplementedError
+
+    def has_length(self, dimensions: int) -> str:
+        """Return the condition that a stored vector is there and has this length."""
+        raise NotImplementedError
+
+    def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
+        """Return the keys and vectors of the rows nearest to a vector, the nearest first, and of equal ones by key."""
+        raise NotImplementedError
+
     def page(self, after: Any) -> tuple[list[Row], bool]:
         """Return pending rows above a key, by ascending key, a page of them, and whether there may be more."""
         raise NotImplementedError
@@ -3283,8 +3369,6 @@ class Store:
         self.key_declared = described[self.key].type
         self.how = self.recipe(columns, relation.name)
         self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
-        # What is embedded, and so what the digest is of.
-        self.whole_text = f"{literal(self.prefix)} || ({self.text})" if self.prefix else self.text
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
         self.referable = relation.is_table and self.is_unique(relation, self.key)
@@ -3293,8 +3377,15 @@ class Store:
         self.find_target()
         self.check_dimensions()
 
+    @property
+    def whole_text(self) -> str:
+        """The SQL of what is embedded, and so of what the digest is of."""
+        return f"{literal(self.prefix)} || ({self.text})" if self.prefix else self.text
+
     def recipe(self, columns: list[str], table: str) -> Recipe:
         """Return how a text is made, as the flags or the columns have it."""
+        if self.options.action == "prune":
+            return Recipe((("", (self.key,)),), labelled=False)  # no text is looked at
         if self.options.text:
             return template_recipe(self.options.text, columns, table)
         if self.options.columns:
@@ -3354,7 +3445,10 @@ class Store:
                 what = "the table to read" if found == self.relation else "a view"
                 raise UsageError(f'--target "{found.name}" is {what}. Give another name.')
             self.use_target()
-            self.check_model()
+            if self.options.action in ("generate", "dry_run"):
+                self.check_model()
+            else:
+                self.changing_model = "model" in self.target_columns
 
     def find_exactly(self, relation: Relation) -> Relation | None:
         """Return the table or view of that schema and name, if it exists."""
@@ -3470,8 +3564,7 @@ class Store:
 
     def check_version(self, table: str) -> None:
         """Raise Stop if the target was filled by another version of the model than this run's."""
-        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
-        known = [digest for (digest,) in self.execute(sql, self.target.name, self.model)]
+        known = self.versions(table, self.execute)
         if not self.digest or not known or self.digest in known or self.options.accept_drift:
             return
         if not self.force or self.partial:
@@ -3482,6 +3575,11 @@ class Store:
                 f"server has now ({ours}), and the two may not compare. {ways}, --target NAME for a second table, "
                 "or --accept-drift to mix them."
             )
+
+    def versions(self, table: str, execute: Callable[..., list[Any]]) -> list[str]:
+        """Return the digests of this run's model that are on record for the target."""
+        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
+        return [digest for (digest,) in execute(sql, self.target.name, self.model)]
 
     def maker(self, vector: bytes) -> int | None:
         """Return the id in PROVENANCE of a vector made by this run."""
@@ -3549,7 +3647,7 @@ class Store:
         """
         if not self.has_target or (self.force and not self.changing_model):
             return f"{self.source} AS s", "1 = 0"
-        exists = f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        exists = self.has_vector
         if self.changing_model:
             exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
         if "text_sha256" in self.target_columns and not self.unchanged:
@@ -3563,6 +3661,134 @@ class Store:
         tables, exists = self.joined()
         total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
         return total, existing
+
+    def tally(self, having: str) -> tuple[int, int, int]:
+        """Return how many rows there are, how many with a vector that fulfils a condition, and of these the fresh."""
+        tables, exists = self.joined()
+        having = having if self.has_target else "1 = 0"
+        cases = f"count(CASE WHEN {having} THEN 1 END), count(CASE WHEN {having} AND {exists} THEN 1 END)"
+        total, found, existing = self.rows(f"SELECT count(*), {cases} FROM {tables}")[0]
+        return total, found, existing
+
+    def comparable(self, dimensions: int, model: str) -> str:
+        """Return the condition that a stored vector can be compared with one of that length and model."""
+        named = self.target_columns.get("model")
+        return self.has_length(dimensions) + (f" AND e.{quoted(named)} = {literal(model)}" if named else "")
+
+    @property
+    def has_vector(self) -> str:
+        """The condition that there is a vector."""
+        return f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+
+    @property
+    def pairs(self) -> str:
+        """The rows that have an embedding beside it, for a FROM clause."""
+        return f"{self.source} AS s JOIN {self.target.sql} AS e ON e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+
+    def check_searchable(self, model: str) -> None:
+        """Raise Stop if there is nothing to compare a vector with, UsageError if there is only another model's."""
+        name = f'"{self.target.name}"'
+        again = "Run the same command without --search or --similar first, which fills it."
+        if not self.has_target:
+            raise Stop(f"there are no embeddings yet: no table {name}. {again}")
+        column = self.target_columns.get("model")
+        of_model = f"WHERE {quoted(column)} = {literal(model)}" if column else ""
+        if self.value(f"SELECT 1 FROM {self.target.sql} {of_model}") is not None:
+            return
+        other = self.value(f"SELECT {quoted(column)} FROM {self.target.sql}") if column else None
+        if other is None:
+            raise Stop(f"there are no embeddings yet: {name} is empty. {again}")
+        raise UsageError(
+            f'{name} holds vectors of the model "{other}", which do not compare with those of "{model}". '
+            f"Give --model {other}, or --target NAME."
+        )
+
+    def check_query(self, dimensions: int, digest: str) -> None:
+        """Raise UsageError if a vector of that length, by that version of the model, compares with none stored."""
+        stored, name = self.stored_dimensions(), f'"{self.target.name}"'
+        if stored not in (None, dimensions):
+            raise UsageError(
+                f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
+                "compare. Give --target NAME, or the --model and the --dimensions that made them."
+            )
+        if digest and "provenance" in self.target_columns and self.find_exactly(self.provenance):
+            known = self.versions(self.provenance.sql, self.rows)
+            if known and digest not in known:
+                theirs, ours = (one.rpartition(":")[2][:12] for one in (known[-1], digest))
+                raise UsageError(
+                    f'{name} holds vectors of another version of "{self.model}" (digest {theirs}) than the server has '
+                    f"now ({ours}), and the two may not compare. Give another --server, or run with --force first."
+                )
+
+    def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
+        """Return the key, the vector and its model of the row with a key, given as text, or raise UsageError."""
+        named = f"e.{quoted(self.target_columns['model'])}" if "model" in self.target_columns else "NULL"
+        vector = f"{self.vector_sql()}, {named}" if self.has_target else "NULL, NULL"
+        key, on = f"s.{quoted(self.key)}", f"{quoted(self.target_key)} = s.{quoted(self.key)}"
+        tables = f"{self.relation.sql} AS s {self.beside(on, False) if self.has_target else ''}"
+        found = self.with_key(f"SELECT {key}, {vector} FROM {tables} WHERE {key} = {self.mark(1)}", text)
+        if not found:
+            raise UsageError(
+                f'"{self.relation.name}" has no row with the {self.key} {text}. Give another --similar {self.key}.'
+            )
+        value, stored, model = found[0]
+        return value, self.vector_of(stored), model or self.model
+
+    def columns_of(self, keys: list[Any]) -> dict[Any, dict[str, Any]]:
+        """Return the columns that make up the text, by name and as they are, of the rows with these keys, by key."""
+        names = list(dict.fromkeys(column for _, columns in self.how.parts for column in columns))
+        shown = ", ".join(f"s.{quoted(name)}" for name in [self.key, *names])
+        found = {}
+        for start in range(0, len(keys), PAGE_ROWS):
+            some = keys[start : start + PAGE_ROWS]
+            marks = ", ".join(self.mark(place) for place in range(1, len(some) + 1))
+            sql = f"SELECT {shown} FROM {self.source} AS s WHERE s.{quoted(self.key)} IN ({marks})"
+            found.update({key: dict(zip(names, values)) for key, *values in self.rows(sql, *some)})
+        return found
+
+    def origins(self) -> list[tuple[str, str, str, str, int]]:
+        """Return what made the vectors of rows that exist: model, its digest, prefix, fit, and how many; most first."""
+        names = self.target_columns
+        if not self.has_target or "model" not in names:
+            return []
+        tables, made = self.pairs, "'', '', ''"
+        if "provenance" in names and self.find_exactly(self.provenance):
+            tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
+            made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
+        model = f"e.{quoted(names['model'])}"
+        return self.rows(
+            f"SELECT {model}, {made}, count(*) FROM {tables} GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
+        )
+
+    @property
+    def orphaned(self) -> str:
+        """The condition that an embedding's row is gone from the table, whatever --where says."""
+        row = f"SELECT 1 FROM {self.relation.sql} AS s WHERE s.{quoted(self.key)} = e.{quoted(self.target_key)}"
+        return f"NOT EXISTS ({row})"
+
+    def orphans(self) -> tuple[int, int]:
+        """Return how many embeddings there are, and of how many the row is gone."""
+        if not self.has_target:
+            return 0, 0
+        sql = f"SELECT count(*), count(CASE WHEN {self.orphaned} THEN 1 END) FROM {self.target.sql} AS e"
+        total, gone = self.rows(sql)[0]
+        return total, gone
+
+    def prune(self) -> int:
+        """Remove the embeddings whose row is gone, unless that would be all of them; with --force all the same."""
+        stays = f"SELECT 1 FROM {self.target.sql} AS k JOIN {self.relation.sql} AS s ON "
+        stays += f"s.{quoted(self.key)} = k.{quoted(self.target_key)}"
+        unless = "" if self.force else f" AND EXISTS ({stays})"
+        return self.delete(f"DELETE FROM {self.target.sql} AS e WHERE {self.orphaned}{unless}")
+
+    def delete(self, sql: str) -> int:
+        """Carry out a deletion, in a transaction of its own, and return how many rows are gone."""
+        raise NotImplementedError
+
+    def updated_at(self) -> Any:
+        """Return when the target was last written to, as stored, None if it does not tell."""
+        column = self.target_columns.get("updated_at") if self.has_target else None
+        return self.value(f"SELECT max({quoted(column)}) FROM {self.target.sql}") if column else None
 
     def page_sql(self, key: str, text: str, above: bool) -> str:
         """Return the query of one page: the key and text of pending rows."""
@@ -3622,8 +3848,8 @@ class SQLiteStore(Store):
         self.path = options.database[len("sqlite:///") :] if "://" in options.database else options.database
         self.check_file()
         self.is_new = not os.path.exists(self.path)
-        # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
-        self.connection = self.connect(self.path, timeout=0.5)
+        self.frozen: Any = None  # the file's state, if it is read as one that does not change
+        self.connection = self.open()
         self.file: Any = None  # beside the connection, for what stands in the file's header
         self.start: int | None = None  # the change counter when the run began to look, and
         self.commits = 0  # what the run has added to it since
@@ -3633,15 +3859,60 @@ class SQLiteStore(Store):
         self.connection.set_progress_handler(lambda: 0, 200_000)
         try:
             self.rows("SELECT count(*) FROM sqlite_master")  # is it a database, and may it be read?
-            self.lock = self.take_lock()
+            self.lock = None if self.reads_only else self.take_lock()
         except BaseException:
             self.connection.close()  # nobody else will: 3.13 complains of that
             raise
 
-    def connect(self, path: str, timeout: float) -> Any:
+    def open(self) -> Any:
+        """Return the run's connection; of one that only reads, such that no byte changes in the file or beside it.
+
+        In WAL mode (https://sqlite.org/wal.html#read_only_databases) a reader makes the files -wal and -shm where they
+        are missing, and writes to -shm where they are not: unless that is said to be read-only, or the database to be
+        immutable, which is then watched.
+        """
+        # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
+        if not self.reads_only:
+            return self.connect(self.path, timeout=0.5)
+        from urllib.parse import quote
+
+        real, how = os.path.realpath(self.path), ""
+        try:
+            with open(real, "rb") as file:
+                is_wal = (
+                    file.read(20)[18:] == b"\2\2"
+                )  # https://sqlite.org/fileformat2.html#file_format_version_numbers
+            if is_wal and os.path.exists(real + "-wal") and os.path.exists(real + "-shm"):
+                how = "&readonly_shm=1"
+            elif is_wal and os.path.exists(real + "-wal") and os.path.getsize(real + "-wal"):
+                raise self.unfinished()
+            elif is_wal:
+                how = "&immutable=1"
+                self.frozen = self.file_state()
+        except OSError:
+            pass  # SQLite will say it
+        path = real.replace(os.sep, "/")
+        uri = f"file://{'' if path.startswith('/') else '/'}{quote(os.fsencode(path), safe='/:')}?mode=ro{how}"
+        connection = self.connect(uri, timeout=0.5, uri=True)
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # what is shown may be no text
+        return connection
+
+    def file_state(self) -> tuple[int, ...]:
+        """Return what tells that the database was written to."""
+        stat = os.stat(self.path)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def unfinished(self) -> Stop:
+        """Return the end of a run that only reads, and cannot without finishing what another program has left."""
+        return Stop(
+            f"{self.path} was left in the middle of a change by a program that was killed, and to read it would "
+            "change it. Run embedgen, or open it once with any other program that may write to it."
+        )
+
+    def connect(self, path: str, timeout: float, uri: bool = False) -> Any:
         """Return a connection to an SQLite file, without Python's own transactions."""
         try:
-            return self.sqlite3.connect(path, timeout=timeout, isolation_level=None)
+            return self.sqlite3.connect(path, timeout=timeout, isolation_level=None, uri=uri)
         except self.sqlite3.Error as error:
             raise self.translated(error) from None
 
@@ -3681,7 +3952,8 @@ class SQLiteStore(Store):
             self.file.close()
         if self.is_new and os.path.exists(self.path) and not os.path.getsize(self.path):
             os.remove(self.path)  # made by connecting; the file that was to be loaded had an error
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
     def add_sha256(self) -> None:
         """Add the SQL function embedgen_sha256: the identity of a text, given as it stands in the database."""
@@ -3702,7 +3974,10 @@ class SQLiteStore(Store):
         deadline, hurried = time.monotonic() + LOCK_PATIENCE, False
         while True:
             try:
-                return action()
+                result = action()
+                if self.frozen and self.frozen != self.file_state():
+                    raise Stop(f"{self.path} was written to while it was read. Run the same command again.")
+                return result
             except self.sqlite3.Error as error:
                 if self.stopping() and not hurried:
                     deadline, hurried = min(deadline, time.monotonic() + GRACE / 2), True
@@ -3723,6 +3998,8 @@ class SQLiteStore(Store):
         if text == "unable to open database file":
             return Stop(f"{path} cannot be opened. Check that it is a file, its permissions and those of its folder.")
         if text.startswith("attempt to write a readonly database"):
+            if self.reads_only:
+                return self.unfinished()
             return Stop(f"{path} cannot be written ({text}). Check its permissions and those of its folder.")
         if text == "file is not a database" or text.startswith(
             ("database disk image is malformed", "malformed database")
@@ -4017,6 +4294,48 @@ class SQLiteStore(Store):
         sql = f"SELECT 1 FROM {quoted(relation.schema)}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
         return bool(self.execute(sql, relation.name))
 
+    def vector_sql(self) -> str:
+        return f"e.{quoted(self.target_columns['embedding'])}"
+
+    def vector_of(self, value: Any) -> bytes | None:
+        return value if isinstance(value, bytes) and value and len(value) % 4 == 0 else None
+
+    def with_key(self, sql: str, text: str) -> list[Any]:
+        # A column of no type takes 7 and '7' for two values.
+        values: list[Any] = [text, int(text)] if re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII) else [text]
+        return next((found for value in values if (found := self.rows(sql, value))), [])
+
+    def has_length(self, dimensions: int) -> str:
+        vector = self.vector_sql()
+        return f"typeof({vector}) = 'blob' AND length({vector}) = {dimensions * 4}"
+
+    def tally(self, having: str) -> tuple[int, int, int]:
+        with self.snapshot():
+            self.unchanged = self.note_holds()
+            return super().tally(having)
+
+    def delete(self, sql: str) -> int:
+        return self.transaction(lambda: int(self.connection.execute(sql).rowcount))
+
+    def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
+        key, stored = f"s.{quoted(self.key)}", self.vector_sql()
+        sql = f"SELECT {key}, {stored} FROM {self.pairs} WHERE {self.comparable(len(vector) // 4, model)}"
+        if self.has_sqlite_vec():
+            order = f"COALESCE(vec_distance_cosine({stored}, ?), 3)"  # NULL is a vector's without a direction
+            return [tuple(row) for row in self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)]
+        return self.patiently(lambda: nearest_of(self.connection.execute(sql), vector, most))
+
+    def has_sqlite_vec(self) -> bool:
+        """Whether vectors can be compared in SQLite, with the package sqlite-vec, which is loaded then."""
+        try:
+            sqlite_vec: Any = importlib.import_module("sqlite_vec")
+            self.connection.enable_load_extension(True)  # is missing in Pythons that were built without
+            sqlite_vec.load(self.connection)
+            self.connection.enable_load_extension(False)
+        except (ImportError, AttributeError, self.sqlite3.Error):
+            return False
+        return True
+
     def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
         found = self.rows(f"SELECT {as_bytes(self.text)}, e.{quoted(self.target_columns['embedding'])} {tables}")
         return [(raw.decode(self.encoding, "replace"), vector) for raw, vector in found if isinstance(vector, bytes)]
@@ -4056,6 +4375,38 @@ class SQLiteStore(Store):
             return max(int(self.connection.executemany(insert, values).rowcount), 0)
 
         return self.transaction(insert_all)
+
+
+def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> list[tuple[Any, bytes]]:
+    """Return those of many keys with vectors that are nearest to one of the same length, as Store.nearest does.
+
+    One pass, and never more than twice as many in memory. The cosine is that of the law of cosines, since Python
+    has a function in C for the distance of two points, which takes half the time of a sum of products.
+    """
+    import math
+    import struct
+
+    numbers = unpack(vector)
+    norm = math.hypot(*numbers)
+    unit = tuple(number / norm for number in numbers)
+    unpacked, dist, hypot = struct.Struct(f"<{len(unit)}f").unpack, math.dist, math.hypot
+    best: list[tuple[float, tuple[bool, bool, Any], bytes]] = []
+    least = -math.inf
+    for key, stored in rows:
+        numbers = unpacked(stored)
+        length = hypot(*numbers)
+        if not length:
+            continue
+        distance = dist(unit, numbers)
+        likeness = (length * length + 1 - distance * distance) / (length + length)
+        if likeness >= least:  # NaN is not
+            # Numbers, texts, blobs: https://sqlite.org/datatype3.html#sort_order
+            best.append((-likeness, (isinstance(key, bytes), isinstance(key, str), key), stored))
+            if len(best) == 2 * most:
+                best.sort()
+                del best[most:]
+                least = -best[-1][0]
+    return [(key, stored) for _, (_, _, key), stored in sorted(best)[:most]]
 
 
 def as_bytes(text: str) -> str:
@@ -4114,6 +4465,8 @@ class PostgresStore(Store):
                 cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
                 prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
             )
+            # In transactions, not in the session, which a pooler may give to others.
+            connection.read_only = self.reads_only or None
             if connection.info.parameter_status("standard_conforming_strings") == "off":
                 connection.execute("SET standard_conforming_strings = on")  # a backslash is a backslash
             return connection
@@ -4181,7 +4534,8 @@ class PostgresStore(Store):
         return Stop(f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        return self.patiently(lambda: self.execute(sql, *parameters))
+        run = self.transaction if self.reads_only else self.patiently
+        return run(lambda: self.execute(sql, *parameters))
 
     def execute(self, sql: str, *parameters: Any) -> list[Any]:
         cursor = self.connection.execute(sql, parameters)
@@ -4384,6 +4738,8 @@ class PostgresStore(Store):
                 super().check_model()
 
     def count(self) -> tuple[int, int]:
+        if self.reads_only:
+            return super().count()
         self.fleet = Fleet(self)
         tables, exists = self.joined()
         # In one statement, and so of one moment: what the others do from then on is counted by them.
@@ -4489,12 +4845,73 @@ class PostgresStore(Store):
             self.fleet.saved(rows, saved)
         return saved
 
-    def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
+    def vector_sql(self) -> str:
+        return f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
+
+    def vector_of(self, value: Any) -> bytes | None:
         import json
 
-        vector = f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
-        found = self.rows(f"SELECT {self.text}, {vector} {tables}")
-        return [(text, pack(json.loads(vector))) for text, vector in found]
+        return None if value is None else pack(json.loads(value))
+
+    def with_key(self, sql: str, text: str) -> list[Any]:
+        try:
+            return self.rows(sql, text)  # psycopg leaves it to Postgres which type that is
+        except Stop as stop:
+            if isinstance(stop.__cause__, self.psycopg.DataError):  # no number, no UUID ...
+                return []
+            raise
+
+    def vector_type(self) -> tuple[str, bool]:
+        """Return the name of the type of the target's vectors, vector or halfvec, and whether it has a length."""
+        declared = self.columns(self.target)[self.target_columns["embedding"]].type
+        kind, length, _ = declared.rpartition(".")[2].partition("(")
+        return kind, bool(length)
+
+    def has_length(self, dimensions: int) -> str:
+        vector = f"e.{quoted(self.target_columns['embedding'])}"
+        if self.vector_type()[1]:
+            return f"{vector} IS NOT NULL"
+        return f"{self.find_vector()[0]}.vector_dims({vector}) = {dimensions}"
+
+    def delete(self, sql: str) -> int:
+        return int(self.rows(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
+
+    def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
+        schema, kind, key = self.find_vector()[0], self.vector_type()[0], f"s.{quoted(self.key)}"
+        stored = f"e.{quoted(self.target_columns['embedding'])}"
+        given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
+        distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
+        indexed = any(valid for valid, _ in self.indexes())
+        version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+
+        comparable = self.comparable(len(vector) // 4, model)
+
+        def look(approximately: bool) -> list[Any]:
+            # Without ties where an index is to give the order; and only what is found is sent as text.
+            order = distance if approximately else f"{distance}, {key}"
+            sql = (
+                f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {distance} AS distance "
+                f"FROM {self.pairs} WHERE {comparable} ORDER BY {order} LIMIT {most}"
+                ") AS e ORDER BY e.distance, e.key"
+            )
+            # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
+            settings = {"enable_indexscan": "off"} if indexed and not approximately else {}
+            if approximately:
+                settings["hnsw.ef_search"] = str(min(max(2 * most, 100), 1000))
+                if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
+                    settings["hnsw.iterative_scan"] = "strict_order"
+            for name, value in settings.items():
+                self.execute("SELECT set_config($1, $2, true)", name, value)
+            return self.execute(sql, given)
+
+        found = self.transaction(lambda: look(indexed))
+        if indexed and len(found) < most:  # few rows, or an index that has given up looking for them
+            found = self.transaction(lambda: look(False))
+        return [(key, packed) for key, text in found if (packed := self.vector_of(text))]
+
+    def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
+        found = self.rows(f"SELECT {self.text}, {self.vector_sql()} {tables}")
+        return [(text, vector) for text, stored in found if (vector := self.vector_of(stored))]
 
     def load(self, path: str) -> int:
         types = column_types(path)
@@ -4534,6 +4951,17 @@ class PostgresStore(Store):
 
         return self.transaction(insert_all)
 
+    def indexes(self) -> list[tuple[bool, str]]:
+        """Return the HNSW indexes for cosine distance, whether each is valid and its name; valid ones last."""
+        sql = (
+            "SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "JOIN pg_am m ON m.oid = c.relam JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a "
+            "ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indrelid = to_regclass($1) "
+            "AND a.attname = $2 AND m.amname = 'hnsw' AND o.opcname LIKE '%cosine_ops' AND i.indpred IS NULL "
+            "ORDER BY i.indisvalid"
+        )
+        return self.rows(sql, self.target.sql, self.target_columns["embedding"])
+
     def build_index(self) -> Iterator[float]:
         """Build the HNSW index for cosine distance unless there is one; yield the share that is done, from 0 to 1.
 
@@ -4542,26 +4970,19 @@ class PostgresStore(Store):
         import threading
 
         column = self.target_columns["embedding"]
-        kind = self.columns(self.target)[column].type.rpartition(".")[2].partition("(")[0]
+        kind, _ = self.vector_type()
         stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
         name = f"{stem}_hnsw"
         index = f"{quoted(self.target.schema)}.{quoted(name)}"
-        existing = (
-            "SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-            "JOIN pg_am m ON m.oid = c.relam JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_attribute a "
-            "ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indrelid = to_regclass($1) "
-            "AND a.attname = $2 AND m.amname = 'hnsw' AND o.opcname LIKE '%cosine_ops' AND i.indpred IS NULL "
-            "ORDER BY i.indisvalid"
-        )
         progress = (
             "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
             "WHERE relid = to_regclass($1)"
         )
-        found = self.rows(existing, self.target.sql, column)
+        found = self.indexes()
         while found and not found[-1][0] and self.rows(progress, self.target.sql):  # by another run
             yield self.rows(progress, self.target.sql)[0][0]
             time.sleep(LOOK)
-            found = self.rows(existing, self.target.sql, column)
+            found = self.indexes()
         if found and found[-1][0]:
             return
         schema, _, _ = self.find_vector()
@@ -5101,7 +5522,7 @@ PIPE_BAR = 8  # cells of the bar where there is no terminal to fit it to
 REDRAW, PIPE_INTERVAL = 0.1, 30.0  # seconds between two progress lines, on a terminal and elsewhere
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # For terminals that cannot show them; all else that they cannot show becomes a question mark.
-LEGIBLE = {"✓": "+", "⊘": "-", "✗": "x", "✂": "<", **dict.fromkeys(EIGHTHS[1:], "#")}
+LEGIBLE = {"✓": "+", "⊘": "-", "✗": "x", "✂": "<", "…": ".", "·": "-", **dict.fromkeys(EIGHTHS[1:], "#")}
 
 
 def bar(share: float, cells: int) -> str:
@@ -5215,6 +5636,20 @@ class Console:
         """Print one line, below the one that was being redrawn."""
         self.end_line()
         self.write(text + "\n")
+
+    def json(self, value: dict[str, Any]) -> None:
+        """Print one JSON object; what JSON does not know is given as text."""
+        import json
+        import math
+
+        def known(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: known(one) for key, one in value.items()}
+            if isinstance(value, list):
+                return list(map(known, value))
+            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+        self.line(json.dumps(known(value), ensure_ascii=True, default=str))
 
     def end_line(self) -> None:
         """Leave the line that was being redrawn as it is."""
@@ -5346,8 +5781,6 @@ class Report:
 
     def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int, error: str) -> None:
         """Print one JSON object."""
-        import json
-
         summary: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
             "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": round(elapsed, 2),
@@ -5356,7 +5789,7 @@ class Report:
         }  # fmt: skip
         if error:
             summary["error"] = error
-        self.console.line(json.dumps(summary, ensure_ascii=True))
+        self.console.json(summary)
 
 
 LOG_BYTES, LOG_FILES = 10_000_000, 3  # a log is put aside at this size, and so many old ones are kept
@@ -5456,6 +5889,303 @@ class Log:
 def one_line(text: str) -> str:
     """Return a text without line breaks and control characters: one event, one line."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+# =============================== search and status ===============================
+# What looks at the table and writes nothing; and --prune, which only takes away.
+
+PIPE_WIDTH = 200  # cells of a result's line where there is no terminal to fit it to
+KEY_WIDTH = 40  # cells of a key, at most
+TIMED_TEXTS = 8  # embedded by --dry-run to see how long it takes
+
+
+class Hit(NamedTuple):
+    """A row that was found: its cosine similarity, its key, and its columns by name."""
+
+    similarity: float
+    key: Any
+    columns: dict[str, Any]
+
+
+def embed_here(wire: Wire, texts: list[str], stopping: Callable[[], bool]) -> Answers:
+    """Return a server's answers for a few texts, or raise Stop; without an engine, which takes longer to start."""
+    transport = BlockingTransport(wire.server, stopping)
+    try:
+        run_now(drive(wire.greet(), transport, lambda exchange: None))
+        return run_now(drive(wire.converse(texts, movable=False), transport, lambda exchange: None))
+    finally:
+        transport.close()
+
+
+def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
+    """Return the vector of a text, from the first server that is there; raise UsageError if it cannot compare."""
+    for wire in wires:
+        try:
+            answer = embed_here(wire, [text], store.stopping)[0]
+        except Away:
+            if wire is wires[-1]:
+                raise
+            continue
+        if isinstance(answer, str):
+            raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
+        store.check_query(len(answer) // 4, wire.digest)
+        return answer
+    raise AssertionError("there is at least one server")
+
+
+def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hit]:
+    """Return the rows nearest to a vector, the nearest first, those equally near by key; without that of the key `but`.
+
+    The database's own order is good to six digits or so, and an index's only nearly complete: somewhat more than
+    are wanted are taken from it, and put in order here. As the sort is stable, ties stay in the order of their keys.
+    """
+    top: int = store.options.top
+    near = [(cosine(vector, other), key) for key, other in store.nearest(vector, model, 2 * top + 20) if key != but]
+    near = sorted((one for one in near if one[0] == one[0]), key=lambda one: -one[0])[:top]
+    columns = store.columns_of([key for _, key in near])
+    return [Hit(similarity, key, columns[key]) for similarity, key in near if key in columns]
+
+
+def search(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+    """List the rows nearest to a text."""
+    store.prepare()
+    store.check_searchable(options.model)
+    vector = embed_query(wires, options.search, store)
+    hits = hits_of(store, vector, options.model)
+    show_hits(options, store, console, hits, {"query": options.search}, f'"{options.search}"', vector, options.model)
+    return EXIT_DONE
+
+
+def similar(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+    """List the rows nearest to one of them, by the vector that it has already."""
+    store.prepare()
+    key, vector, model = store.row_named(options.similar)
+    noun = Report(console, options, store.relation.name, "").noun
+    if vector is None:
+        raise Stop(f"the {noun} {options.similar} has no embedding yet. Run embedgen without --similar first.")
+    hits = hits_of(store, vector, model, but=key)
+    show_hits(options, store, console, hits, {"similar_to": key}, f"{noun} {options.similar}", vector, model)
+    return EXIT_DONE
+
+
+def show_hits(
+    options: argparse.Namespace,
+    store: Store,
+    console: Console,
+    hits: list[Hit],
+    asked: dict[str, Any],
+    nearest_to: str,
+    vector: bytes,
+    model: str,
+) -> None:
+    """Print what was found, and say on standard error what could not be."""
+    report = Report(console, options, store.relation.name, "")
+    if options.json:
+        results = [
+            {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
+            for rank, hit in enumerate(hits, 1)
+        ]
+        console.json({**asked, "model": model, "results": results})
+    else:
+        if not hits:
+            console.line(f"No {report.nouns} to compare with were found.")
+        elif not options.quiet:
+            console.line(
+                one_line(f"🔎 {report.nouns[:1].upper()}{report.nouns[1:]} nearest to {nearest_to}, by {model}")
+            )
+        for line in lines_of(hits, console.columns or PIPE_WIDTH):
+            console.line(line)
+    if options.quiet:
+        return
+    store.model = model
+    total, found, fresh = store.tally(store.comparable(len(vector) // 4, model) if store.has_target else "")
+    words = []
+    if missing := total - found:
+        words.append(
+            f"{missing} of {total} {report.nouns} {'is' if missing == 1 else 'are'} not searched: no embedding yet"
+        )
+    if stale := found - fresh:
+        words.append(f"{stale} of {total} {'is' if stale == 1 else 'are'} found by an older text")
+    if words:
+        complain(f"note: {'; '.join(words)}. Run embedgen without --{options.action} to embed them.")
+
+
+def lines_of(hits: list[Hit], cells: int) -> list[str]:
+    """Return a line of so many cells for each row that was found: rank, similarity, key, and its columns."""
+    keys = [fitted(str(hit.key), KEY_WIDTH) for hit in hits]
+    room, places = max(map(width_of, keys), default=0), len(str(len(hits)))
+    lines = []
+    for rank, (hit, key) in enumerate(zip(hits, keys), 1):
+        gap = " " * (room - width_of(key))
+        key = key + gap if isinstance(hit.key, str) else gap + key
+        values = [str(value).strip(BLANKS) for value in hit.columns.values() if value is not None]
+        text = " | ".join(value for value in values if value)
+        lines.append(fitted(f"{rank:{places}}  {hit.similarity:.4f}  {key}  {text}", cells).rstrip())
+    return lines
+
+
+def fitted(text: str, cells: int) -> str:
+    """Return a text on one line, cut to so many cells of a terminal."""
+    text = one_line(text[: 4 * cells])
+    if width_of(text) <= cells:
+        return text
+    text = text[:cells]
+    while width_of(text) >= cells:
+        text = text[:-1]
+    return text + "…"
+
+
+def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+    """Say what is embedded, by which model, and what is left to be done."""
+    store.prepare()
+    origins = store.origins()
+    models = {model for model, *_ in origins}
+    if len(models) == 1 and not options.model_is_named:
+        apply_card(options, models.pop())
+        store.model, store.prefix = options.model, options.document_prefix
+    total, found, fresh = store.tally(store.has_vector if store.has_target else "")
+    _, gone = store.orphans()
+    stored = store.stored_dimensions()
+    fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
+    facts: dict[str, Any] = {
+        "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,
+        "missing": total - found, "stale": found - fresh, "orphaned": gone, **fits,
+        "model": options.model, "prefix": options.document_prefix, "dimensions": stored,
+        "updated": moment(store.updated_at()),
+        "models": [
+            {"model": model, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
+            for model, digest, prefix, fit, count in origins
+        ],
+    }  # fmt: skip
+    if options.json:
+        console.json(facts)
+    else:
+        for line in status_lines(facts, Report(console, options, store.relation.name, ""), store.shown):
+            console.line(line)
+    return EXIT_DONE
+
+
+def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[str]:
+    """Return what --status prints."""
+    total, done = facts["rows"], facts["embedded"]
+    share = done / total if total else 1.0
+    figures = [("✓", "Embedded", done), ("…", "Missing", facts["missing"]), ("↻", "Stale", facts["stale"])]
+    figures += [(mark, name, facts[name.lower()]) for mark, name in (("∅", "Orphaned"), ("✂", "Cut"), ("÷", "Split"))
+                if facts[name.lower()]]  # fmt: skip
+    width = max(len(f"{count:,}") for _, _, count in figures)
+    hints = {"Stale": "embedded from another text, prefix or model", "Orphaned": "their rows are gone; see --prune"}
+    lines = [RULE, f"🧠 {report.title.replace('Embedding Generator', 'Embeddings')} in {database}", RULE]
+    lines.append(f"📊 {int(share * 100)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
+    for mark, name, count in figures:
+        hint = f"   ({hints[name]})" if count and name in hints else ""
+        figure = f"{count:,}".rjust(width)
+        lines.append(f"   {mark}  {name + ':':<10}{figure}{hint}")
+    made: dict[tuple[str, str, str], int] = {}
+    for one in facts["models"]:
+        maker = one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]
+        made[maker] = made.get(maker, 0) + one["rows"]
+    dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
+    for (model, digest, prefix), count in list(made.items())[:3]:
+        words = f"🧩 Model: {model}{f' ({digest})' if digest else ''}{dimensions}"
+        words += f', prefix "{prefix}"' if prefix else ""
+        lines.append(one_line(words + (f": {count:,}" if len(made) > 1 else "")))
+    if facts["updated"]:
+        lines.append(f"🕑 Last updated: {facts['updated']}")
+    return [*lines, RULE]
+
+
+def moment(value: Any) -> str | None:
+    """Return a stored time as text, in UTC where its zone is known."""
+    if hasattr(value, "astimezone") and getattr(value, "tzinfo", None):
+        from datetime import timezone
+
+        return f"{value.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    return None if value is None else str(value)
+
+
+def rehearse(
+    options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None
+) -> int:
+    """Say what a run would do, and how long it may take by a few texts measured; write nothing."""
+    store.prepare()
+    counts = Counts(*store.count(), options.limit)
+    to_do = counts.total - counts.done
+    speed = measured_speed(wires, store) if to_do else 0.0
+    lasting = to_do / speed if speed else 0.0
+    report = Report(console, options, store.relation.name, "")
+    if options.json:
+        console.json(
+            {
+                "rows": counts.skipped + counts.to_do, "would_generate": to_do, "would_skip": counts.skipped,
+                "left": counts.to_do - to_do, "seconds": round(lasting, 1) if speed else None,
+                "rate": round(speed, 2) if speed else None, "model": options.model,
+            }
+        )  # fmt: skip
+        return EXIT_DONE
+    lines = [RULE, f"🧠 {report.title}: what it would do", RULE]
+    lines.append(f"📊 Total {report.nouns}: {counts.skipped + counts.to_do}")
+    lines.append(f"   ✓  Would be generated: {to_do}")
+    lines.append(f"   ⊘  Would be skipped (already exist): {counts.skipped}")
+    if counts.to_do > to_do:
+        lines.append(f"   …  Would be left by --limit: {counts.to_do - to_do}")
+    if speed:
+        lines.append(
+            f"⏱️  Estimated time: {clock(max(round(lasting), 1))}, at {speed:.1f} embeddings/second as just measured"
+        )
+    for line in [*lines, "Nothing was written.", RULE]:
+        console.line(line)
+    return EXIT_DONE
+
+
+def measured_speed(wires: Sequence[Wire], store: Store) -> float:
+    """Return the embeddings per second that the servers may give, by a few texts of the table; 0 if none has a text."""
+    import itertools
+
+    rows = itertools.islice(store.pending(None, lambda: TIMED_TEXTS), PAGE_ROWS)
+    texts = [row.text for row in rows if row and row.text.strip(BLANKS)][: TIMED_TEXTS + 1]
+    stored = store.stored_dimensions()
+    if stored:
+        wires[0].settle(stored)
+    speed, timed = 0.0, texts[1:] or texts
+    for wire in wires if texts else []:
+        try:
+            embed_here(wire, texts[:1], store.stopping)  # which may have to load the model first
+            began = time.monotonic()
+            embed_here(wire, timed, store.stopping)
+            speed += len(timed) / max(time.monotonic() - began, 1e-6)
+        except Away:
+            if wire is wires[-1] and not speed:
+                raise
+    return speed
+
+
+def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+    """Remove the embeddings whose row is gone."""
+    store.prepare()
+    if not store.has_target:
+        raise UsageError(f'there is nothing to prune: no table "{store.target.name}". Give --target NAME.')
+    total, gone = store.orphans()
+    nouns = Report(console, options, store.relation.name, "").nouns
+    refused = UsageError(
+        f'none of the {total} embeddings in "{store.target.name}" belongs to a row of "{store.relation.name}", so that '
+        "all would be removed. Give another --table or --target; or --force, if that is meant."
+    )
+    if gone and gone == total and not options.force:
+        raise refused
+    if not options.dry_run and gone:
+        removed = store.prune()
+        if not removed and store.orphans()[1]:
+            raise refused  # somebody else was at work meanwhile
+        gone = removed
+    if log:
+        log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
+    if options.json:
+        console.json({"removed": gone, "left": total - gone, "dry_run": options.dry_run})
+    elif gone or not options.quiet:
+        what = "Would remove" if options.dry_run else "Removed"
+        why = f"whose {nouns} are gone" if gone else f"since all their {nouns} are there"
+        console.line(f"🧹 {what} {gone} of {total} embeddings, {why}.")
+    return EXIT_DONE
 
 
 # =============================== the run ===============================
@@ -5625,11 +6355,12 @@ def generate(
     options: argparse.Namespace,
     wires: Sequence[Wire],
     store: Store,
-    log: Log,
     console: Console,
-    interrupt: Interrupt,
+    log: Log | None,
 ) -> int:
     """Do the main job and return the exit code."""
+    assert log
+    interrupt = console.interrupt
     report = Report(console, options, options.table.rpartition(".")[2], log.shown)
     if options.load:
         log.info(f"loaded {store.load(options.load)} rows from {options.load}")
@@ -5723,14 +6454,6 @@ def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple
             )
 
 
-def cosine(one: bytes, other: bytes) -> float:
-    """Return the cosine of the angle between two stored vectors."""
-    import math
-
-    a, b = unpack(one), unpack(other)
-    return sum(x * y for x, y in zip(a, b)) / ((math.hypot(*a) * math.hypot(*b)) or 1.0)
-
-
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
     fixed, many = options.in_flight, len(wires)
@@ -5745,6 +6468,16 @@ def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
 
 
 # =============================== main ===============================
+
+# What can be done; each prepares the store, says what came of it, and returns the exit code.
+ACTIONS: dict[str, Callable[[argparse.Namespace, Sequence[Wire], Store, Console, Optional[Log]], int]] = {
+    "generate": generate,
+    "dry_run": rehearse,
+    "search": search,
+    "similar": similar,
+    "status": status,
+    "prune": prune,
+}
 
 
 def hide_arguments(urls: Sequence[str]) -> None:
@@ -5790,15 +6523,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         wires = wires_for(options)
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)
-            log = Log(options, ENGINES[options.engine].log_name)
-            return generate(options, wires, store, log, console, interrupt)
+            if not options.reads_only:  # there is nothing to be told of those later
+                log = Log(options, ENGINES[options.engine].log_name)
+            return ACTIONS[options.action](options, wires, store, console, log)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)
         if "--json" in (sys.argv if argv is None else argv) and not isinstance(stop, Reported):
-            import json
-
-            console.line(json.dumps({"exit_code": stop.code, "error": stop.message}))
+            console.json({"exit_code": stop.code, "error": stop.message})
         complain(f"error: {stop}")
         return stop.code
     except KeyboardInterrupt:

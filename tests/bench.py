@@ -25,6 +25,7 @@ import re
 import shutil
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -555,6 +556,41 @@ def postgres(folder: Path, quick: bool) -> None:
     show("postgres: nothing to do", ("", "seconds", "ratio", "peak PSS, MiB"), rows)
 
 
+def search(folder: Path, quick: bool) -> None:
+    """How long it takes to find the nearest rows in SQLite, beside one statement that only reads the vectors."""
+    rows: list[list[Any]] = []
+    for count in (10_000, 20_000 if quick else 100_000):
+        database = make_movies(folder / f"search {count}.db", count, PLOT)
+        with Ollama(models={"nomic-embed-text": {"dimensions": DIMENSIONS}}) as server:
+            program(database, server.url, "--limit", 1)
+            url = server.url  # nobody will be asked
+        some = [struct.pack(f"<{DIMENSIONS}f", *vector(str(number), DIMENSIONS)) for number in range(200)]
+
+        def turned(key: int, some: list[bytes] = some) -> bytes:
+            """Return another vector for each row, made faster than by chance."""
+            one, place = some[key % len(some)], key // len(some) % DIMENSIONS * 4
+            return one[place:] + one[:place]
+
+        with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+            connection.executemany(
+                "INSERT INTO movie_embeddings (movie_id, embedding, model, text_sha256, updated_at) "
+                "VALUES (?, ?, 'nomic-embed-text', zeroblob(32), '2026-01-01T00:00:00Z')",
+                ((key, turned(key)) for key in range(2, count + 1)),
+            )
+
+        def read(database: Path = database, count: int = count) -> Measured:
+            begin = time.monotonic()
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                assert sum(1 for _ in connection.execute("SELECT movie_id, embedding FROM movie_embeddings")) == count
+            return Measured(time.monotonic() - begin)
+
+        jobs = {"reading alone": read, "--similar": functools.partial(program, database, url, "--similar", 2)}
+        done = in_turns(jobs)
+        least = done["reading alone"].seconds
+        rows += [[f"{count:,} rows: {name}", run.seconds, run.seconds / least, run.peak] for name, run in done.items()]
+    show(f"search: {DIMENSIONS} dimensions", ("", "seconds", "ratio", "peak PSS, MiB"), rows)
+
+
 def start(folder: Path, quick: bool) -> None:
     """How soon the program is there."""
     database = make_movies(folder / "start.db", 100)
@@ -617,7 +653,9 @@ def servers(folder: Path, quick: bool) -> None:
     show(f"servers: of {', '.join(map(str, FOUR))} embeddings/s, {count:,} rows", header, rows)
 
 
-SECTIONS = {section.__name__: section for section in (memory, throughput, paced, servers, pace, idle, postgres, start)}
+SECTIONS = {
+    section.__name__: section for section in (memory, throughput, paced, servers, pace, idle, postgres, search, start)
+}
 
 
 def main() -> int:

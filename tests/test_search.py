@@ -1,0 +1,480 @@
+"""--search and --similar: what they list, in which order, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+import types
+import unittest
+from array import array
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import embedgen
+from tests.databases import Postgres
+from tests.ollama import blob
+from tests.support import MOVIES, ROOT, Case, OnPostgres, environment
+
+WHERE = "year >= 1960 AND id % 3 <> 1"
+
+
+def numbers(vector: bytes) -> list[float]:
+    """Return a stored vector's numbers."""
+    return array("f", vector).tolist()
+
+
+def likeness(one: list[float], other: list[float]) -> float:
+    """Return the cosine of two vectors, reckoned as in a textbook."""
+    product = sum(a * b for a, b in zip(one, other))
+    return product / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+
+
+def films() -> list[dict[str, str]]:
+    """Return the sample films, as they stand in the file."""
+    with open(MOVIES, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def three_words(overview: str) -> str:
+    """Return the three longest distinct words of a text, in its order; of equally long ones the first."""
+    words = list(dict.fromkeys(re.findall(r"\w+", overview.lower())))
+    longest = sorted(words, key=lambda word: (-len(word), words.index(word)))[:3]
+    return " ".join(sorted(longest, key=words.index))
+
+
+class SearchCase(Case):
+    """What the tests share."""
+
+    def found(self, *flags: object, **more: Any) -> list[dict[str, Any]]:
+        """Return the results of a run with --json."""
+        done = self.run_program(*flags, "--json", **more)
+        self.assertEqual(done.code, 0, done.err)
+        return list(json.loads(done.out)["results"])
+
+    def keys(self, *flags: object) -> list[Any]:
+        """Return the keys that are listed, in order."""
+        return [result["key"] for result in self.found(*flags)]
+
+    def brute_force(self, query: bytes, keys: Iterable[Any] | None = None) -> list[tuple[float, Any]]:
+        """Return similarity and key of all stored vectors, or of those of `keys`, in the order that is promised."""
+        stored = self.stored()
+        near = [(likeness(numbers(query), numbers(stored[key])), key) for key in (stored if keys is None else keys)]
+        return sorted(near, key=lambda one: (-round(one[0], 12), one[1]))
+
+    def load_films(self, *flags: object) -> None:
+        """Have the sample films in the database."""
+        self.succeed("--server", "hash:", "--load", MOVIES, *flags)
+
+    def duplicate(self, film: int, *keys: int) -> None:
+        """Have a film stand under more keys."""
+        for key in keys:
+            self.execute(
+                f'INSERT INTO movies SELECT {key}, title, year, genres, "cast", language, rating, overview '
+                f"FROM movies WHERE id = {film}"
+            )
+
+
+class Films(SearchCase):
+    """The sample films, embedded by words."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.load_films()
+
+    def test_three_words_of_an_overview_find_its_film(self) -> None:
+        flags = self.arguments("--server", "hash:", "--search", "x")
+        options = embedgen.parse_arguments(flags[flags.index("--log-dir") :])
+        options.database = self.db.flags[1] if self.db.flags else str(self.database)
+        store = embedgen.open_store(options)
+        self.addCleanup(store.close)
+        store.prepare()
+        wires = embedgen.wires_for(options)
+        first = 0
+        for film in films():
+            vector = embedgen.embed_query(wires, three_words(film["overview"]), store)
+            first += embedgen.hits_of(store, vector, options.model)[0].key == int(film["id"])
+        self.assertGreaterEqual(first, 190)  # of 200
+
+    def test_a_search_from_the_command_line(self) -> None:
+        film = films()[41]
+        done = self.succeed("--server", "hash:", "--search", three_words(film["overview"]), "--top", 3)
+        head, *lines = done.out.splitlines()
+        self.assertEqual(head, f'🔎 Movies nearest to "{three_words(film["overview"])}", by hash-256')
+        self.assertEqual(len(lines), 3)
+        self.assertRegex(lines[0], rf"^1  0\.\d{{4}} +42  {re.escape(film['title'])} \| {film['year']} \| ")
+        self.assertTrue(all(len(line) <= embedgen.PIPE_WIDTH for line in lines))
+
+    def test_json_has_what_a_program_wants_and_nothing_else(self) -> None:
+        film = films()[41]
+        done = self.succeed("--server", "hash:", "--search", three_words(film["overview"]), "--json")
+        whole = json.loads(done.out)
+        self.assertEqual(list(whole), ["query", "model", "results"])
+        self.assertEqual((whole["query"], whole["model"]), (three_words(film["overview"]), "hash-256"))
+        self.assertEqual([result["rank"] for result in whole["results"]], list(range(1, 11)))
+        first = whole["results"][0]
+        self.assertEqual(first["key"], 42)
+        self.assertEqual(list(first["columns"]), ["title", "year", "genres", "overview", "cast", "language", "rating"])
+        self.assertEqual(first["columns"]["overview"], film["overview"])
+        self.assertEqual(first["columns"]["year"], int(film["year"]))
+
+    def test_similar_equals_brute_force(self) -> None:
+        self.duplicate(7, 300, 250, 201, 202)
+        self.duplicate(100, 350, 203)
+        self.succeed("--server", "hash:")
+        stored = self.stored()
+        allowed = {key for (key,) in self.execute(f"SELECT id FROM movies WHERE {WHERE}")}
+        for key in (1, 7, 100, 203, 300):
+            for where in (None, WHERE):
+                with self.subTest(key=key, where=where):
+                    expected = self.brute_force(stored[key], allowed if where else None)
+                    expected = [one for one in expected if one[1] != key][:12]
+                    flags = ("--similar", key, "--top", 12, *(("--where", where) if where else ()))
+                    results = self.found("--server", "hash:", *flags)
+                    self.assertEqual([one["key"] for one in results], [key for _, key in expected])
+                    for one, (similarity, _) in zip(results, expected):
+                        self.assertAlmostEqual(one["similarity"], similarity, places=5)
+        self.assertEqual(self.keys("--server", "hash:", "--similar", 7, "--top", 4), [201, 202, 250, 300])
+
+    def test_more_ties_than_are_wanted_come_by_key(self) -> None:
+        self.duplicate(7, *range(400, 340, -1))
+        self.succeed("--server", "hash:")
+        self.assertEqual(self.keys("--server", "hash:", "--similar", 7, "--top", 2), [341, 342])
+
+    def test_similar_never_lists_the_row_itself(self) -> None:
+        for key in range(1, 201, 13):
+            self.assertNotIn(key, self.keys("--server", "hash:", "--similar", key, "--top", 200))
+        self.assertEqual(len(self.keys("--server", "hash:", "--similar", 5, "--top", 500)), 199)
+
+    def test_rows_that_are_gone_are_not_listed(self) -> None:
+        nearest = self.keys("--server", "hash:", "--similar", 5)[0]
+        self.execute(f"DELETE FROM movies WHERE id = {nearest}")
+        self.assertNotIn(nearest, self.keys("--server", "hash:", "--similar", 5, "--top", 500))
+
+    def test_what_is_not_searched_is_said(self) -> None:
+        self.duplicate(7, 301, 302)
+        self.execute("UPDATE movies SET title = 'Another' WHERE id = 12")
+        flags = ("--server", "hash:", "--similar", 5)
+        done = self.run_program(*flags)
+        self.assertEqual(
+            done.err,
+            "note: 2 of 202 movies are not searched: no embedding yet; 1 of 202 is found by an older text. "
+            "Run embedgen without --similar to embed them.\n",
+        )
+        self.assertEqual(self.run_program(*flags, "--quiet").err, "")
+        self.assertEqual(self.run_program(*flags, "--where", "id < 10").err, "")
+
+    def test_no_results_are_no_error(self) -> None:
+        done = self.succeed("--server", "hash:", "--search", "ship", "--where", "id < 0")
+        self.assertEqual(done.out, "No movies to compare with were found.\n")
+        done = self.succeed("--server", "hash:", "--search", "ship", "--where", "id < 0", "--json")
+        self.assertEqual(json.loads(done.out)["results"], [])
+
+    def test_vectors_need_not_be_of_length_one(self) -> None:
+        stored = self.stored()
+        before = self.brute_force(stored[5])
+        for key, factor in ((9, 3.0), (10, 0.01), (11, 250.0), (5, 40.0)):
+            scaled = array("f", [factor * number for number in numbers(stored[key])]).tobytes()
+            kind = "?::extensions.vector" if isinstance(self.db, Postgres) else "?"
+            self.update(key, scaled, kind)
+        self.assertEqual(self.keys("--server", "hash:", "--similar", 5, "--top", 199), [k for _, k in before if k != 5])
+
+    def update(self, key: int, vector: bytes, kind: str) -> None:
+        """Replace a stored vector."""
+        if isinstance(self.db, Postgres):
+            self.execute(f"UPDATE movie_embeddings SET embedding = '{self.db.vector(vector)}' WHERE movie_id = {key}")
+        else:
+            self.execute(f"UPDATE movie_embeddings SET embedding = x'{vector.hex()}' WHERE movie_id = {key}")
+
+    def test_on_a_terminal_lines_are_fitted(self) -> None:
+        hits = [
+            embedgen.Hit(0.91234, 7, {"title": "映画の題名がとても長い場合の表示", "overview": "a\nb\x1b[31m " * 20}),
+            embedgen.Hit(0.5, 12345, {"title": None, "year": 1999, "overview": "  "}),
+        ]
+        for cells in (30, 41, 80):
+            first, second = embedgen.lines_of(hits, cells)
+            self.assertLessEqual(embedgen.width_of(first), cells)
+            self.assertGreaterEqual(embedgen.width_of(first), cells - 1)  # a wide character may not fit
+            self.assertTrue(first.startswith("1  0.9123      7  映画"))
+            self.assertEqual(second, "2  0.5000  12345  1999")
+        self.assertNotRegex(embedgen.lines_of(hits, 200)[0], r"[\x00-\x1f]")
+
+
+class FilmsOnPostgres(OnPostgres, Films):
+    """The same on Postgres."""
+
+
+class Queries(SearchCase):
+    """What a search asks the server for, and what it refuses."""
+
+    def test_the_double_gets_the_query_with_its_prefix(self) -> None:
+        self.make_movies(30)
+        for model, prefix, seed in (("nomic-embed-text", "search_query: ", ""), ("all-minilm", "", "all-minilm")):
+            target = ("--model", model, "--target", model)
+            self.succeed(*target)
+            self.ollama.reset()
+            results = self.found(*target, "--search", "a film about dragons")
+            self.assertEqual(self.asked(), [prefix + "a film about dragons"])
+            stored = self.stored(model)
+            query = numbers(blob(prefix + "a film about dragons", seed=seed))
+            expected = sorted(stored, key=lambda key: (-likeness(query, numbers(stored[key])), key))[:10]
+            self.assertEqual([one["key"] for one in results], expected)
+        self.found("--search", "dragons", "--target", "all-minilm", "--model", "all-minilm", "--query-prefix", "q: ")
+        self.assertEqual(self.asked()[-1], "q: dragons")
+
+    def test_another_model_is_refused(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.refuse(2, "--search", "x", "--model", "all-minilm", words=["nomic-embed-text", "all-minilm", "--model"])
+        self.refuse(2, "--search", "x", "--server", "hash:", words=["nomic-embed-text", "hash-256"])
+        self.assertNotIn("search_query: x", self.asked())
+
+    def test_another_version_is_refused(self) -> None:
+        self.make_movies(3)
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:aaaa"}})
+        self.succeed()
+        self.found("--search", "x")
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:bbbb"}})
+        self.refuse(2, "--search", "x", words=["another version", "aaaa", "bbbb"])
+
+    def test_other_dimensions_are_refused(self) -> None:
+        self.make_movies(3)
+        self.succeed("--dimensions", 4)
+        self.refuse(2, "--search", "x", words=["4 dimensions", "8", "--dimensions"])
+        self.assertEqual(len(self.found("--search", "x", "--dimensions", 4)), 3)
+
+    def test_nothing_to_search(self) -> None:
+        self.make_movies(3)
+        for flags in (("--search", "x"),):
+            self.refuse(3, *flags, words=["no embeddings yet", "movie_embeddings", "without --search"])
+        self.refuse(3, "--similar", 1, words=["movie 1 has no embedding"])
+        self.succeed()
+        self.execute("DELETE FROM movie_embeddings")
+        self.refuse(3, "--search", "x", words=["no embeddings yet", "empty"])
+        self.refuse(2, "--similar", 9, words=["no row", "id 9"])
+        self.refuse(2, "--similar", "seven", words=["no row", "id seven"])
+        self.assertEqual(self.ollama.texts().count("search_query: x"), 0)
+
+    def test_a_server_that_is_away(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        away = "http://127.0.0.1:9"
+        said = self.refuse(3, "--search", "x", "--server", away, words=[away, "ollama serve"])
+        self.assertEqual(said, self.refuse(3, "--force", "--server", away))
+        self.refuse(3, "--search", "x", "--model", "nomic-embed-text:v2", "--target", "movie_embeddings2",
+                    words=["no embeddings yet"])  # fmt: skip
+        self.assertEqual(len(self.found("--search", "x", "--server", away, "--server", self.ollama.url)), 3)
+        self.ollama.away()
+        self.assertEqual(len(self.found("--similar", 1)), 2)  # asks nobody
+
+    def test_over_the_other_protocol(self) -> None:
+        self.make_movies(3)
+        server = ("--server", self.ollama.url + "/v1")
+        self.succeed(*server)
+        self.assertEqual(len(self.found(*server, "--search", "x")), 3)
+        self.assertEqual(self.ollama.log()[-1]["path"], "/v1/embeddings")
+        self.assertEqual(self.asked()[-1], "search_query: x")
+
+    def test_a_text_that_the_server_refuses(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.ollama.configure(refuse=[{"contains": "dragons", "status": 400, "error": "no dragons here"}])
+        self.refuse(3, "--search", "dragons", words=["does not embed", "no dragons here"])
+
+    def test_a_query_that_is_no_text(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.assertEqual(len(self.found("--search", "caf\udce9")), 3)
+
+    def test_keys_that_are_texts(self) -> None:
+        self.execute("CREATE TABLE movies (id TEXT PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [(f"tt{n}'\"é", f"Film {n}") for n in range(9)])
+        self.succeed()
+        keys = self.keys("--similar", "tt3'\"é")
+        self.assertEqual(sorted(keys), sorted(f"tt{n}'\"é" for n in range(9) if n != 3))
+
+    def test_a_foreign_target(self) -> None:
+        self.make_movies(4)
+        self.execute(f"CREATE TABLE vectors (movie_id {self.db.integer} PRIMARY KEY, embedding {self.db.vector_type})")
+        rows = [(key, self.db.vector(blob(str(key)))) for key in (1, 2, 3)]
+        self.execute("INSERT INTO vectors VALUES (?, ?)", rows)
+        done = self.run_program("--similar", 2, "--target", "vectors", "--json")
+        self.assertEqual({one["key"] for one in json.loads(done.out)["results"]}, {1, 3})
+        self.assertIn("1 of 4 movies is not searched", done.err)
+        self.assertEqual(len(self.found("--search", "x", "--target", "vectors")), 3)
+
+    def test_columns_with_names_of_our_own(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, rank TEXT, key TEXT)")
+        self.execute("INSERT INTO movies VALUES (1, 'x', 'y'), (2, 'z', NULL)")
+        flags = ("--columns", "rank,key")
+        self.succeed(*flags)
+        self.assertEqual(self.found(*flags, "--similar", 2)[0]["columns"], {"rank": "x", "key": "y"})
+
+
+class QueriesOnPostgres(OnPostgres, Queries):
+    """The same on Postgres."""
+
+
+class OnlySQLite(SearchCase):
+    """One pass over the table, in memory that does not grow with it."""
+
+    def test_it_starts_neither_engine(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        flags = self.arguments("--search", "x", "--quiet")
+        code = (
+            "import sys, embedgen; code = embedgen.main(); print(code, {'asyncio', 'multiprocessing'} & {*sys.modules})"
+        )
+        arguments = [sys.executable, "-c", code, *flags[flags.index("--log-dir") :]]
+        env = environment({"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(arguments, cwd=self.folder, env=env, stdout=subprocess.PIPE, check=True)
+        self.assertEqual(done.stdout.decode().splitlines()[-1], "0 set()")
+
+    def test_blobs_of_another_length_are_not_compared(self) -> None:
+        self.load_films()
+        self.execute("UPDATE movie_embeddings SET embedding = x'0000803f' WHERE movie_id = 9")
+        self.execute("UPDATE movie_embeddings SET embedding = zeroblob(1024) WHERE movie_id = 10")
+        done = self.run_program("--server", "hash:", "--similar", 5, "--top", 500, "--json")
+        keys = [one["key"] for one in json.loads(done.out)["results"]]
+        self.assertEqual(set(range(1, 201)) - set(keys), {5, 9, 10})
+        self.assertIn("1 of 200 movies is not searched", done.err)
+
+    def test_the_nearest_of_many(self) -> None:
+        query = blob("query")
+        rows = [(key, blob(str(key % 700))) for key in range(2000)]
+        expected = sorted(rows, key=lambda row: (-round(likeness(numbers(query), numbers(row[1])), 12), row[0]))
+        for most in (1, 2, 10, 1500, 5000):
+            self.assertEqual(embedgen.nearest_of(iter(rows), query, most), expected[:most])
+        mixed = [("b", query), (b"a", query), (2, query), ("a", query), (1.5, query)]
+        self.assertEqual([key for key, _ in embedgen.nearest_of(iter(mixed), query, 5)], [1.5, 2, "a", "b", b"a"])
+
+    def test_numbers_that_are_none(self) -> None:
+        good, bad = blob("x"), [array("f", [value] * 8).tobytes() for value in (math.nan, math.inf, 0.0)]
+        rows = [(key, vector) for key, vector in enumerate([*bad, good])]
+        self.assertEqual(embedgen.nearest_of(iter(rows), good, 3), [(3, good)])
+        for vector in bad:
+            self.assertTrue(math.isnan(embedgen.cosine(vector, good)))
+
+    def test_keys_of_no_type(self) -> None:
+        self.execute("CREATE TABLE movies (id PRIMARY KEY NOT NULL, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [(7, "a"), ("7", "b"), ("x", "c"), (2.5, "d")])
+        self.succeed()
+        self.assertEqual(sorted(map(repr, self.keys("--similar", "7"))), ["'x'", "2.5", "7"])
+        self.execute("DELETE FROM movies WHERE title = 'b'")
+        self.assertEqual(sorted(map(repr, self.keys("--similar", "7"))), ["'x'", "2.5"])
+
+    def test_texts_that_are_none(self) -> None:
+        self.make_movies(3)
+        self.execute("UPDATE movies SET title = CAST(x'41ff42' AS TEXT) WHERE id = 2")
+        self.succeed()
+        titles = {one["columns"]["title"] for one in self.found("--similar", 1)}
+        self.assertEqual(titles, {"A\ufffdB", "Film 3"})
+
+    def test_through_sqlite_vec(self) -> None:
+        """With the package where it can be loaded, and its one function in Python where not."""
+        self.load_films()
+        flags = ("--server", "hash:", "--similar", 5, "--top", 20)
+        with mock.patch.dict(sys.modules, sqlite_vec=None):
+            plain = self.found(*flags)
+        has_sqlite_vec = embedgen.SQLiteStore.has_sqlite_vec
+
+        def distance(one: bytes, other: bytes) -> float | None:
+            return 1 - likeness(numbers(one), numbers(other)) if any(one) else None
+
+        def load(store: embedgen.SQLiteStore) -> bool:
+            if not has_sqlite_vec(store):
+                store.connection.create_function("vec_distance_cosine", 2, distance)
+            return True
+
+        with mock.patch.object(embedgen, "nearest_of", side_effect=AssertionError("not used")):
+            with mock.patch.object(embedgen.SQLiteStore, "has_sqlite_vec", load):
+                self.assertEqual(self.found(*flags), plain)
+                self.execute("UPDATE movie_embeddings SET embedding = zeroblob(1024) WHERE movie_id = 10")
+                keys = self.keys("--server", "hash:", "--similar", 5, "--top", 500)
+                self.assertEqual(set(range(1, 201)) - set(keys), {5, 10})
+
+    def test_without_sqlite_vec(self) -> None:
+        self.load_films()
+        broken = types.ModuleType("sqlite_vec")
+        broken.load = mock.Mock(side_effect=AttributeError)  # type: ignore[attr-defined]
+        with mock.patch.dict(sys.modules, sqlite_vec=broken):
+            self.assertEqual(len(self.found("--server", "hash:", "--similar", 5)), 10)
+
+
+class OnlyPostgres(OnPostgres, SearchCase):
+    """Types and indexes that only Postgres has."""
+
+    db: Postgres
+
+    def test_keys_that_are_uuids(self) -> None:
+        self.execute("CREATE TABLE movies (id uuid PRIMARY KEY, title text)")
+        self.execute("INSERT INTO movies SELECT ('00000000-0000-0000-0000-00000000000' || n)::uuid, 'Film ' || n "
+                     "FROM generate_series(1, 5) n")  # fmt: skip
+        self.succeed()
+        keys = self.keys("--similar", "00000000-0000-0000-0000-000000000003")
+        self.assertEqual(sorted(keys), [f"00000000-0000-0000-0000-00000000000{n}" for n in (1, 2, 4, 5)])
+        self.refuse(2, "--similar", "3", words=["no row"])
+
+    def test_a_target_of_halfvec(self) -> None:
+        self.make_movies(20)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding extensions.halfvec(8))")
+        self.succeed()
+        stored = self.stored()
+        expected = [key for _, key in self.brute_force(stored[3]) if key != 3][:10]
+        self.assertEqual(self.keys("--similar", 3), expected)
+        self.assertEqual(len(self.keys("--search", "x")), 10)
+
+    def test_a_target_without_dimensions(self) -> None:
+        self.make_movies(5)
+        self.execute("CREATE TABLE movie_embeddings (movie_id bigint PRIMARY KEY, embedding extensions.vector)")
+        self.succeed()
+        self.execute("UPDATE movie_embeddings SET embedding = '[1,2,3]' WHERE movie_id = 2")
+        done = self.run_program("--similar", 1, "--json")
+        self.assertEqual({one["key"] for one in json.loads(done.out)["results"]}, {3, 4, 5})
+        self.assertIn("1 of 5 movies is not searched", done.err)
+
+    def plans(self, *flags: object) -> tuple[list[Any], str]:
+        """Run a search, and return what it listed with the plans of its statements."""
+        seen: list[tuple[str, tuple[Any, ...]]] = []
+        execute = embedgen.PostgresStore.execute
+
+        def listen(store: embedgen.PostgresStore, sql: str, *parameters: Any) -> list[Any]:
+            plan = ""
+            if "<=>" in sql:
+                plan = "\n".join(line for (line,) in execute(store, f"EXPLAIN {sql}", *parameters))
+            seen.append((plan, parameters))
+            return execute(store, sql, *parameters)
+
+        with mock.patch.object(embedgen.PostgresStore, "execute", listen):
+            keys = self.keys(*flags)
+        return keys, "\n".join(plan for plan, _ in seen)
+
+    def test_the_index_is_used(self) -> None:
+        self.make_movies(3000)
+        self.succeed("--index")
+        self.execute("ANALYZE")
+        stored = self.stored()
+        exact = [key for _, key in self.brute_force(stored[7]) if key != 7]
+        keys, plans = self.plans("--similar", 7)
+        self.assertIn("movie_embeddings_embedding_hnsw", plans)
+        self.assertGreaterEqual(len(set(keys) & set(exact[:10])), 8)  # it is approximate
+        # Where a condition leaves few, none of them is missing.
+        keys, _ = self.plans("--similar", 7, "--where", "id % 250 = 1")
+        self.assertEqual(keys, [key for key in exact if key % 250 == 1][:10])
+        keys, _ = self.plans("--similar", 7, "--where", "id IN (8, 9)")
+        self.assertEqual(sorted(keys), [8, 9])
+
+    def test_without_an_index_the_order_is_exact(self) -> None:
+        self.make_movies(300)
+        self.succeed()
+        keys, plans = self.plans("--similar", 7)
+        self.assertNotIn("hnsw", plans)
+        self.assertEqual(keys, [key for _, key in self.brute_force(self.stored()[7]) if key != 7][:10])
+
+
+if __name__ == "__main__":
+    unittest.main()

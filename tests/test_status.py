@@ -1,0 +1,486 @@
+"""--status, --dry-run and --prune; and that whatever only looks leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import embedgen
+from tests.databases import Postgres
+from tests.ollama import blob
+from tests.support import Case, OnPostgres
+
+LOOKING = (
+    ("--search", "Film"),
+    ("--similar", 1),
+    ("--status",),
+    ("--dry-run",),
+    ("--dry-run", "--force", "--limit", 2),
+    ("--prune", "--dry-run"),
+)
+
+
+class Usage(Case):
+    """What goes with what is said in one sentence."""
+
+    def test_flags_that_do_not_go_together(self) -> None:
+        for flags, words in (
+            (("--search", ""), ["--search is empty"]),
+            (("--similar", " "), ["--similar is empty"]),
+            (("--search", "x", "--similar", "1"), ["--similar", "--search"]),
+            (("--status", "--prune"), ["--prune", "--status"]),
+            (("--search", "x", "--force"), ["--force", "--search"]),
+            (("--search", "x", "--limit", "0"), ["--limit", "--search"]),
+            (("--status", "--load", "x.csv"), ["--load", "--status"]),
+            (("--similar", "1", "--index"), ["--index", "--similar"]),
+            (("--similar", "1", "--workers", "2"), ["--concurrent", "--similar"]),
+            (("--search", "x", "--dry-run"), ["--dry-run", "--search"]),
+            (("--dry-run", "--load", "x.csv"), ["--load", "--dry-run"]),
+            (("--prune", "--where", "id > 1"), ["--where", "--prune"]),
+            (("--prune", "--top", "3"), ["--top", "--prune"]),
+            (("--top", "3"), ["--top", "--search", "--similar"]),
+            (("--search", "x", "--top", "0"), ["--top", "0"]),
+            (("--status", "--quiet"), ["--quiet", "--status"]),
+        ):
+            with self.subTest(flags=flags):
+                self.refuse(2, *flags, words=words)
+
+    def test_the_table_of_what_goes_with_what_names_real_flags(self) -> None:
+        options = vars(embedgen.create_parser().parse_args([]))
+        self.assertLessEqual(set(embedgen.GOES_WITH), set(options))
+        for actions in embedgen.GOES_WITH.values():
+            self.assertLessEqual(set(actions), set(embedgen.ACTIONS))
+
+
+class Status(Case):
+    """How much is embedded, and by what."""
+
+    def status(self, *flags: object) -> dict[str, Any]:
+        """Return what --status --json says."""
+        return dict(json.loads(self.succeed("--status", "--json", *flags).out))
+
+    def figures(self, *flags: object) -> tuple[int, ...]:
+        """Return rows, embedded, missing, stale, orphaned."""
+        facts = self.status(*flags)
+        return tuple(facts[name] for name in ("rows", "embedded", "missing", "stale", "orphaned"))
+
+    def test_figures(self) -> None:
+        self.make_movies(10)
+        self.assertEqual(self.figures(), (10, 0, 10, 0, 0))
+        self.succeed("--limit", 7)
+        self.assertEqual(self.figures(), (10, 7, 3, 0, 0))
+        self.execute("UPDATE movies SET title = 'Another' WHERE id IN (2, 9)")
+        self.assertEqual(self.figures(), (10, 6, 3, 1, 0))
+        self.assertEqual(self.figures("--where", "id > 6"), (4, 1, 3, 0, 0))
+        self.assertEqual(self.figures("--document-prefix", "other: "), (10, 0, 3, 7, 0))
+        self.assertEqual(self.figures("--model", "all-minilm"), (10, 0, 3, 7, 0))
+        self.succeed()
+        self.assertEqual(self.figures(), (10, 10, 0, 0, 0))
+        self.assertEqual(self.status()["updated"][:2], "20")
+
+    def test_it_needs_no_server(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.ollama.reset()
+        self.assertEqual(self.figures(), (3, 3, 0, 0, 0))
+        self.assertEqual(self.ollama.log(), [])
+        self.assertEqual(self.figures("--server", "http://127.0.0.1:9"), (3, 3, 0, 0, 0))
+
+    def test_what_it_prints(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [(key, f"Film {key}") for key in range(1, 1201)])
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:0123456789abcdef"}})
+        self.succeed("--limit", 900, "--document-prefix", "search_document: ")
+        self.execute("UPDATE movies SET title = 'x' WHERE id <= 50")
+        done = self.succeed("--status", "--document-prefix", "search_document: ")
+        rule, head, _, share, good, missing, stale, model, updated, end = done.out.splitlines()
+        self.assertEqual((rule, end), ("=" * 60, "=" * 60))
+        self.assertTrue(head.startswith("🧠 Movie Embeddings in "))
+        self.assertEqual(share, "📊 70%|█████████████████       | 850 of 1,200 movies")
+        self.assertEqual(
+            (good, missing, stale),
+            (
+                "   ✓  Embedded: 850",
+                "   …  Missing:  300",
+                "   ↻  Stale:     50   (embedded from another text, prefix or model)",
+            ),
+        )
+        self.assertEqual(model, '🧩 Model: nomic-embed-text (0123456789ab), 8 dimensions, prefix "search_document: "')
+        self.assertRegex(updated, r"^🕑 Last updated: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+
+    def test_the_tables_only_model_is_meant_unless_one_is_named(self) -> None:
+        self.make_movies(3)
+        self.prefixed = True
+        self.ollama.configure(models={"embeddinggemma": {}, "nomic-embed-text": {}})
+        self.succeed("--model", "embeddinggemma")
+        facts = self.status()
+        self.assertEqual((facts["model"], facts["embedded"]), ("embeddinggemma", 3))
+        self.assertEqual(facts["prefix"], "title: none | text: ")
+        self.assertEqual(facts["models"][0]["prefix"], "title: none | text: ")
+        self.assertEqual(self.figures("--model", "nomic-embed-text"), (3, 0, 0, 3, 0))
+        done = self.run_program("--status", "--json", env={"EMBEDGEN_MODEL": "nomic-embed-text"})
+        self.assertEqual(json.loads(done.out)["stale"], 3)
+
+    def test_several_models(self) -> None:
+        self.make_movies(4)
+        self.succeed()
+        self.execute("UPDATE movie_embeddings SET model = 'old' WHERE movie_id = 4")
+        facts = self.status()
+        self.assertEqual(
+            [(one["model"], one["rows"]) for one in facts["models"]], [("nomic-embed-text", 3), ("old", 1)]
+        )
+        self.assertEqual((facts["embedded"], facts["stale"]), (3, 1))
+
+    def test_a_foreign_target(self) -> None:
+        self.make_movies(4)
+        self.execute(f"CREATE TABLE vectors (movie_id {self.db.integer} PRIMARY KEY, embedding {self.db.vector_type})")
+        rows = [(key, self.db.vector(blob(str(key)))) for key in (1, 2, 3, 99)]
+        self.execute("INSERT INTO vectors VALUES (?, ?)", rows)
+        self.assertEqual(self.figures("--target", "vectors"), (4, 3, 1, 0, 1))
+        self.assertEqual(self.status("--target", "vectors")["dimensions"], 8)
+        self.assertIn("75%", self.succeed("--status", "--target", "vectors").out)
+
+    def test_an_empty_table(self) -> None:
+        self.make_movies(0)
+        self.assertEqual(self.figures(), (0, 0, 0, 0, 0))
+        self.assertIn("0 of 0 movies", self.succeed("--status").out)
+
+
+class StatusOnPostgres(OnPostgres, Status):
+    """The same on Postgres."""
+
+
+class DryRun(Case):
+    """What a run would do."""
+
+    def facts(self, *flags: object, **more: Any) -> dict[str, Any]:
+        """Return what --dry-run --json says."""
+        return dict(json.loads(self.succeed("--dry-run", "--json", *flags, **more).out))
+
+    def test_figures(self) -> None:
+        self.make_movies(10)
+        names = ("rows", "would_generate", "would_skip", "left")
+        for flags, expected in (
+            ((), (10, 10, 0, 0)),
+            (("--limit", 4), (10, 4, 0, 6)),
+            (("--where", "id > 8"), (2, 2, 0, 0)),
+        ):
+            facts = self.facts(*flags)
+            self.assertEqual(tuple(facts[name] for name in names), expected)
+        self.succeed("--limit", 7)
+        self.execute("UPDATE movies SET title = 'Another' WHERE id = 2")
+        for flags, expected in (
+            ((), (10, 4, 6, 0)),
+            (("--force",), (10, 10, 0, 0)),
+            (("--force", "--limit", 3), (10, 3, 0, 7)),
+            (("--limit", 0), (10, 0, 6, 4)),
+        ):
+            facts = self.facts(*flags)
+            self.assertEqual(tuple(facts[name] for name in names), expected)
+        self.refuse(2, "--dry-run", "--model", "all-minilm", words=["nomic-embed-text", "all-minilm"])
+
+    def test_the_time_is_reckoned_from_a_few_texts(self) -> None:
+        self.make_movies(100)
+        facts = self.facts()
+        self.assertLessEqual(len(self.asked()), 1 + embedgen.TIMED_TEXTS)
+        self.assertEqual([len(entry["texts"]) for entry in self.ollama.log() if entry["texts"]], [1, 8])
+        self.assertAlmostEqual(facts["seconds"], 100 / facts["rate"], delta=0.1)
+        self.assertIn("Estimated time: ", self.succeed("--dry-run").out)
+
+    def test_it_needs_no_server_for_nothing(self) -> None:
+        self.make_movies(3)
+        nobody = ("--server", "http://127.0.0.1:9")
+        self.assertIsNone(self.facts("--limit", 0, *nobody)["seconds"])
+        self.refuse(3, "--dry-run", *nobody, words=["cannot reach", "127.0.0.1:9"])
+        self.succeed()
+        self.assertIsNone(self.facts(*nobody)["seconds"])
+
+    def test_rows_without_text(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (1, ''), (2, ' ')")
+        self.assertIsNone(self.facts()["seconds"])
+
+    def test_what_it_prints(self) -> None:
+        self.make_movies(10)
+        self.succeed("--limit", 7)
+        lines = self.succeed("--dry-run", "--limit", 2).out.splitlines()
+        self.assertEqual(
+            lines[3:7],
+            [
+                "📊 Total movies: 10",
+                "   ✓  Would be generated: 2",
+                "   ⊘  Would be skipped (already exist): 7",
+                "   …  Would be left by --limit: 1",
+            ],
+        )
+        self.assertIn("Nothing was written.", lines)
+
+
+class DryRunOnPostgres(OnPostgres, DryRun):
+    """The same on Postgres."""
+
+
+class Prune(Case):
+    """Embeddings whose row is gone."""
+
+    def delete(self, condition: str) -> None:
+        """Delete rows, and leave their embeddings behind, as SQLite does by default."""
+        if isinstance(self.db, Postgres):
+            self.execute("ALTER TABLE movie_embeddings DROP CONSTRAINT IF EXISTS movie_embeddings_movie_id_fkey")
+        self.execute(f"DELETE FROM movies WHERE {condition}")
+
+    def test_what_is_gone_and_nothing_else(self) -> None:
+        self.make_movies(10)
+        self.succeed()
+        self.assertEqual(
+            self.succeed("--prune").out, "🧹 Removed 0 of 10 embeddings, since all their movies are there.\n"
+        )
+        self.delete("id IN (3, 7)")
+        done = self.succeed("--prune", "--dry-run")
+        self.assertEqual(done.out, "🧹 Would remove 2 of 10 embeddings, whose movies are gone.\n")
+        self.assertEqual(len(self.stored()), 10)
+        done = self.succeed("--prune", "--json")
+        self.assertEqual(json.loads(done.out), {"removed": 2, "left": 8, "dry_run": False})
+        self.assertEqual(sorted(self.stored()), [1, 2, 4, 5, 6, 8, 9, 10])
+        self.assertEqual(self.succeed("--prune", "--quiet").out, "")
+        self.assert_complete()
+
+    def test_all_of_them_is_rather_a_slip(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        self.delete("id > 0")
+        for flags in ((), ("--dry-run",)):
+            self.refuse(2, "--prune", *flags, words=["none of the 3", "--force"])
+        self.assertEqual(len(self.stored()), 3)
+        self.assertIn("Removed 3 of 3", self.succeed("--prune", "--force").out)
+        self.assertEqual(self.stored(), {})
+
+    def test_no_target(self) -> None:
+        self.make_movies(3)
+        self.refuse(2, "--prune", words=["nothing to prune", "movie_embeddings"])
+
+    def test_neither_text_nor_model_matters(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, a TEXT)")
+        self.execute("INSERT INTO movies VALUES (1, 'x'), (2, 'y')")
+        self.succeed("--columns", "a")
+        self.delete("id = 1")
+        self.assertIn("Removed 1 of 2", self.succeed("--prune", "--server", "hash:").out)
+
+
+class PruneOnPostgres(OnPostgres, Prune):
+    """The same on Postgres."""
+
+
+class TracesInSQLite(Case):
+    """Not a byte of the file changes, and no file appears beside it, whatever state it is in."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        (self.folder / "movies.db.embedgen-lock").unlink()
+
+    def traces(self, folder: Path) -> dict[str, str]:
+        """Return a digest of each file in a folder."""
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+    def look(self, *more: object, rows: int = 5) -> None:
+        """Have everything look that only looks; it must see that many rows."""
+        folder = self.folder
+        before = self.traces(folder)
+        for flags in LOOKING:
+            with self.subTest(flags=flags):
+                done = self.run_program(*flags, "--json", *more)
+                self.assertEqual(done.code, 0, done.err)
+                facts = json.loads(done.out)
+                self.assertEqual(facts.get("rows", rows), rows)
+                self.assertEqual(self.traces(folder), before)
+
+    def write(self, code: str, wait: bool = True) -> subprocess.Popen[bytes]:
+        """Have another process write to the database, as `c`, and kill itself or wait."""
+        code = f"import os, sqlite3, sys; c = sqlite3.connect({str(self.database)!r}, isolation_level=None); {code}"
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin and process.stdout
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.addCleanup(process.stdin.close)
+        if wait:
+            process.wait()
+        else:
+            process.stdout.readline()
+        return process
+
+    WAL = "c.execute('PRAGMA journal_mode=wal'); c.execute(\"INSERT INTO movies VALUES (6, 'Film 6', '')\"); "
+    STAY = "print(1, flush=True); sys.stdin.read()"
+    DIE = "os.kill(os.getpid(), 9)"
+
+    def test_at_rest(self) -> None:
+        self.look()
+
+    def test_no_log_is_begun(self) -> None:
+        self.succeed("--status", "--log-dir", self.folder / "other")
+        self.assertFalse((self.folder / "other").exists())
+
+    def test_while_a_run_is_under_way(self) -> None:
+        lock = sqlite3.connect(str(self.database) + ".embedgen-lock", isolation_level=None)
+        self.addCleanup(lock.close)
+        lock.execute("BEGIN EXCLUSIVE")
+        self.refuse(3, words=["another run"])
+        self.look()
+
+    def test_wal_at_rest(self) -> None:
+        self.write(self.WAL + "c.close()")
+        self.assertEqual(set(self.traces(self.folder)), {"movies.db"})
+        self.look(rows=6)
+
+    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "needs kill -9")
+    def test_wal_of_a_program_that_was_killed(self) -> None:
+        self.write(self.WAL + self.DIE)
+        self.assertEqual(set(self.traces(self.folder)), {"movies.db", "movies.db-wal", "movies.db-shm"})
+        self.look(rows=6)
+        (self.folder / "movies.db-shm").unlink()  # as in a copy
+        before = self.traces(self.folder)
+        for flags in LOOKING:
+            self.refuse(3, *flags, words=["movies.db", "killed", "Run embedgen"])
+        self.assertEqual(self.traces(self.folder), before)
+
+    def test_wal_of_a_program_that_is_at_work(self) -> None:
+        self.write(self.WAL + "c.execute('BEGIN IMMEDIATE'); c.execute('DELETE FROM movies'); " + self.STAY, wait=False)
+        self.look(rows=6)
+
+    @unittest.skipUnless(hasattr(signal, "SIGKILL"), "needs kill -9")
+    def test_a_hot_journal(self) -> None:
+        self.write(
+            "c.execute('PRAGMA cache_size=5'); c.execute('BEGIN'); rows = [(n, 'x' * 1000, '') for n in range(9, 500)];"
+            "c.executemany('INSERT INTO movies VALUES (?, ?, ?)', rows); " + self.DIE
+        )
+        before = self.traces(self.folder)
+        self.assertIn("movies.db-journal", before)
+        for flags in LOOKING:
+            self.refuse(3, *flags, words=["movies.db", "killed", "Run embedgen"])
+        self.assertEqual(self.traces(self.folder), before)
+        self.succeed()
+        self.look()
+
+    def test_a_file_that_is_read_as_unchanging_is_watched(self) -> None:
+        self.write(self.WAL + "c.close()")
+        options = embedgen.parse_arguments(["--status", "--database", str(self.database)])
+        store = embedgen.open_store(options)
+        self.addCleanup(store.close)
+        store.prepare()
+        self.assertEqual(store.orphans(), (3, 0))
+        self.execute("DELETE FROM movies WHERE id = 1")  # and a checkpoint, as the connection is closed
+        with self.assertRaisesRegex(embedgen.Stop, "written to while it was read"):
+            store.orphans()
+
+    def test_names_that_mean_something_in_a_uri(self) -> None:
+        for name in ("a?b.db", "a#b.db", "a%41b.db", "a b&c=d.db", "é.db"):
+            with self.subTest(name=name):
+                if os.name == "nt" and "?" in name:
+                    continue
+                path = self.folder / name
+                path.write_bytes(self.database.read_bytes())
+                before = self.traces(self.folder)
+                done = self.succeed("--status", "--json", "--database", path)
+                self.assertEqual(json.loads(done.out)["rows"], 5)
+                self.assertEqual(self.traces(self.folder), before)
+
+    def test_a_file_that_may_only_be_read(self) -> None:
+        self.database.chmod(0o444)
+        self.folder.chmod(0o555)
+        self.addCleanup(self.folder.chmod, 0o755)
+        self.look()
+
+    def test_no_database(self) -> None:
+        for flags in LOOKING:
+            self.refuse(3, *flags, "--database", "other.db", words=["no database other.db"])
+        self.assertFalse((self.folder / "other.db").exists())
+
+    def test_pruning_takes_the_lock(self) -> None:
+        lock = sqlite3.connect(str(self.database) + ".embedgen-lock", isolation_level=None)
+        self.addCleanup(lock.close)
+        lock.execute("BEGIN EXCLUSIVE")
+        self.refuse(3, "--prune", words=["another run"])
+
+
+class TracesInPostgres(OnPostgres, Case):
+    """Nothing in the schema changes, and no right is needed but to read."""
+
+    db: Postgres
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+
+    def traces(self) -> dict[str, Any]:
+        """Return all that is in the schema, and how it is described in the catalog."""
+        found = {
+            name: sorted(map(repr, self.execute(f'SELECT t.ctid, t.xmin, t.* FROM "{name}" AS t')))
+            for name in self.db.tables()
+        }
+        found["pg_class"] = self.execute(
+            "SELECT oid, relname, relkind, relnatts, relchecks, relacl::text FROM pg_class "
+            "WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+        )
+        return found
+
+    def look(self, *more: object) -> None:
+        """Have everything look that only looks."""
+        before = self.traces()
+        for flags in LOOKING:
+            with self.subTest(flags=flags):
+                done = self.run_program(*flags, "--json", *more)
+                self.assertEqual(done.code, 0, done.err)
+                self.assertEqual(self.traces(), before)
+
+    def test_nothing_is_written(self) -> None:
+        self.look()
+
+    def test_before_the_first_run(self) -> None:
+        self.wipe()
+        self.make_movies(2)
+        before = self.traces()
+        self.succeed("--status")
+        self.succeed("--dry-run")
+        self.assertEqual(self.traces(), before)
+
+    def test_a_role_that_may_only_read(self) -> None:
+        role = f"{self.db.name}_looks"
+        self.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            self.execute(f"GRANT USAGE ON SCHEMA public, extensions TO {role}")
+            self.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+            self.look("--database", re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.db.url, count=1))
+        finally:
+            self.execute(f"DROP OWNED BY {role}")
+            self.execute(f"DROP ROLE {role}")
+
+    def test_the_transactions_are_read_only(self) -> None:
+        with self.store("--status") as store:
+            with self.assertRaisesRegex(embedgen.Stop, "read-only"):
+                store.rows("DELETE FROM movies")
+            # Not the session, which a pooler may give to others.
+            self.assertEqual(store.connection.execute("SHOW default_transaction_read_only").fetchone(), ("off",))
+
+    @contextlib.contextmanager
+    def store(self, *flags: str) -> Iterator[Any]:
+        """Open the database as the program does."""
+        with contextlib.closing(embedgen.open_store(embedgen.parse_arguments([*flags, *self.db.flags]))) as store:
+            yield store
+
+
+if __name__ == "__main__":
+    unittest.main()
