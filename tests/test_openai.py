@@ -480,6 +480,14 @@ class Job(Case):
                         self.assertGreater(len(server.texts()), 20)
             other.configure(models={"nomic-embed-text": {"dimensions": 16}})
             self.refuse(3, *two, "--force", words=["16 dimensions", "8"])
+            for engine in ENGINES:  # a name alone does not tell that a model is the same
+                self.again()
+                self.make_movies(5)
+                other.configure(models={"nomic-embed-text": {"seed": "another one"}})
+                two = ("--server", self.ollama.url + "/v1", "--server", other.url, "--engine", engine)
+                self.refuse(3, *two, words=[self.ollama.url, other.url, "nomic-embed-text", "cosine"])
+                self.assertEqual(self.asked(), [])
+                self.assertEqual(self.succeed(*two, "--accept-drift").tally, (5, 0, 0))
 
 
 class Endings(test_endings.Signals):
