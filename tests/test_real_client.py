@@ -30,7 +30,7 @@ class RealClient(Case):
     def test_what_the_client_sends_and_what_embedgen_sends_are_alike(self) -> None:
         options = {"num_ctx": 512}
         self.client.embed(
-            model="nomic-embed-text", input=["Title: Film 1"], truncate=True, options=options, dimensions=4
+            model="nomic-embed-text", input=["Title: Film 1"], truncate=False, options=options, dimensions=4
         )
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (1, 'Film 1')")
