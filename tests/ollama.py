@@ -259,9 +259,11 @@ def error_reply(path: str, shape: str, refusal: Refusal) -> Reply:
 
 def echo(request: Request, **way: Any) -> Reply:
     """A proxy's error page that repeats the request."""
-    words = f"cannot {request.method} {request.path} with {request.headers}"
+    words = f"no good: {request.headers.get('authorization')} for {request.path}"
     if way["as"] == "json":
-        return json_reply({"request": {"headers": request.headers}}, way["status"])
+        return Reply(
+            way["status"], compact({"request": request.headers.get("authorization")}).replace("/", "\\/").encode()
+        )
     if way["as"] == "html":
         return Reply(way["status"], f"<html><title>{words}</title></html>".encode(), "text/html")
     return text_reply(words, way["status"])
