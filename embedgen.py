@@ -207,9 +207,9 @@ def create_parser() -> Parser:
 
     server = parser.add_argument_group("the server")
     add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama, or hash: for the built-in embedder, which finds "
-        "shared words, not meaning; may be given several times, for servers that share the work "
-        "(default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
+    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
+        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
+        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
     add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
     add(
         "--timeout",
@@ -382,6 +382,7 @@ CARDS = (
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
     name = model.lower().rpartition("/")[2].partition(":")[0]
+    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
     return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
 
 
@@ -913,7 +914,7 @@ def retry_after(value: str) -> float:
 DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
 BAD_CONTENT = re.compile(r"\bNaN\b")
 TOO_LONG = re.compile(
-    r"context (?:length|size|window)|(?:input|prompt|text|sequence)s?\b[^.:]{0,30} too (?:long|large to process)"
+    r"context (?:length|size|window)|(?:input|prompt|text|sequence)s?\b[^.:]{0,30} too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
     r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
     re.IGNORECASE,
@@ -1211,7 +1212,8 @@ class NoModel(Stop):
 # As TEI has it, OpenAI, servers with pydantic, and others.
 TOO_MANY = re.compile(
     r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
+    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
     re.IGNORECASE,
 )
 NO_MODEL = re.compile(
