@@ -1240,7 +1240,7 @@ class OpenAIWire(HTTPWire):
 
     def greet(self) -> Conversation:
         try:
-            first = yield from self.sample()
+            first = yield from self.sample(base64=False)
         except NoModel as missing:
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
@@ -1248,9 +1248,9 @@ class OpenAIWire(HTTPWire):
             raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
-        self.base64, second = True, b""
+        second = b""
         with contextlib.suppress(Refused, Superseded):
-            second = yield from self.sample()
+            second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
         if self.certain and len(first) // 4 != self.dimensions:
@@ -1261,10 +1261,12 @@ class OpenAIWire(HTTPWire):
                 self.settle(self.dimensions)
         return []
 
-    def sample(self) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
-        request = self.request([KNOWN_GOOD], self.timeout)
+        request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
+        if reply.status == 200:
+            self.base64 = base64
         try:
             return self.read(request.path, reply, [KNOWN_GOOD])[0]
         except (Unavailable, Silent, Garbled):
@@ -1284,10 +1286,14 @@ class OpenAIWire(HTTPWire):
         return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
+        return self.request_as(self.base64, texts, timeout)
+
+    def request_as(self, base64: bool, texts: list[str], timeout: float) -> Send:
+        """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
         asked = {**self.common, "input": self.prefixed(texts)}
-        if self.base64:
+        if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
 
@@ -1305,9 +1311,9 @@ class OpenAIWire(HTTPWire):
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
         words = self.words(reply) if reply.status in (400, 413, 422) else ""
         if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # The number that it names is not its place in the sentence, but below what was sent.
+            # Of the numbers in the words, the largest below what was sent.
             below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = max(below, default=len(texts) // 2)
+            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
             raise Superseded(words)
         return super().read(path, reply, texts)
 

@@ -220,6 +220,20 @@ class Greetings(unittest.TestCase):
         self.assertEqual(self.sent, [("/embeddings", floats),
                                      ("/embeddings", {**floats, "encoding_format": "base64"})])  # fmt: skip
 
+    def test_a_second_greeting_compares_as_the_first_and_disturbs_nobody(self) -> None:
+        swapped = array("f", self.numbers)
+        swapped.byteswap()
+        for before in (False, True):
+            on = embedgen.OpenAIWire(*nowhere("/v1"))
+            on.base64 = before
+            greeting = on.greet()
+            asked = [json.loads(step.body) for step in (next(greeting), greeting.send(data(self.numbers)))]
+            self.assertEqual([body.get("encoding_format") for body in asked], [None, "base64"])
+            self.assertNotIn(b"base64", on.request(["another conversation's"], 1.0).body)
+            with self.assertRaises(StopIteration):
+                greeting.send(data(in_base64(swapped)))
+            self.assertNotIn(b"base64", on.request(["another conversation's"], 1.0).body)
+
     def test_floats_otherwise(self) -> None:
         swapped = array("f", self.numbers)
         swapped.byteswap()
