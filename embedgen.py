@@ -207,9 +207,9 @@ def create_parser() -> Parser:
 
     server = parser.add_argument_group("the server")
     add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama, or hash: for the built-in embedder, which finds "
-        "shared words, not meaning; may be given several times, for servers that share the work "
-        "(default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
+    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
+        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
+        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
     add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
     add(
         "--timeout",
@@ -382,6 +382,7 @@ CARDS = (
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
     name = model.lower().rpartition("/")[2].partition(":")[0]
+    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
     return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
 
 
@@ -913,7 +914,7 @@ def retry_after(value: str) -> float:
 DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
 BAD_CONTENT = re.compile(r"\bNaN\b")
 TOO_LONG = re.compile(
-    r"context (?:length|size|window)|(?:input|prompt|text|sequence)s?\b[^.:]{0,30} too (?:long|large to process)"
+    r"context (?:length|size|window)|(?:input|prompt|text|sequence)s?\b[^.:]{0,30} too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
     r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
     re.IGNORECASE,
@@ -1211,7 +1212,8 @@ class NoModel(Stop):
 # As TEI has it, OpenAI, servers with pydantic, and others.
 TOO_MANY = re.compile(
     r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
+    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
     re.IGNORECASE,
 )
 NO_MODEL = re.compile(
@@ -1238,7 +1240,7 @@ class OpenAIWire(HTTPWire):
 
     def greet(self) -> Conversation:
         try:
-            first = yield from self.sample()
+            first = yield from self.sample(base64=False)
         except NoModel as missing:
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
@@ -1246,9 +1248,9 @@ class OpenAIWire(HTTPWire):
             raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
-        self.base64, second = True, b""
+        second = b""
         with contextlib.suppress(Refused, Superseded):
-            second = yield from self.sample()
+            second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
         if self.certain and len(first) // 4 != self.dimensions:
@@ -1259,10 +1261,12 @@ class OpenAIWire(HTTPWire):
                 self.settle(self.dimensions)
         return []
 
-    def sample(self) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
-        request = self.request([KNOWN_GOOD], self.timeout)
+        request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
+        if reply.status == 200:
+            self.base64 = base64
         try:
             return self.read(request.path, reply, [KNOWN_GOOD])[0]
         except (Unavailable, Silent, Garbled):
@@ -1282,10 +1286,14 @@ class OpenAIWire(HTTPWire):
         return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
+        return self.request_as(self.base64, texts, timeout)
+
+    def request_as(self, base64: bool, texts: list[str], timeout: float) -> Send:
+        """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
         asked = {**self.common, "input": self.prefixed(texts)}
-        if self.base64:
+        if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
 
@@ -1303,9 +1311,9 @@ class OpenAIWire(HTTPWire):
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
         words = self.words(reply) if reply.status in (400, 413, 422) else ""
         if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # The number that it names is not its place in the sentence, but below what was sent.
+            # Of the numbers in the words, the largest below what was sent.
             below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = max(below, default=len(texts) // 2)
+            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
             raise Superseded(words)
         return super().read(path, reply, texts)
 

@@ -259,9 +259,12 @@ def error_reply(path: str, shape: str, refusal: Refusal) -> Reply:
 
 def echo(request: Request, **way: Any) -> Reply:
     """A proxy's error page that repeats the request."""
-    words = f"cannot {request.method} {request.path} with {request.headers}"
+    given = request.headers.get("authorization", "None")
+    if given.startswith("Basic "):
+        given += " = " + base64.b64decode(given[6:]).decode()
+    words = f"no good: {given} for {request.path}"
     if way["as"] == "json":
-        return json_reply({"request": {"headers": request.headers}}, way["status"])
+        return Reply(way["status"], compact({"request": given}).replace("/", "\\/").encode())
     if way["as"] == "html":
         return Reply(way["status"], f"<html><title>{words}</title></html>".encode(), "text/html")
     return text_reply(words, way["status"])

@@ -21,6 +21,7 @@ class Cards(unittest.TestCase):
             ("nomic-embed-text:v1.5", nomic, 2048),
             ("someone/Nomic-Embed-Text:latest", nomic, 2048),
             ("hf.co/nomic-ai/nomic-embed-text-v1.5-GGUF:Q4_K_M", nomic, 2048),
+            ("text-embedding-nomic-embed-text-v1.5", nomic, 2048),
             ("nomic-embed-text-v2-moe", nomic, 512),
             ("embeddinggemma:300m", ("title: none | text: ", "task: search result | query: "), 2048),
             ("mxbai-embed-large:335m", bge, 512),

@@ -26,6 +26,7 @@ TOO_LONG = (
     (500, "input is too large to process. increase the physical batch size"),
     (500, "input (600 tokens) is too large to process. increase the physical batch size (current batch size: 512)"),
     (400, "the request exceeds the available context size. try increasing the context size or enable context shift"),
+    (500, "input prompt is too big compared to KV size. Please try increasing KV size."),
     (400, "input (2183 tokens) is larger than the max context size (2048 tokens). skipping"),
     (400, "This model's maximum context length is 512 tokens. However, you requested 600 tokens in the input for "
           "embedding generation. Please reduce the length of the input."),
@@ -46,6 +47,7 @@ TOO_MANY = (
     (400, "batch size is invalid, it should not be larger than {most}.: input.contents", True),
     (400, "* BatchEmbedContentsRequest.requests: at most {most} requests can be in one batch", True),
     (400, "Too many inputs in request, split into more batches.", False),
+    (400, "Requested 316842 tokens, max 300000 tokens per request", False),  # all texts together
 )  # fmt: skip
 
 
@@ -217,6 +219,20 @@ class Greetings(unittest.TestCase):
         floats = {"model": "m", "input": ["doc: " + KNOWN_GOOD]}
         self.assertEqual(self.sent, [("/embeddings", floats),
                                      ("/embeddings", {**floats, "encoding_format": "base64"})])  # fmt: skip
+
+    def test_a_second_greeting_compares_as_the_first_and_disturbs_nobody(self) -> None:
+        swapped = array("f", self.numbers)
+        swapped.byteswap()
+        for before in (False, True):
+            on = embedgen.OpenAIWire(*nowhere("/v1"))
+            on.base64 = before
+            greeting = on.greet()
+            asked = [json.loads(step.body) for step in (next(greeting), greeting.send(data(self.numbers)))]
+            self.assertEqual([body.get("encoding_format") for body in asked], [None, "base64"])
+            self.assertNotIn(b"base64", on.request(["another conversation's"], 1.0).body)
+            with self.assertRaises(StopIteration):
+                greeting.send(data(in_base64(swapped)))
+            self.assertNotIn(b"base64", on.request(["another conversation's"], 1.0).body)
 
     def test_floats_otherwise(self) -> None:
         swapped = array("f", self.numbers)
