@@ -718,8 +718,6 @@ def parse_server(text: str) -> Server:
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
     own; an address that means "all interfaces" is this machine to a client.
     """
-    from urllib.parse import unquote
-
     if re.fullmatch(r"hash(:\w+)?", text):
         raise UsageError(f'--server {text} is no server. The built-in embedder is called "hash:".')
     scheme, given, rest = text.strip().rpartition("://")
@@ -750,6 +748,7 @@ def parse_server(text: str) -> Server:
     authorization = f"Bearer {tokens[setting]}" if setting else ""
     if userinfo:
         import base64
+        from urllib.parse import unquote
 
         authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
     if not re.fullmatch(r"[\x20-\x7e]*", authorization):
@@ -1108,10 +1107,7 @@ class OllamaWire(HTTPWire):
         return []
 
     def identify(self) -> Generator[Send, Reply | None, None]:
-        """Learn the model's digest from GET /api/tags; raise Stop if the other servers have another one.
-
-        A server that tells no digest (only Ollama does) is taken at its word about the model's name.
-        """
+        """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
         reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
@@ -1121,16 +1117,19 @@ class OllamaWire(HTTPWire):
             digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
         except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
             return
-        digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
+        self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
+
+    def compare(self) -> None:
+        """Raise Stop if another server has another model, by its digest; who tells none is taken at its word."""
         other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if digest and other.digest not in ("", digest):
-            mine, its = (one.rpartition(":")[2] for one in (digest, other.digest))
+        if self.digest and other.digest != self.digest:
+            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
+            self.digest = ""  # for others to be compared with
             raise Stop(
                 f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
                 f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
                 f'with "ollama pull {self.model}", or leave out one --server.'
             )
-        self.digest = digest
 
     def advice(self) -> str:
         return 'Start it with "ollama serve", or give --server URL.'
@@ -1400,6 +1399,9 @@ class HashWire:
 
     def settle(self, dimensions: int) -> None:
         """There is nothing to be settled."""
+
+    def compare(self) -> None:
+        """There is nobody to compare it with."""
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
         """Return a conversation that knows the answers without asking anyone."""
@@ -1693,6 +1695,7 @@ class Talk:
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
+        self.wire.compare()
         while True:
             try:
                 return list((yield from self.ask([KNOWN_GOOD], probe=True)))
@@ -2541,23 +2544,23 @@ class Engine:
     def halt(self) -> None:
         """See to it that conversations send nothing more; called once, when the run is to stop."""
 
-    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
-        """Hold one conversation with a server, before or apart from the run, and return its answers."""
+    def hold(self, *talks: tuple[Lane, Conversation]) -> list[Answers | Exception]:
+        """Hold conversations with servers, all at once, before or apart from the run; return what came of each."""
         raise NotImplementedError
 
     def greet(self) -> None:
         """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
         servers, now = self.servers, time.monotonic()
-        for lane in servers.lanes:
-            try:
-                self.hold(lane, lane.wire.greet())
-            except Away as away:
-                if servers.alone:
-                    raise
-                servers.lose(Batch([], 0, lane), away, now)
+        for lane, said in zip(servers.lanes, self.hold(*((lane, lane.wire.greet()) for lane in servers.lanes))):
+            if isinstance(said, Away) and not servers.alone:
+                servers.lose(Batch([], 0, lane), said, now)
+            elif isinstance(said, Exception):
+                raise said
+        for lane in self.present():
+            lane.wire.compare()
         if not self.present():
-            said = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
-            raise Stop(f"cannot reach any of the servers: {said}. Start one, or give another --server URL.")
+            places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
+            raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
 
     def present(self) -> list[Lane]:
         """Return the servers that are not away."""
@@ -2565,7 +2568,10 @@ class Engine:
 
     def embed(self, lane: Lane, texts: list[str]) -> Answers:
         """Return one server's answers for a few texts."""
-        return self.hold(lane, lane.wire.converse(texts, movable=False))
+        said = self.hold((lane, lane.wire.converse(texts, movable=False)))[0]
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
@@ -2685,8 +2691,19 @@ class AsyncEngine(Engine):
         self.events: list[Event] = []
         self.waiting = False  # whether the loop runs for `wait`, to be stopped when something has happened
 
-    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
-        return self.loop.run_until_complete(self.converse(lane.place, conversation, lambda exchange: None))
+    def hold(self, *talks: tuple[Lane, Conversation]) -> list[Answers | Exception]:
+        import asyncio
+
+        tasks = [self.start(self.converse(lane.place, talk, lambda exchange: None)) for lane, talk in talks]
+        self.loop.run_until_complete(asyncio.wait(tasks))
+        return [task.exception() or task.result() for task in tasks]
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Start a task, and return it."""
+        task = self.loop.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     async def converse(self, place: int, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
         """Drive one conversation over a connection that no other uses meanwhile."""
@@ -2719,9 +2736,7 @@ class AsyncEngine(Engine):
                 said = error
             self.deliver((batch, said))
 
-        running = self.loop.create_task(embed())
-        self.tasks.add(running)
-        running.add_done_callback(self.tasks.discard)
+        self.start(embed())
 
     def wait(self, seconds: float) -> list[Event]:
         if not self.events:
@@ -2887,12 +2902,28 @@ class ProcessEngine(Engine):
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
-    def hold(self, lane: Lane, conversation: Conversation) -> Answers:
-        transport = BlockingTransport(lane.wire.server, self.stopping)
-        try:
-            return run_now(drive(conversation, transport, lambda exchange: None))
-        finally:
-            transport.close()
+    def hold(self, *talks: tuple[Lane, Conversation]) -> list[Answers | Exception]:
+        import threading
+
+        said: dict[int, Answers | Exception] = {}
+
+        def talk(number: int) -> None:
+            lane, conversation = talks[number]
+            transport = BlockingTransport(lane.wire.server, self.stopping)
+            try:
+                said[number] = run_now(drive(conversation, transport, lambda exchange: None))
+            except Exception as error:
+                said[number] = error
+            finally:
+                transport.close()
+
+        threads = [threading.Thread(target=talk, args=(number,), daemon=True) for number in range(1, len(talks))]
+        for thread in threads:
+            thread.start()
+        talk(0)
+        for thread in threads:
+            thread.join()
+        return [said[number] for number in range(len(talks))]
 
     def submit(self, batch: Batch) -> None:
         task = self.task(batch)
@@ -6556,4 +6587,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    import gc
+
+    gc.freeze()  # or Python would search all that there is for cycles, twice, before it ends: some 8 ms
+    sys.exit(exit_code)

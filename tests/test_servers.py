@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -179,6 +180,26 @@ class FleetByHand(unittest.TestCase):
         self.assertEqual(list(engine.hear(third, answers)), [])
         list(engine.hear(Batch([], 0, fleet.lanes[0]), Stop("another model")))
         self.assertEqual(len(fleet.returned), 3)
+
+    def test_servers_are_greeted_side_by_side(self) -> None:
+        for name in ENGINES:
+            with self.subTest(engine=name):
+                fleet, begun = fleet_of(3), []
+
+                def greet(place: int, begun: list[int] = begun) -> embedgen.Conversation:
+                    begun.append(place)
+                    for _ in range(200):  # one after another, none would ever see the others begin
+                        if len(begun) == 3:
+                            raise Away(f"gone {place}")
+                        yield embedgen.Wait(0.01)
+                    return []
+
+                for lane in fleet.lanes:
+                    lane.wire.server = embedgen.parse_server("localhost")
+                engine = embedgen.ENGINES[name](fleet, embedgen.Interrupt())
+                with contextlib.closing(engine):
+                    said = engine.hold(*((lane, greet(lane.place)) for lane in fleet.lanes))
+                self.assertEqual([str(one) for one in said], ["gone 0", "gone 1", "gone 2"])
 
     def test_vectors_of_another_length_are_not_taken(self) -> None:
         fleet = fleet_of(2)
