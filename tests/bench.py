@@ -551,9 +551,9 @@ def pace(folder: Path, quick: bool) -> None:
 def idle(folder: Path, quick: bool) -> None:
     """A run with nothing to do, beside one statement that only joins the two tables."""
     count = 100_000 if quick else 1_000_000
-    database = make_movies(folder / "idle.db", count)
+    database, flags = make_movies(folder / "idle.db", count), ("--document-prefix", "")
     with Ollama(models={"nomic-embed-text": {"dimensions": 64}}) as server:
-        program(database, server.url, "--limit", 1)
+        program(database, server.url, *flags, "--limit", 1)
         url = server.url
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         texts = ((key, f"Title: Film {key} | Description: {MARK} {key}.") for key in range(2, count + 1))
@@ -573,10 +573,10 @@ def idle(folder: Path, quick: bool) -> None:
     def written() -> Measured:
         with contextlib.closing(sqlite3.connect(database)) as connection, connection:
             connection.execute("UPDATE movie_embeddings SET updated_at = ? WHERE movie_id = 1", (str(time.time()),))
-        return program(database, url)
+        return program(database, url, *flags)
 
     # The server is gone: the run would fail if it had anything to do.
-    unwritten = functools.partial(program, database, url)
+    unwritten = functools.partial(program, database, url, *flags)
     done = in_turns({"the join alone": join, "after somebody has written": written, "after nobody has": unwritten})
     shortest = done["the join alone"].seconds
     rows = [[name, run.seconds, run.seconds / shortest, run.peak] for name, run in done.items()]
@@ -590,14 +590,14 @@ def postgres(folder: Path, quick: bool) -> None:
     except unittest.SkipTest as reason:
         print(f"\npostgres: left out, since {reason}")
         return
-    rows = []
+    rows, flags = [], ("--document-prefix", "")
     for count in (1_000, 100_000 if quick else 1_000_000):
         database.wipe()
         database.execute("CREATE TABLE movies (id BIGINT PRIMARY KEY, title TEXT, overview TEXT)")
         database.execute(f"INSERT INTO movies SELECT n, 'Film ' || n, '{MARK} ' || n || '.' "
                          f"FROM generate_series(1, {count}) AS n")  # fmt: skip
         with Ollama(models={"nomic-embed-text": {"dimensions": 64}}) as server:
-            program(database.url, server.url, "--limit", 1)
+            program(database.url, server.url, *flags, "--limit", 1)
             url = server.url
         database.execute(
             "INSERT INTO movie_embeddings SELECT id, array_fill(0.125, ARRAY[64])::vector, 'nomic-embed-text', "
@@ -613,7 +613,7 @@ def postgres(folder: Path, quick: bool) -> None:
                 assert connection.execute(sql).fetchone() == (count,)
                 return Measured(time.monotonic() - begin)
 
-            done = in_turns({"the join alone": join, "the run": functools.partial(program, database.url, url)})
+            done = in_turns({"the join alone": join, "the run": functools.partial(program, database.url, url, *flags)})
         shortest = done["the join alone"].seconds
         rows += [
             [f"{count:,} rows: {name}", run.seconds, run.seconds / shortest, run.peak] for name, run in done.items()

@@ -959,7 +959,7 @@ class Ollama(contextlib.AbstractContextManager["Ollama"]):
             return
         if self.held:
             self.held.close()
-        command = [sys.executable, "-I", os.path.abspath(__file__), "--until-eof", *self.tls]
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--until-eof", *self.tls]
         command += ["--port", str(self.port), "--settings", json.dumps(self.current)]
         # In a session of its own, so that a signal meant for the test's group spares the double.
         self.process = subprocess.Popen(

@@ -44,8 +44,17 @@ def of_group(group: int) -> list[int]:
     return living(2, group)
 
 
+class Ending(Case):
+    def wait_until_open(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a run has opened the database, and has had time to do something with it."""
+        if PROC:
+            database, files = os.path.realpath(self.database), Path(f"/proc/{process.pid}/fd")
+            self.wait_for(lambda: database in map(os.path.realpath, files.iterdir()), "the database is opened")
+        time.sleep(0.2 if PROC else 1.0)
+
+
 @unittest.skipIf(os.name == "nt", "Windows has no such signals")
-class Signals(Case):
+class Signals(Ending):
     def start_slow(self, engine: str, **constants: object) -> subprocess.Popen[bytes]:
         """Start a run that takes a while, and wait until it has saved something."""
         self.database.unlink(missing_ok=True)
@@ -57,6 +66,12 @@ class Signals(Case):
         self.wait_for(lambda: self.execute("SELECT 1 FROM sqlite_master WHERE name = 'movie_embeddings'")
                       and self.stored(), "the first rows")  # fmt: skip
         return process
+
+    def hang(self) -> None:
+        """Have the server answer no more, and wait until it has been asked then."""
+        self.ollama.configure(hang=["Film"])
+        asked = len(self.ollama.log())
+        self.wait_for(lambda: len(self.ollama.log()) > asked, "a request that hangs")
 
     def finish(self, process: subprocess.Popen[bytes], seconds: float = 30) -> Finished:
         """Wait for the end; nothing of the process group may be left."""
@@ -90,24 +105,22 @@ class Signals(Case):
         self.assertEqual(embedgen.GRACE, 10.0)
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                process = self.start_slow(engine, GRACE=0.5)
-                self.ollama.configure(hang=["Film"])
-                time.sleep(0.2)
+                process = self.start_slow(engine, GRACE=0.3)
+                self.hang()
                 os.kill(process.pid, signal.SIGTERM)
                 started = time.monotonic()
                 done = self.finish(process)
                 self.assertEqual(done.code, 143)
-                self.assertGreaterEqual(time.monotonic() - started, 0.5)
+                self.assertGreaterEqual(time.monotonic() - started, 0.3)
                 self.assertEqual(done.tally[0], len(self.stored()))
 
     def test_the_second_interrupt_ends_at_once(self) -> None:
         for engine in ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
-                self.ollama.configure(hang=["Film"])
-                time.sleep(0.2)
+                self.hang()
                 os.killpg(process.pid, signal.SIGINT)
-                time.sleep(0.5)
+                time.sleep(0.3)
                 self.assertIsNone(process.poll())
                 os.killpg(process.pid, signal.SIGINT)
                 done = self.finish(process, seconds=5)
@@ -121,7 +134,7 @@ class Signals(Case):
         self.addCleanup(blocker.close)
         blocker.execute("BEGIN EXCLUSIVE")
         process = self.start_program()
-        time.sleep(1.0)
+        self.wait_until_open(process)
         self.assertIsNone(process.poll())
         os.kill(process.pid, signal.SIGINT)
         done = self.finish(process, seconds=5)
@@ -140,11 +153,11 @@ class Signals(Case):
                 self.assertLess(time.monotonic() - started, 5.0)
 
     def test_the_second_interrupt_does_not_wait_for_a_lock(self) -> None:
-        process = self.start_slow("async", UNSAVED_SECONDS=0.5)
+        process = self.start_slow("async")
         blocker = sqlite3.connect(self.database, isolation_level=None, timeout=30)
         self.addCleanup(blocker.close)
         blocker.execute("BEGIN IMMEDIATE")
-        time.sleep(1.0)
+        time.sleep(0.4)  # it saves each 0.1 s
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.3)
         self.assertIsNone(process.poll())
@@ -160,7 +173,7 @@ class Signals(Case):
                 self.make_movies(500)
                 self.ollama.configure(seconds_per_text=0.05, slots=1)
                 process = self.start_program(
-                    "--engine", "process", "--workers", 8, "--batch-size", 2, START_METHOD=method
+                    "--engine", "process", "--workers", 5, "--batch-size", 2, START_METHOD=method
                 )
                 self.wait_for(lambda: len(self.ollama.texts()) > 1, "the first request")
                 os.killpg(process.pid, signal.SIGINT)
@@ -173,7 +186,7 @@ class Signals(Case):
         for _ in range(10):
             victims = self.wait_for(lambda: children(process.pid), "a worker")
             os.kill(victims[0], signal.SIGKILL)
-            time.sleep(0.1)
+            time.sleep(0.05)
         self.ollama.configure(seconds_per_text=0)
         done = self.finish(process, seconds=60)
         self.assertEqual((done.code, done.err, done.tally), (0, "", (1000, 0, 0)))
@@ -209,8 +222,7 @@ class Signals(Case):
         for engine in ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
-                self.ollama.configure(hang=["Film"])
-                time.sleep(0.2)
+                self.hang()
                 process.kill()
                 process.communicate()
                 # Workers end by themselves, even those that wait for an answer.
@@ -240,9 +252,9 @@ class Signals(Case):
     def test_the_server_killed_and_started_again(self) -> None:
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                process = self.start_slow(engine, LONGEST_WAIT=0.5)
+                process = self.start_slow(engine, FIRST_WAIT=0.1, LONGEST_WAIT=0.1)
                 self.ollama.kill()
-                time.sleep(0.5)
+                time.sleep(0.3)
                 self.ollama.start()
                 self.ollama.configure(seconds_per_text=0)
                 done = self.finish(process, seconds=60)
@@ -265,13 +277,13 @@ class Signals(Case):
                 self.assertEqual(len(self.stored()), 20)
 
 
-class Databases(Case):
+class Databases(Ending):
     def test_what_arrives_while_the_database_is_locked_is_not_late(self) -> None:
         for engine in ENGINES:
             with self.subTest(engine=engine):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
-                self.make_movies(20)
+                self.make_movies(12)
                 self.ollama.configure(network=0.2)
                 flags = ("--engine", engine, "--timeout", 0.7, "--concurrent", 4, "--batch-size", 1)
                 process = self.start_program(*flags, UNSAVED_ROWS=8)
@@ -293,7 +305,7 @@ class Databases(Case):
             with self.subTest(statement=statement):
                 blocker.execute(statement)
                 process = self.start_program("--limit", 10)
-                time.sleep(0.8)
+                self.wait_until_open(process)
                 self.assertIsNone(process.poll())
                 blocker.execute("ROLLBACK")
                 _, err = process.communicate(timeout=30)
@@ -306,7 +318,7 @@ class Databases(Case):
         blocker = sqlite3.connect(self.database, isolation_level=None)
         self.addCleanup(blocker.close)
         for statement in ("BEGIN EXCLUSIVE", "BEGIN IMMEDIATE"):
-            with self.subTest(statement=statement), mock.patch.object(embedgen, "LOCK_PATIENCE", 0.6):
+            with self.subTest(statement=statement), mock.patch.object(embedgen, "LOCK_PATIENCE", 0.4):
                 blocker.execute(statement)
                 self.refuse(3, words=["locked", "movies.db"])
                 blocker.execute("ROLLBACK")

@@ -367,7 +367,7 @@ class SeveralServers(Case):
         flags = self.again(engine)
         self.make_movies(rows)
         self.both(seconds_per_text=seconds, slots=1)
-        process = self.start_program(*flags)
+        process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
         self.wait_for(lambda: len(self.other.texts()) > 20 and len(self.ollama.texts()) > 20, "both at work")
         return process
 
@@ -419,7 +419,7 @@ class SeveralServers(Case):
                 flags = self.again(engine)
                 self.make_movies(100)
                 self.both(next=["ok"] * 4, faults={"reset": 1.0})
-                with mock.patch.multiple(embedgen, PATIENCE=0.6):
+                with mock.patch.multiple(embedgen, PATIENCE=0.4):
                     done = self.run_program(*flags, "--batch-size", 4)
                 self.assertEqual(done.code, 3)
                 self.assertRegex(done.err, r"\Aerror: No server is left .*reset.*; .*reset.* movies are left\.\n\Z")

@@ -108,7 +108,7 @@ class Screen:
 class Terminal(Case):
     def run_in_terminal(self, columns: int, *flags: object, interrupt: bool = False) -> tuple[int, str]:
         """Run the program in a terminal of that width; return its exit status and all that it wrote."""
-        arguments = self.arguments(*flags)
+        arguments = self.arguments(*flags, UNSAVED_SECONDS=0.1)
         pid, terminal = pty.fork()
         if pid == 0:
             os.chdir(self.folder)
