@@ -967,18 +967,6 @@ class HTTPWire:
         for wire in self.kin:
             wire.dimensions, wire.certain = dimensions, True
 
-    def compare(self) -> None:
-        """Raise Stop if another server has another model, by its digest; who tells none is taken at its word."""
-        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if self.digest and other.digest != self.digest:
-            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
-            self.digest = ""  # for others to be compared with
-            raise Stop(
-                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
-                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
-                f'with "ollama pull {self.model}", or leave out one --server.'
-            )
-
     def greet(self) -> Conversation:
         """Return the conversation that checks, before a row is read, that the server has the model."""
         raise NotImplementedError
