@@ -289,7 +289,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
         given = getattr(options, name)
         if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
-            raise UsageError(f"--{name.replace('_', '-')} is empty. Give it a value, or leave it out.")
+            raise UsageError(f"{flag_of(name)} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
     if options.quiet and options.json:

@@ -126,20 +126,28 @@ class Framing(unittest.TestCase):
 def said_to_all(answer: bytes) -> Iterator[int]:
     """Say this to whoever connects, whatever is asked, within the block; gives the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
 
         def work() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection:
-                        connection.recv(65536)
-                        connection.sendall(answer)
-                        connection.shutdown(socket.SHUT_WR)
-                        while connection.recv(65536):  # what is left unread would turn the end into a reset
-                            pass
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    if over.is_set():
+                        return
+                    connection.recv(65536)
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # what is left unread would turn the end into a reset
+                        pass
 
-        threading.Thread(target=work, daemon=True).start()
-        yield listener.getsockname()[1]
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:  # without the thread, since later tests fork
+            over.set()
+            socket.create_connection(listener.getsockname()).close()
+            thread.join()
 
 
 class Loop:
