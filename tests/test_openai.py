@@ -347,7 +347,6 @@ for name in dir(MainJob):
     if name.startswith("test_") and name not in (
         "test_both_engines_print_the_report_of_fifty_skipped_and_refused",
         "test_each_refused_row_is_one_line_in_the_log_with_the_servers_words",
-        "test_in_flight_and_batch_size_are_kept_to",
         "test_a_second_run_has_nothing_to_do_and_asks_nobody",
         "test_each_text_is_asked_for_once",
         "test_a_second_model_is_refused_by_both_names",

@@ -19,6 +19,8 @@ MARK = "S3CR3T"  # is in every secret
 PASSWORD, TOKEN, OTHER = f"pw?/{MARK}~~>>", f"tok-{MARK}/one", f"sk-{MARK}-two"
 USERINFO = "us%65r:" + PASSWORD.replace("?", "%3F").replace("/", "%2F") + "@"
 BASIC = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
+# Spawned workers would know nothing of a constant that is changed here.
+PATCHED_ENGINES = ENGINES if START_METHOD != "spawn" else ENGINES[:1]
 PATIENCE = {"PATIENCE": 0.05, "FIRST_WAIT": 0.02}
 BY_TOKEN, BY_OTHER = {"OLLAMA_API_KEY": TOKEN}, {"OPENAI_API_KEY": OTHER}
 
@@ -54,7 +56,7 @@ class Secrets(Case):
 
     def ways(self, url: str) -> Iterator[tuple[tuple[object, ...], dict[str, str]]]:
         """Yield the flags and the environment of each engine, protocol and way to give a secret."""
-        for engine in ENGINES:
+        for engine in PATCHED_ENGINES:
             for path in ("", "/v1"):
                 for server, env in (
                     (with_password(url + path), {}),
@@ -141,8 +143,7 @@ class Secrets(Case):
             self.assert_hidden(done.err)
 
     def test_a_fault_of_the_programs_own(self) -> None:
-        engines = ENGINES if START_METHOD != "spawn" else ENGINES[:1]  # whose workers know nothing of the patch
-        for engine in engines:
+        for engine in PATCHED_ENGINES:
             for address in ("http://127.0.0.1", with_password("http://127.0.0.1")):
                 server = address + self.ollama.url[self.ollama.url.rindex(":") :] + "/v1"
                 with mock.patch.object(embedgen.Talk, "check_dimensions", side_effect=RuntimeError("a fault")):
