@@ -971,8 +971,11 @@ class HTTPWire:
         """Return the conversation that checks, before a row is read, that the server has the model."""
         raise NotImplementedError
 
-    def compare(self) -> None:
-        """Raise Stop if another server has another model, by its digest; who tells none is taken at its word."""
+    def agree(self) -> Conversation:
+        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others.
+
+        What tells is the model's digest; a server without one is taken at its word about the model's name.
+        """
         other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
         if self.digest and other.digest != self.digest:
             mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
@@ -982,6 +985,8 @@ class HTTPWire:
                 f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
                 f'with "ollama pull {self.model}", or leave out one --server.'
             )
+        return []
+        yield  # makes it a generator
 
     def call(self, send: Send, patient: bool = False) -> Generator[Send, Reply | None, Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
@@ -1091,6 +1096,7 @@ class OllamaWire(HTTPWire):
         self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
         self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
+        self.card_dimensions: int | None = None  # length of the vectors as the model's card has it
 
     def greet(self) -> Conversation:
         import json
@@ -1110,13 +1116,16 @@ class OllamaWire(HTTPWire):
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
         lengths = [n for key, n in figures if key.endswith(".embedding_length")]
-        if self.dimensions is None:
-            self.dimensions = lengths[0] if lengths else None
-        elif (
-            lengths[:1] != [self.dimensions] and "dimensions" not in self.common
-        ):  # those are chosen, the card's are not
-            yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
+        self.card_dimensions = lengths[0] if lengths else None
+        self.dimensions = self.dimensions or self.card_dimensions
         yield from self.identify()
+        return []
+
+    def agree(self) -> Conversation:
+        yield from super().agree()
+        known = self.dimensions is not None and "dimensions" not in self.common
+        if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
+            yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
     def identify(self) -> Generator[Send, Reply | None, None]:
@@ -1403,13 +1412,10 @@ class HashWire:
         return []
         yield  # makes it a generator
 
-    probe = greet
+    probe = agree = greet
 
     def settle(self, dimensions: int) -> None:
         """There is nothing to be settled."""
-
-    def compare(self) -> None:
-        """There is nobody to compare it with."""
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
         """Return a conversation that knows the answers without asking anyone."""
@@ -1703,7 +1709,7 @@ class Talk:
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
-        self.wire.compare()
+        yield from self.wire.agree()
         while True:
             try:
                 return list((yield from self.ask([KNOWN_GOOD], probe=True)))
@@ -2557,18 +2563,18 @@ class Engine:
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
+        """Check that the servers can do the work, all at once; raise Stop if one cannot, or none is there."""
         servers, now = self.servers, time.monotonic()
-        for lane, said in zip(servers.lanes, self.hold(*((lane, lane.wire.greet()) for lane in servers.lanes))):
-            if isinstance(said, Away) and not servers.alone:
-                servers.lose(Batch([], 0, lane), said, now)
-            elif isinstance(said, Exception):
-                raise said
-        for lane in self.present():
-            lane.wire.compare()
-        if not self.present():
-            places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
-            raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
+        for step in ("greet", "agree"):
+            lanes = self.present()
+            for lane, said in zip(lanes, self.hold(*((lane, getattr(lane.wire, step)()) for lane in lanes))):
+                if isinstance(said, Away) and not servers.alone:
+                    servers.lose(Batch([], 0, lane), said, now)
+                elif isinstance(said, Exception):
+                    raise said
+            if not self.present():
+                places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
+                raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
 
     def present(self) -> list[Lane]:
         """Return the servers that are not away."""
