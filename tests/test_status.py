@@ -266,6 +266,18 @@ class Prune(Case):
         self.assertIn("Removed 3 of 3", self.succeed("--prune", "--force").out)
         self.assertEqual(self.stored(), {})
 
+    def test_all_of_them_stay_even_if_their_rows_go_in_that_moment(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        flags = self.arguments("--prune", "--database", self.db.flags[1] if self.db.flags else self.database)
+        with contextlib.closing(
+            embedgen.open_store(embedgen.parse_arguments(flags[flags.index("--log-dir") :]))
+        ) as store:
+            store.prepare()
+            self.delete("id > 0")
+            self.assertEqual(store.prune(), 0)
+        self.assertEqual(len(self.stored()), 3)
+
     def test_no_target(self) -> None:
         self.make_movies(3)
         self.refuse(2, "--prune", words=["nothing to prune", "movie_embeddings"])
