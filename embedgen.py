@@ -251,6 +251,7 @@ GOES_WITH = {
     "force": ("generate", "dry_run", "prune"),
     "quiet": ("generate", "search", "similar", "prune"),
     "timeout": ("generate", "dry_run", "search"),
+    "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
         ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
@@ -4928,19 +4929,18 @@ class PostgresStore(Store):
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
         version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-
         comparable = self.comparable(len(vector) // 4, model)
 
         def look(approximately: bool) -> list[Any]:
-            # Without ties where an index is to give the order; and only what is found is sent as text.
-            order = distance if approximately else f"{distance}, {key}"
+            # An index gives the order of nothing but the bare distance. Only what is found is sent as text.
+            by, ties = (distance, "") if approximately else (f"({distance}) + 0", f", {key}")
             sql = (
-                f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {distance} AS distance "
-                f"FROM {self.pairs} WHERE {comparable} ORDER BY {order} LIMIT {most}"
+                f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {by} AS distance "
+                f"FROM {self.pairs} WHERE {comparable} ORDER BY {by}{ties} LIMIT {most}"
                 ") AS e ORDER BY e.distance, e.key"
             )
             # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
-            settings = {"enable_indexscan": "off"} if indexed and not approximately else {}
+            settings = {}
             if approximately:
                 settings["hnsw.ef_search"] = str(min(max(2 * most, 100), 1000))
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
