@@ -298,8 +298,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    if options.search:  # bytes on the command line that are no text
-        options.search = options.search.encode("utf-8", "replace").decode()
+    for name in ("search", "similar"):
+        if name in options.given:  # bytes on the command line may be no text
+            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -3575,6 +3576,11 @@ class Store:
         """The table of provenance."""
         return Relation(self.target.schema, PROVENANCE, True)
 
+    @property
+    def has_provenance(self) -> bool:
+        """Whether the provenance of what is in the target can be read."""
+        return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
+
     def register(self, digest: str) -> None:
         """Note which version of the model fills the target, by its digest, "" if not known.
 
@@ -3582,7 +3588,10 @@ class Store:
         At once, before a vector is saved, so that of two machines with different versions the second is refused.
         """
         self.digest = digest
-        if "provenance" in self.target_columns:
+        if self.reads_only:
+            if self.has_provenance:
+                self.check_version(self.provenance.sql)
+        elif "provenance" in self.target_columns:
             with contextlib.suppress(Forbidden):  # then nothing is known and told of it
                 self.makers["whole"] = self.alone(lambda: self.enter_provenance("whole"))
 
@@ -3755,7 +3764,7 @@ class Store:
                 f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
-        if digest and "provenance" in self.target_columns and self.find_exactly(self.provenance):
+        if digest and self.has_provenance:
             known = self.versions(self.provenance.sql, self.rows)
             if known and digest not in known:
                 theirs, ours = (one.rpartition(":")[2][:12] for one in (known[-1], digest))
@@ -3796,7 +3805,7 @@ class Store:
         if not self.has_target or "model" not in names:
             return []
         tables, made = self.pairs, "'', '', ''"
-        if "provenance" in names and self.find_exactly(self.provenance):
+        if self.has_provenance:
             tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
             made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
         model = f"e.{quoted(names['model'])}"
@@ -6156,6 +6165,7 @@ def rehearse(
     counts = Counts(*store.count(), options.limit)
     to_do = counts.total - counts.done
     speed = measured_speed(wires, store) if to_do else 0.0
+    store.register(next((wire.digest for wire in wires if wire.digest), ""))
     lasting = to_do / speed if speed else 0.0
     report = Report(console, options, store.relation.name, "")
     if options.json:
@@ -6576,7 +6586,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             store.stopping = lambda: bool(interrupt.code)
             if not options.reads_only:  # there is nothing to be told of those later
                 log = Log(options, ENGINES[options.engine].log_name)
-            return ACTIONS[options.action](options, wires, store, console, log)
+            code = ACTIONS[options.action](options, wires, store, console, log)
+            return interrupt.code or code
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)

@@ -289,6 +289,7 @@ class Queries(SearchCase):
         self.make_movies(3)
         self.succeed()
         self.assertEqual(len(self.found("--search", "caf\udce9")), 3)
+        self.refuse(2, "--similar", "caf\udce9", words=["no row", "caf?"])
 
     def test_keys_that_are_texts(self) -> None:
         self.execute("CREATE TABLE movies (id TEXT PRIMARY KEY, title TEXT)")
