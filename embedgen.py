@@ -251,6 +251,7 @@ GOES_WITH = {
     "force": ("generate", "dry_run", "prune"),
     "quiet": ("generate", "search", "similar", "prune"),
     "timeout": ("generate", "dry_run", "search"),
+    "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
         ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
@@ -297,8 +298,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    if options.search:  # bytes on the command line that are no text
-        options.search = options.search.encode("utf-8", "replace").decode()
+    for name in ("search", "similar"):
+        if name in options.given:  # bytes on the command line may be no text
+            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -3580,6 +3582,11 @@ class Store:
         """The table of provenance."""
         return Relation(self.target.schema, PROVENANCE, True)
 
+    @property
+    def has_provenance(self) -> bool:
+        """Whether the provenance of what is in the target can be read."""
+        return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
+
     def register(self, digest: str) -> None:
         """Note which version of the model fills the target, by its digest, "" if not known.
 
@@ -3587,7 +3594,10 @@ class Store:
         At once, before a vector is saved, so that of two machines with different versions the second is refused.
         """
         self.digest = digest
-        if "provenance" in self.target_columns:
+        if self.reads_only:
+            if self.has_provenance:
+                self.check_version(self.provenance.sql)
+        elif "provenance" in self.target_columns:
             with contextlib.suppress(Forbidden):  # then nothing is known and told of it
                 self.makers["whole"] = self.alone(lambda: self.enter_provenance("whole"))
 
@@ -3760,7 +3770,7 @@ class Store:
                 f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
-        if digest and "provenance" in self.target_columns and self.find_exactly(self.provenance):
+        if digest and self.has_provenance:
             known = self.versions(self.provenance.sql, self.rows)
             if known and digest not in known:
                 theirs, ours = (one.rpartition(":")[2][:12] for one in (known[-1], digest))
@@ -3801,7 +3811,7 @@ class Store:
         if not self.has_target or "model" not in names:
             return []
         tables, made = self.pairs, "'', '', ''"
-        if "provenance" in names and self.find_exactly(self.provenance):
+        if self.has_provenance:
             tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
             made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
         model = f"e.{quoted(names['model'])}"
@@ -4471,6 +4481,7 @@ def is_locked(error: Exception) -> bool:
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
 PG_TYPES = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}  # of the columns of a loaded file
+EF_SEARCH = 400  # candidates in an HNSW index: ten times pgvector's default misses less, and costs milliseconds
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
 
 
@@ -4934,21 +4945,20 @@ class PostgresStore(Store):
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
         version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-
         comparable = self.comparable(len(vector) // 4, model)
 
         def look(approximately: bool) -> list[Any]:
-            # Without ties where an index is to give the order; and only what is found is sent as text.
-            order = distance if approximately else f"{distance}, {key}"
+            # An index gives the order of nothing but the bare distance. Only what is found is sent as text.
+            by, ties = (distance, "") if approximately else (f"({distance}) + 0", f", {key}")
             sql = (
-                f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {distance} AS distance "
-                f"FROM {self.pairs} WHERE {comparable} ORDER BY {order} LIMIT {most}"
+                f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {by} AS distance "
+                f"FROM {self.pairs} WHERE {comparable} ORDER BY {by}{ties} LIMIT {most}"
                 ") AS e ORDER BY e.distance, e.key"
             )
             # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
-            settings = {"enable_indexscan": "off"} if indexed and not approximately else {}
+            settings = {}
             if approximately:
-                settings["hnsw.ef_search"] = str(min(max(2 * most, 100), 1000))
+                settings["hnsw.ef_search"] = str(min(max(2 * most, EF_SEARCH), 1000))  # of which pgvector takes no more
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
                     settings["hnsw.iterative_scan"] = "strict_order"
             for name, value in settings.items():
@@ -6162,6 +6172,7 @@ def rehearse(
     counts = Counts(*store.count(), options.limit)
     to_do = counts.total - counts.done
     speed = measured_speed(wires, store) if to_do else 0.0
+    store.register(next((wire.digest for wire in wires if wire.digest), ""))
     lasting = to_do / speed if speed else 0.0
     report = Report(console, options, store.relation.name, "")
     if options.json:
@@ -6582,7 +6593,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             store.stopping = lambda: bool(interrupt.code)
             if not options.reads_only:  # there is nothing to be told of those later
                 log = Log(options, ENGINES[options.engine].log_name)
-            return ACTIONS[options.action](options, wires, store, console, log)
+            code = ACTIONS[options.action](options, wires, store, console, log)
+            return interrupt.code or code
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)

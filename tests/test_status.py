@@ -132,6 +132,22 @@ class Status(Case):
         done = self.run_program("--status", "--json", env={"EMBEDGEN_MODEL": "nomic-embed-text"})
         self.assertEqual(json.loads(done.out)["stale"], 3)
 
+    def test_texts_that_were_cut(self) -> None:
+        self.make_movies(3)
+        self.execute(f"UPDATE movies SET overview = '{'word ' * 3000}' WHERE id = 2")
+        self.succeed()
+        facts = self.status()
+        self.assertEqual((facts["cut"], facts["split"], facts["embedded"]), (1, 0, 3))
+        self.assertIn("   ✂  Cut:      1\n", self.succeed("--status").out)
+
+    @unittest.skipIf(os.name == "nt", "a closed pipe is another error there")
+    def test_a_reader_that_has_gone(self) -> None:
+        self.make_movies(3)
+        process = self.start_program("--status")
+        assert process.stdout
+        process.stdout.close()
+        self.assertEqual(process.wait(), embedgen.EXIT_SIGPIPE)
+
     def test_several_models(self) -> None:
         self.make_movies(4)
         self.succeed()
@@ -206,6 +222,16 @@ class DryRun(Case):
         self.succeed()
         self.assertIsNone(self.facts(*nobody)["seconds"])
 
+    def test_what_would_stop_the_run_is_said(self) -> None:
+        self.make_movies(3)
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:aaaa"}})
+        self.succeed("--limit", 1)
+        self.facts()
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:bbbb"}})
+        self.refuse(3, "--dry-run", words=["another version", "aaaa", "bbbb"])
+        self.facts("--force")
+        self.facts("--accept-drift")
+
     def test_rows_without_text(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (1, ''), (2, ' ')")
@@ -265,6 +291,18 @@ class Prune(Case):
         self.assertEqual(len(self.stored()), 3)
         self.assertIn("Removed 3 of 3", self.succeed("--prune", "--force").out)
         self.assertEqual(self.stored(), {})
+
+    def test_all_of_them_stay_even_if_their_rows_go_in_that_moment(self) -> None:
+        self.make_movies(3)
+        self.succeed()
+        flags = self.arguments("--prune", "--database", self.db.flags[1] if self.db.flags else self.database)
+        with contextlib.closing(
+            embedgen.open_store(embedgen.parse_arguments(flags[flags.index("--log-dir") :]))
+        ) as store:
+            store.prepare()
+            self.delete("id > 0")
+            self.assertEqual(store.prune(), 0)
+        self.assertEqual(len(self.stored()), 3)
 
     def test_no_target(self) -> None:
         self.make_movies(3)
@@ -462,8 +500,9 @@ class TracesInPostgres(OnPostgres, Case):
         self.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
         try:
             self.execute(f"GRANT USAGE ON SCHEMA public, extensions TO {role}")
-            self.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
-            self.look("--database", re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.db.url, count=1))
+            for tables in ("movies, movie_embeddings", "ALL TABLES IN SCHEMA public"):
+                self.execute(f"GRANT SELECT ON {tables} TO {role}")
+                self.look("--database", re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.db.url, count=1))
         finally:
             self.execute(f"DROP OWNED BY {role}")
             self.execute(f"DROP ROLE {role}")
