@@ -1739,7 +1739,10 @@ class Talk:
 
     def of_no_use(self, error: OtherDimensions) -> Stop:
         """Return the end of all work with this server."""
-        return Stop(f"{self.wire.server.shown} does not give what the table holds: {error}.")
+        return Stop(
+            f"{self.wire.server.shown} does not give what the table holds: {error}. "
+            "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+        )
 
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
@@ -3759,7 +3762,7 @@ class Store:
             raise Stop(f"there are no embeddings yet: {name} is empty. {again}")
         raise UsageError(
             f'{name} holds vectors of the model "{other}", which do not compare with those of "{model}". '
-            f"Give --model {other}, or --target NAME."
+            f"Give {'--server hash:' if other == HashWire.model else f'--model {other}'}, or --target NAME."
         )
 
     def check_query(self, dimensions: int, digest: str) -> None:

@@ -108,7 +108,10 @@ class MainJob(Case):
                 self.succeed("--engine", engine, "--concurrent", 3, "--batch-size", 4)
                 requests = [e for e in self.ollama.log() if e["texts"] and e["texts"] != [embedgen.KNOWN_GOOD]]
                 self.assertEqual({len(entry["texts"]) for entry in requests}, {4})
-                self.assertEqual(max(entry["in_flight"] for entry in requests), 3)
+                at_once = max(entry["in_flight"] for entry in requests)
+                self.assertLessEqual(at_once, 3)
+                if embedgen.START_METHOD != "spawn":  # where all may be done before the third worker has started
+                    self.assertEqual(at_once, 3)
                 # Kept alive: no more connections than requests in flight, and one for the greeting.
                 self.assertLessEqual(len({entry["connection"] for entry in requests}), 3)
 
