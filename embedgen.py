@@ -4621,7 +4621,12 @@ class PostgresStore(Store):
         return self.transaction(locked)
 
     def is_there(self, relation: Relation) -> bool:
-        return bool(self.execute("SELECT to_regclass($1) IS NOT NULL", relation.sql)[0][0])
+        # Not by to_regclass, which may answer from what this session has looked up before, whoever has been here since.
+        sql = (
+            "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = $1 AND c.relname = $2"
+        )
+        return bool(self.execute(sql, relation.schema, relation.name))
 
     def complaint(self, sql: str) -> str:
         try:
@@ -5200,10 +5205,8 @@ class Fleet:
         import socket
 
         execute, schema = self.store.execute, self.store.target.schema
-        sql = "SELECT relname FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $1)"
-        there = {name for (name,) in execute(sql, schema)}
         for name, columns in self.TABLES.items():
-            if name not in there:
+            if not self.store.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
         target = self.store.target.name
         model = self.store.model + (f"@{self.store.digest}" if self.store.digest else "")
