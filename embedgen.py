@@ -329,6 +329,8 @@ def apply_card(options: argparse.Namespace, model: str) -> None:
     if "query_prefix" not in options.given:
         options.query_prefix = card.query
     # Of what is sent to the server.
+    for name in ("document_prefix", "query_prefix"):  # bytes on the command line that are no text
+        setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
@@ -562,9 +564,9 @@ ON_LONG = ("cut", "split", "fail", "skip")  # what becomes of a text that is lon
 
 
 class Fitted(bytes):
-    """A vector of a text that the model does not take as a whole."""
+    """A vector of a text that the model does not take as a whole; `fit` is what was done about it."""
 
-    fit = "whole"
+    fit: ClassVar[str]
 
 
 class Cut(Fitted):
@@ -584,7 +586,7 @@ class TooLongFor(str):
 
 
 # Where a text may be split, best first: behind a sentence or a line, and between words.
-BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\s*\n\s*"), re.compile(r"\s+"))
+BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*"), re.compile(r"\s+"))
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -916,7 +918,8 @@ def retry_after(value: str) -> float:
 DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
 BAD_CONTENT = re.compile(r"\bNaN\b")
 TOO_LONG = re.compile(
-    r"context (?:length|size|window)|(?:input|prompt|text|sequence)s?\b[^.:]{0,30} too (?:long|big|large to process)"
+    r"context (?:length|size|window)"
+    r"|(?:input|prompt|text|sequence)s?(?: \([^)]*\))? (?:is |are )?too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
     r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
     re.IGNORECASE,
@@ -1130,18 +1133,24 @@ class OllamaWire(HTTPWire):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
-    def identify(self) -> Generator[Send, Reply | None, None]:
+    def identify(self) -> Generator[Send | Wait, Reply | None, None]:
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
-        reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
-        assert reply is not None
-        try:
-            self.check(reply, "/api/tags")
-            digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
-        except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+        for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
+            if wait:
+                yield Wait(wait)
+            reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
+            assert reply is not None
+            try:
+                self.check(reply, "/api/tags")
+                digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
+            except (Unavailable, Silent):
+                continue
+            except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+                return
+            self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
             return
-        self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
 
     def advice(self) -> str:
         return 'Start it with "ollama serve", or give --server URL.'
@@ -1538,7 +1547,7 @@ class Talk:
     def embed(self, texts: list[str], on_long: str) -> Conversation:
         """Return the answers for `texts`; raise Stop where the server is away or of no use.
 
-        `on_long` is one of ON_LONG, or "truncate": the server cuts.
+        `on_long` is one of ON_LONG; or "truncate": the server cuts; or "whole": as "skip", of a part of a text.
 
         A batch that is refused, or keeps failing, is halved until the texts at fault stand
         alone. A single text is failed only when the server embeds a known-good text right after
@@ -1548,20 +1557,24 @@ class Talk:
         if len(texts) > self.wire.most_texts:
             return (yield from self.apart(texts, on_long, *in_half(texts)))
         if not single and max(map(len, texts)) >= self.wire.long_from:
-            likely = [text for text in texts if len(text) >= self.wire.long_from]
-            others = [text for text in texts if len(text) < self.wire.long_from]
-            return (yield from self.apart(texts, on_long, others, *([text] for text in likely)))
+            *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
+            return (yield from self.apart(texts, on_long, [longest], others))
         garbled = silences = crashes = suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
-                if single and len(texts[0]) >= self.wire.long_from:
+                if single and len(texts[0]) >= self.wire.long_from and on_long != "truncate":
                     self.wire.long_from = len(texts[0]) + 1
                 return list(vectors)
             except Superseded:
                 return (yield from self.embed(texts, on_long))
             except TooLong as refused:
                 if single:
+                    # Before it is believed of a text shorter than others, a short one must not be too long.
+                    if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
+                        suspicions += 1
+                        if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                            continue
                     self.wire.long_from = min(self.wire.long_from, len(texts[0]))
                     if on_long != "fail":
                         return [(yield from self.fit(texts[0], on_long, str(refused)))]
@@ -1606,7 +1619,7 @@ class Talk:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
         answers: dict[str, bytes | str] = {}
         for group in groups:
-            if group:
+            if group := list(dict.fromkeys(text for text in group if text not in answers)):
                 answers.update(zip(group, (yield from self.embed(group, on_long))))
         return [answers[text] for text in texts]
 
@@ -1614,7 +1627,10 @@ class Talk:
         """Return the answer for a text that the server does not take as a whole."""
         if on_long == "split":
             parts = yield from self.split(text)
-            return parts if isinstance(parts, str) else Split(mean(parts))
+            if isinstance(parts, str):
+                return parts
+            vector = mean(parts)
+            return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
         if on_long == "cut":
             answer: bytes | str = TooLongFor(refusal)
             if self.wire.cuts:
@@ -1635,7 +1651,7 @@ class Talk:
             middle = (low + high) // 2
             space = text.rfind(" ", low + 1, middle)
             middle = space if space > 0 else middle
-            [answer] = yield from self.embed([text[:middle]], "skip")
+            [answer] = yield from self.embed([text[:middle]], "whole")
             if isinstance(answer, bytes):
                 low, best = middle, answer
             elif isinstance(answer, TooLongFor):
@@ -1653,7 +1669,7 @@ class Talk:
         for part in halves(text):
             if not part.strip(BLANKS):
                 continue
-            [answer] = yield from self.embed([part], "skip")
+            [answer] = yield from self.embed([part], "whole")
             if isinstance(answer, bytes):
                 found.append((len(part), answer))
             elif isinstance(answer, TooLongFor) and len(part) < len(text):
@@ -2028,6 +2044,7 @@ class Servers:
         self.alone = len(lanes) == 1  # then it is used as it is, and what ends it ends the run
         self.returned: list[tuple[list[Row], int]] = []  # rows that a server has left undone, and how many have
         self.dimensions: int | None = None  # of the vectors, once one has come
+        self.known = b""  # the vector of the known-good text, where it is needed to tell whether a server is the same
 
     @property
     def texts(self) -> int:
@@ -2568,35 +2585,38 @@ class Engine:
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Check that the servers can do the work, all at once; raise Stop if one cannot, or none is there."""
-        servers, now = self.servers, time.monotonic()
-        for step in ("greet", "agree"):
-            lanes = self.present()
-            for lane, said in zip(lanes, self.hold(*((lane, getattr(lane.wire, step)()) for lane in lanes))):
-                if isinstance(said, Away) and not servers.alone:
-                    servers.lose(Batch([], 0, lane), said, now)
-                elif isinstance(said, Exception):
-                    raise said
-            if not self.present():
-                places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
-                raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
+        """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
+        self.each(lambda lane: lane.wire.greet())
+        self.each(lambda lane: lane.wire.agree())
+
+    def each(self, begin: Callable[[Lane], Conversation]) -> list[tuple[Lane, Answers]]:
+        """Hold a conversation with each server that is there, all at once, and return their answers.
+
+        One that is away is left to the run, unless it is the only one; raises what else ends a conversation.
+        """
+        servers, lanes = self.servers, self.present()
+        found = []
+        for lane, said in zip(lanes, self.hold(*((lane, begin(lane)) for lane in lanes))):
+            if isinstance(said, Away) and not servers.alone:
+                servers.lose(Batch([], 0, lane), said, time.monotonic())
+            elif isinstance(said, Exception):
+                raise said
+            else:
+                found.append((lane, said))
+        if not self.present():
+            places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
+            raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
+        return found
 
     def present(self) -> list[Lane]:
         """Return the servers that are not away."""
         return [lane for lane in self.servers.lanes if not lane.trouble]
 
-    def embed(self, lane: Lane, texts: list[str]) -> Answers:
-        """Return one server's answers for a few texts."""
-        said = self.hold((lane, lane.wire.converse(texts, movable=False)))[0]
-        if isinstance(said, Exception):
-            raise said
-        return said
-
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
         lane = self.present()[0]
         if lane.wire.dimensions is None or not lane.wire.certain:
-            answer = self.embed(lane, [KNOWN_GOOD])[0]
+            lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
             lane.wire.settle(len(answer) // 4)
@@ -2675,6 +2695,9 @@ class Engine:
         servers.land(batch, now)
         if isinstance(said, list) and not servers.alone:
             said = servers.check(lane, said) or said
+        probed = said[0] if isinstance(said, list) and not batch.rows else b""
+        if servers.known and isinstance(probed, bytes) and probed and cosine(probed, servers.known) < ALIKE:
+            said = Stop(f"{lane.wire.address} has come back with other vectors than before.")
         if isinstance(said, Stop) and servers.can_spare(batch):
             news = "" if self.stopping() else servers.lose(batch, said, now)
             if news:
@@ -3289,8 +3312,8 @@ class Store:
         """Return the place of a statement's parameter, counted from 1."""
         raise NotImplementedError
 
-    def referenced(self, relation: Relation, column: str) -> str | None:
-        """Return the name of the table that a column refers to by a foreign key."""
+    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
+        """Return the table and the column that a column refers to by a foreign key."""
         raise NotImplementedError
 
     def find(self, name: str) -> Relation | None:
@@ -3513,8 +3536,9 @@ class Store:
         described = self.columns(self.target)
         columns = list(described)
         self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
-        if not described[self.target_columns.get("provenance", columns[0])].type.upper().startswith("INT"):
-            self.target_columns.pop("provenance", None)  # somebody else's, for something else
+        theirs = self.target_columns.get("provenance", "")
+        if theirs and not (described[theirs].type.upper().startswith("INT") and "text_sha256" in self.target_columns):
+            del self.target_columns["provenance"]  # somebody else's, for something else
         if "embedding" not in self.target_columns:
             raise UsageError(
                 f'"{self.target.name}" has no column "embedding" to fill. It has: {listed(columns)}. '
@@ -3531,8 +3555,13 @@ class Store:
             )
         self.target_key = candidates[0]
         other = self.referenced(self.target, self.target_key)
-        if self.relation.is_table and other not in (None, self.relation.name):
-            raise UsageError(f'"{self.target.name}" belongs to the table "{other}". Give --target NAME.')
+        if self.relation.is_table and other and other[0] != self.relation.name:
+            raise UsageError(f'"{self.target.name}" belongs to the table "{other[0]}". Give --target NAME.')
+        if self.relation.is_table and other and other[1] != self.key:
+            raise UsageError(
+                f'"{self.target.name}" has its vectors under the column "{other[1]}" of "{other[0]}", '
+                f'not "{self.key}". Give --id {other[1]}, or --target NAME.'
+            )
 
     def check_model(self) -> None:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
@@ -3563,22 +3592,22 @@ class Store:
         if self.changing_model:
             column = quoted(self.target_columns["model"])
             self.rows(f"DELETE FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
-        if not self.force or self.partial or not any(self.makers.values()):
-            return
-        column, mark = quoted(self.target_columns["provenance"]), self.mark(1)
-        others = f"FROM {self.provenance.sql} AS p WHERE p.target = {mark} AND p.id NOT IN ({self.own_makers})"
-        if self.digest:
-            other = f"SELECT p.id {others} AND p.digest NOT IN ('', {self.mark(2)})"
-            self.rows(f"DELETE FROM {self.target.sql} WHERE {column} IN ({other})", self.target.name, self.digest)
-        self.rows(
-            f"DELETE {others} AND NOT EXISTS (SELECT 1 FROM {self.target.sql} AS e WHERE e.{column} = p.id)",
-            self.target.name,
-        )
+        if self.force and not self.partial and self.has_provenance:
+            with contextlib.suppress(Forbidden):
+                self.forget_versions()
 
-    @property
-    def own_makers(self) -> str:
-        """The ids in PROVENANCE of what this run makes, for a statement."""
-        return ", ".join(str(number) for number in self.makers.values() if number)
+    def forget_versions(self) -> None:
+        """Remove what is left of other versions of the model, and all word of what made no vector that is there."""
+        column, target = quoted(self.target_columns["provenance"]), self.target.sql
+        others = [number for number, model, digest, _ in self.records() if (model, digest) != (self.model, self.digest)]
+        if not others:
+            return
+        ids = f"({', '.join(map(str, others))})"
+        if self.digest:
+            unlike = f"SELECT id FROM {self.provenance.sql} WHERE id IN {ids} AND digest <> ''"
+            self.rows(f"DELETE FROM {target} WHERE {column} IN ({unlike})")
+        used = f"EXISTS (SELECT 1 FROM {target} AS e WHERE e.{column} = p.id)"
+        self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE p.id IN {ids} AND NOT {used}")
 
     @property
     def provenance(self) -> Relation:
@@ -3590,81 +3619,94 @@ class Store:
         """Whether the provenance of what is in the target can be read."""
         return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
 
-    def register(self, digest: str) -> None:
-        """Note which version of the model fills the target, by its digest, "" if not known.
-
-        Raises Stop if another version has filled it, and this run would not replace or accept that.
-        At once, before a vector is saved, so that of two machines with different versions the second is refused.
-        """
-        self.digest = digest
-        if self.reads_only:
-            if self.has_provenance:
-                self.check_version(self.provenance.sql)
-        elif "provenance" in self.target_columns:
-            with contextlib.suppress(Forbidden):  # then nothing is known and told of it
-                self.makers["whole"] = self.alone(lambda: self.enter_provenance("whole"))
-
-    def enter_provenance(self, fit: str) -> int:
-        """Return the id in PROVENANCE of what this run makes; within a transaction."""
-        name, target = self.provenance.sql, self.target.name
-        if not self.is_there(self.provenance):
-            self.execute(
-                f"CREATE TABLE {name} (id {self.identity}, target text NOT NULL, model text NOT NULL, "
-                "digest text NOT NULL, prefix text NOT NULL, fit text NOT NULL, "
-                "UNIQUE (target, model, digest, prefix, fit))"
-            )
-        self.check_version(name)
-        names = ("target", "model", "digest", "prefix", "fit")
-        values = (target, self.model, self.digest, self.prefix, fit)
-        same = " AND ".join(f"{column} = {self.mark(place)}" for place, column in enumerate(names, 1))
-        if not (found := self.execute(f"SELECT id FROM {name} WHERE {same}", *values)):
-            marks = ", ".join(self.mark(place) for place in range(1, 6))
-            self.execute(f"INSERT INTO {name} ({', '.join(names)}) VALUES ({marks})", *values)
-            found = self.execute(f"SELECT id FROM {name} WHERE {same}", *values)
-        number: int = found[0][0]
-        return number
-
-    def check_version(self, table: str) -> None:
-        """Raise Stop if the target was filled by another version of the model than this run's."""
-        known = self.versions(table, self.execute)
-        if not self.digest or not known or self.digest in known or self.options.accept_drift:
-            return
-        if not self.force or self.partial:
-            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (known[-1], self.digest))
-            ways = "Give --force, without --limit and --where, for all rows again"
-            raise Stop(
-                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
-                f"server has now ({ours}), and the two may not compare. {ways}, --target NAME for a second table, "
-                "or --accept-drift to mix them."
-            )
+    def records(self) -> list[tuple[int, str, str, int]]:
+        """Return what is on record for the target: ids, models, digests, and 1 where a mixture was accepted."""
+        sql = f"SELECT id, model, digest, accepted FROM {self.provenance.sql} WHERE target = {self.mark(1)} ORDER BY id"
+        return [tuple(row) for row in self.rows(sql, self.target.name)]
 
     def versions(self, table: str, execute: Callable[..., list[Any]]) -> list[str]:
         """Return the digests of this run's model that are on record for the target."""
         sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
         return [digest for (digest,) in execute(sql, self.target.name, self.model)]
 
+    def check_version(self) -> None:
+        """Raise Stop if the target holds vectors of another version of the model, by its digest, `self.digest`.
+
+        Only one of which a vector is there counts: a run that was refused, or broken off, may be on record, too.
+        """
+        if not self.digest or not self.has_provenance or self.options.accept_drift:
+            return
+        known = [record for record in self.records() if record[1] == self.model and record[2]]
+        others = {number: digest for number, _, digest, _ in known if digest != self.digest}
+        if not others or any(accepted for _, _, digest, accepted in known if digest == self.digest):
+            return
+        if self.force and not self.partial:
+            return  # all are replaced
+        column = quoted(self.target_columns["provenance"])
+        of_others = f"{column} IN ({', '.join(map(str, others))})"
+        found = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {of_others}")
+        if found is not None:
+            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (others[found], self.digest))
+            raise Stop(
+                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
+                f"server has now ({ours}), and the two may not compare. Give --force, without --limit and --where, for "
+                "all rows again, --target NAME for a second table, or --accept-drift to mix them."
+            )
+
     def maker(self, vector: bytes) -> int | None:
-        """Return the id in PROVENANCE of a vector made by this run."""
+        """Return the id in PROVENANCE of a vector made by this run, None if there is no place for it."""
         fit = getattr(vector, "fit", "whole")
-        if fit not in self.makers and self.makers:
-            self.makers[fit] = self.alone(lambda: self.enter_provenance(fit))
-        return self.makers.get(fit)
+        if fit not in self.makers:
+            self.makers[fit] = None
+            if "provenance" in self.target_columns:
+                with contextlib.suppress(Forbidden):
+                    self.makers[fit] = self.alone(lambda: self.record(fit))
+        return self.makers[fit]
+
+    def record(self, fit: str) -> int:
+        """Put on record what this run makes, and return its id in PROVENANCE; within a transaction."""
+        name, accepted = self.provenance.sql, int(self.options.accept_drift)
+        if not self.is_there(self.provenance):
+            self.execute(
+                f"CREATE TABLE {name} (id {self.identity}, target text NOT NULL, model text NOT NULL, "
+                "digest text NOT NULL, prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
+                "UNIQUE (target, model, digest, prefix, fit))"
+            )
+        names = ("target", "model", "digest", "prefix", "fit")
+        values = (self.target.name, self.model, self.digest, self.prefix, fit)
+        same = " AND ".join(f"{column} = {self.mark(place)}" for place, column in enumerate(names, 1))
+        if not (found := self.execute(f"SELECT id FROM {name} WHERE {same}", *values)):
+            marks = ", ".join(self.mark(place) for place in range(1, 6))
+            self.execute(f"INSERT INTO {name} ({', '.join(names)}, accepted) VALUES ({marks}, {accepted})", *values)
+            found = self.execute(f"SELECT id FROM {name} WHERE {same}", *values)
+        if accepted:  # and so all that are mixed there
+            both = f"target = {self.mark(1)} AND model = {self.mark(2)}"
+            self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0", self.target.name, self.model)
+        number: int = found[0][0]
+        return number
 
     def samples(self) -> list[tuple[str, bytes]]:
-        """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same."""
-        if self.force or not self.has_target or "text_sha256" not in self.target_columns:
+        """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same.
+
+        Of whole texts, and, where versions of the model are mixed, of this one.
+        """
+        if (self.force and not self.partial) or not self.has_target or "text_sha256" not in self.target_columns:
             return []  # all are replaced, or may be of another text
-        _, exists = self.joined()
-        embedding, key = quoted(self.target_columns["embedding"]), quoted(self.target_key)
-        whole = ""
-        if self.makers:
+        ours = f"{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        if self.has_provenance:
+            of_target = f"SELECT id FROM {self.provenance.sql} WHERE target = {literal(self.target.name)}"
             column = quoted(self.target_columns["provenance"])
-            whole = f" AND COALESCE(e.{column} IN (SELECT id FROM {self.provenance.sql} WHERE fit = 'whole'), 1 = 1)"
-        return self.known_texts(
-            f"FROM (SELECT * FROM {self.target.sql} WHERE {embedding} IS NOT NULL "
-            f"LIMIT {SAMPLED}) AS e JOIN {self.source} AS s ON e.{key} = s.{quoted(self.key)} "
-            f"WHERE {exists}{whole} LIMIT {SAMPLES}"
-        )
+            ours += f" AND COALESCE({column} NOT IN ({of_target} AND fit <> 'whole'), 1 = 1)"
+            if self.digest in (digest for _, _, digest, _ in self.records() if digest):
+                ours += f" AND {column} IN ({of_target} AND digest = {literal(self.digest)})"
+        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+        found: list[tuple[str, bytes]] = []
+        for most in (f"LIMIT {SAMPLED}", ""):  # nearly always the first will do; else all is looked through
+            found = found or self.known_texts(
+                f"FROM (SELECT * FROM {self.target.sql} WHERE {ours} {most}) AS e JOIN {self.source} AS s ON {on} "
+                f"WHERE {self.existing} LIMIT {SAMPLES}"
+            )
+        return found
 
     @property
     def partial(self) -> bool:
@@ -3691,8 +3733,6 @@ class Store:
         def create() -> None:
             if not self.is_there(self.target):  # another machine may have been quicker
                 self.execute(f"CREATE TABLE {self.target.sql} {columns}")
-                if self.is_there(self.provenance):  # what it says was of a table that is gone
-                    self.execute(f"DELETE FROM {self.provenance.sql} WHERE target = {self.mark(1)}", self.target.name)
 
         self.alone(create)
         self.has_target = True
@@ -3709,14 +3749,19 @@ class Store:
         """
         if not self.has_target or (self.force and not self.changing_model):
             return f"{self.source} AS s", "1 = 0"
+        on = f"{quoted(self.target_key)} = s.{quoted(self.key)}"
+        return f"{self.source} AS s {self.beside(on, page)}", self.existing
+
+    @property
+    def existing(self) -> str:
+        """The condition that there is an embedding of the row's text as it is now."""
         exists = self.has_vector
         if self.changing_model:
             exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
         if "text_sha256" in self.target_columns and not self.unchanged:
             stored = f"e.{quoted(self.target_columns['text_sha256'])}"
             exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
-        on = f"{quoted(self.target_key)} = s.{quoted(self.key)}"
-        return f"{self.source} AS s {self.beside(on, page)}", exists
+        return exists
 
     def count(self) -> tuple[int, int]:
         """Return how many rows there are, and how many of them have their embedding."""
@@ -4085,11 +4130,15 @@ class SQLiteStore(Store):
     def mark(self, number: int) -> str:
         return "?"
 
-    def referenced(self, relation: Relation, column: str) -> str | None:
-        sql = 'SELECT "table" FROM pragma_foreign_key_list(?, ?) WHERE "from" = ?'
+    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
+        sql = 'SELECT "table", "to" FROM pragma_foreign_key_list(?, ?) WHERE "from" = ?'
         found = self.rows(sql, relation.name, relation.schema, column)
         target = self.find_exactly(Relation(relation.schema, found[0][0], True)) if found else None
-        return target.name if target else None
+        if target is None:
+            return None
+        columns = self.columns(target)
+        to = match(found[0][1], columns) if found[0][1] else next(iter(primary_key(columns)), None)
+        return (target.name, to) if to else None
 
     def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
@@ -4691,13 +4740,22 @@ class PostgresStore(Store):
         )
         return bool(self.rows(sql, relation.sql, column))
 
-    def referenced(self, relation: Relation, column: str) -> str | None:
+    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
         sql = (
-            "SELECT c.relname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
+            "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
             "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
+            "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
             "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
         )
-        return next((name for (name,) in self.rows(sql, relation.sql, column)), None)
+        return next((tuple(row) for row in self.rows(sql, relation.sql, column)), None)
+
+    def check_key(self) -> None:
+        if self.key_declared.endswith("[]") or self.key_declared in ("bytea", "json", "jsonb"):
+            raise UsageError(
+                f'the key "{self.key}" of "{self.relation.name}" is of the type {self.key_declared}, '
+                "whose values have no one form as text. Give --id COLUMN, of numbers, texts, UUIDs or dates."
+            )
+        super().check_key()
 
     def value_sql(self, column: str, declared: str) -> str:
         name = f"s.{quoted(column)}"
@@ -5132,7 +5190,7 @@ class Fleet:
         "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
         "embedgen_machines": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
         "name text NOT NULL, round bigint NOT NULL, expires timestamptz NOT NULL, gone boolean NOT NULL DEFAULT false, "
-        "generated bigint NOT NULL DEFAULT 0, failed bigint NOT NULL DEFAULT 0",
+        "generated bigint NOT NULL DEFAULT 0, failed bigint NOT NULL DEFAULT 0, left_out bigint NOT NULL DEFAULT 0",
         # The keys above `above` and up to `upto`; NULL is the table's beginning.
         "embedgen_leases": "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, job bytea NOT NULL, "
         "machine bigint NOT NULL, above text, upto text NOT NULL",
@@ -5158,13 +5216,14 @@ class Fleet:
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
-        self.generated = self.failed = 0  # rows that this machine has, of leases given back
+        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases given back
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
         self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
         self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
         self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
-        self.failures: dict[int, int] = {}  # and how many have failed: whoever inherits a lease tries them again
+        # And how many have failed, and been left out: whoever inherits a lease tries them again.
+        self.given_up: dict[int, tuple[int, int]] = {}
         self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
         self.done: list[int] = []  # leases to be given back
         self.giving: list[int] = []  # those that the statement under way gives back
@@ -5195,7 +5254,7 @@ class Fleet:
 
     def join(self) -> str:
         """Take part in the pass that is under way, or begin one; return a remark for the log."""
-        self.generated = self.failed = 0  # of this machine as the others know it
+        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
         self.round, self.late, self.machine = self.store.alone(self.enter)
         self.last_sign = time.monotonic()
         return "joined a pass over the table that is under way" if self.late else ""
@@ -5209,18 +5268,21 @@ class Fleet:
             if not self.store.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
         target = self.store.target.name
-        model = self.store.model + (f"@{self.store.digest}" if self.store.digest else "")
+        model = self.store.model + (f"\n{self.store.digest}" if self.store.digest else "")  # no name has that in it
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
             f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND {alive} AND p.model <> $2 AND ("
-            "split_part(p.model, '@', 1) <> split_part($2, '@', 1) OR (p.model LIKE '%@%' AND $2 LIKE '%@%'))",
+            "split_part(p.model, chr(10), 1) <> split_part($2, chr(10), 1) OR "
+            "(p.model LIKE '%' || chr(10) || '%' AND $2 LIKE '%' || chr(10) || '%'))",
             target, model,
         )  # fmt: skip
         if other:
+            theirs, ours = (name.replace("\n", " with the digest ") for name in (other[0][0], model))
             raise Stop(
-                f'another run fills "{target}" with vectors of the model "{other[0][0]}", which do not compare with '
-                f'those of "{model}". Wait for its end, or give --target NAME.'
+                f'another run fills "{target}" with vectors of the model {theirs}, which do not compare with '
+                f"those of {ours}. Wait for its end, or give --target NAME."
             )
+        self.store.check_version()  # one that has ended since we looked may have filled it
         execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
                 self.job, target, model)  # fmt: skip
         left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
@@ -5244,9 +5306,9 @@ class Fleet:
     def leave(self) -> None:
         """Give back what is not done; what was generated and failed stays for the others to count."""
         if self.machine:
-            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, generated = $4 WHERE id = $1"
+            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, left_out = $4 WHERE id = $1"
             free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
-            known = [self.machine, self.failed, self.done, self.generated]
+            known = [self.machine, self.failed, self.done, self.left_out]
             self.store.connection.execute(f"WITH gone AS ({gone}) {free}", known)
 
     def tend(self) -> None:
@@ -5259,12 +5321,13 @@ class Fleet:
         self.giving = list(self.done)
         sql = (
             f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5, "
-            f"generated = $6 WHERE id = $2 "
-            f"RETURNING 1), done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
+            f"left_out = $6 WHERE id = $2 RETURNING 1), "
+            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
             "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
-            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2) FROM {self.machines} AS m WHERE m.job = $1"
+            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2), m.left_out FROM {self.machines} AS m "
+            "WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.generated)
+        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.left_out)
         self.last_sign = time.monotonic()
         self.given()
         known = bool(found) and found[0][4]
@@ -5275,7 +5338,8 @@ class Fleet:
         force = self.store.force  # then only what was done in this pass counts
         others = [row for row in found if row[0] != self.machine]
         self.others = (
-            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round),
+            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round)
+            + sum(row[6] for row in others if row[3] >= self.round),
             sum(row[2] for row in others if row[3] >= self.round),
         )
 
@@ -5286,7 +5350,7 @@ class Fleet:
             self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
             for lease in leases:
                 del self.held[lease]
-                self.failures.pop(lease, None)
+                self.given_up.pop(lease, None)
 
     # Taking rows
 
@@ -5372,7 +5436,7 @@ class Fleet:
         if self.held:
             return False  # wait, or ours would be found pending
         self.renew()
-        if self.to_do <= sum(self.others) + self.generated + self.failed:
+        if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
             return True
         # Some rows before the point at which we came have been changed, or are new, since they were passed.
         sql = (
@@ -5431,23 +5495,29 @@ class Fleet:
 
     # Giving them back
 
-    def decided(self, row: Row, failed: bool = False) -> None:
-        """Note that one of our rows is saved or has failed."""
+    def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
+        """Note that one of our rows is saved, has failed, or is left out."""
         lease = self.lease_of.pop(row.key, 0)
         if lease in self.held:
             self.held[lease] -= 1
-            self.failures[lease] = self.failures.get(lease, 0) + failed
+            before = self.given_up.get(lease, (0, 0))
+            self.given_up[lease] = before[0] + failed, before[1] + left_out
             if not self.held[lease]:
                 del self.held[lease]
-                self.failed += self.failures.pop(lease)
+                self.failed, self.left_out = self.with_given_up([lease])
+                del self.given_up[lease]
                 self.done.append(lease)
 
+    def with_given_up(self, leases: list[int]) -> tuple[int, int]:
+        """Return the rows that have failed and been left out, those of some leases that are at their end included."""
+        more = [self.given_up.get(lease, (0, 0)) for lease in leases]
+        return self.failed + sum(failed for failed, _ in more), self.left_out + sum(left_out for _, left_out in more)
+
     def give_up(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed or is left out; for the others the latter is as if it were done."""
+        """Note that a row has failed or is left out."""
         if self.late:
             self.hopeless.add(row.key)
-        self.decided(row, failed)
-        self.generated += not failed
+        self.decided(row, failed, not failed)
 
     def given(self) -> None:
         """Note that the leases of the last statement have been given back."""
@@ -5468,13 +5538,13 @@ class Fleet:
             saved[lease] = saved.get(lease, 0) + 1
         complete = [lease for lease, count in saved.items() if self.held.get(lease) == count]
         self.giving = self.done + complete
-        failed = self.failed + sum(self.failures.get(lease, 0) for lease in complete)
+        failed, left_out = self.with_given_up(complete)
         sql = (
             f", sign AS (UPDATE {self.machines} SET generated = $6 + (SELECT count(*) FROM saved), failed = $7, "
-            f"expires = {self.EXPIRY} WHERE id = $5), "
+            f"left_out = $9, expires = {self.EXPIRY} WHERE id = $5), "
             f"done AS (DELETE FROM {self.leases} WHERE id = ANY($8) AND machine = $5)"
         )
-        return sql, [self.machine, self.generated, failed, self.giving]
+        return sql, [self.machine, self.generated, failed, self.giving, left_out]
 
     def saved(self, rows: list[Row], count: int) -> None:
         """Note that the statement has been executed and has saved so many of the rows."""
@@ -6178,7 +6248,8 @@ def rehearse(
     counts = Counts(*store.count(), options.limit)
     to_do = counts.total - counts.done
     speed = measured_speed(wires, store) if to_do else 0.0
-    store.register(next((wire.digest for wire in wires if wire.digest), ""))
+    store.digest = next((wire.digest for wire in wires if wire.digest), "")
+    store.check_version()
     lasting = to_do / speed if speed else 0.0
     report = Report(console, options, store.relation.name, "")
     if options.json:
@@ -6452,7 +6523,7 @@ def generate(
             report.show_index(share)
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
     report.finish(counts, code)
-    store.note(complete=not counts.left and not counts.failed)
+    store.note(complete=not (counts.left or counts.failed or counts.too_long))
     log.sum_up()
     log.info(f"{counts.generated} generated, {counts.skipped} skipped, {counts.failed} failed; exit code {code}")
     return code
@@ -6476,14 +6547,15 @@ def embed(
     engine = ENGINES[options.engine](servers, interrupt)
     try:
         engine.greet()
+        store.digest = next((wire.digest for wire in wires if wire.digest), "")
+        store.check_version()
+        store.create_target(engine.dimensions)
+        if not options.accept_drift:
+            check_drift(options, engine, store.samples())
         absent = [lane for lane in servers.lanes if lane.trouble]
         for lane in absent:
             log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
             complain(f"warning: {text}")
-        store.create_target(engine.dimensions)
-        store.register(next((wire.digest for wire in wires if wire.digest), ""))
-        if not options.accept_drift:
-            check_drift(options, engine, store.samples())
         if remark := store.join():
             log.info(remark)
         report.start(counts)
@@ -6504,28 +6576,39 @@ def embed(
 
 
 def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:
-    """Raise Stop if a server's vectors differ from those that are stored for the same texts, or from each other's."""
-    lanes, whose = engine.present(), f'those stored as of the model "{options.model}"'
-    ways = "--target NAME for a second table, --force for all rows again, or --accept-drift"
-    if not samples and not all(lane.wire.digest for lane in lanes):  # the name alone proves nothing
-        first, *lanes = lanes
-        known = engine.embed(first, [KNOWN_GOOD])[0] if lanes else b""
-        samples = [(KNOWN_GOOD, known)] if isinstance(known, bytes) and known else []
-        whose, ways = f"{first.wire.address}", "or --accept-drift"
-    for lane in lanes if samples else []:
-        answers = engine.embed(lane, [text for text, _ in samples])
-        cosines = [
-            cosine(answer, vector) if len(answer) == len(vector) else 0.0
-            for answer, (_, vector) in zip(answers, samples)
-            if isinstance(answer, bytes)
-        ]
-        different = [value for value in cosines if value < ALIKE]
-        if 2 * len(different) > len(cosines):  # a single one may have been stored by some accident
-            raise Stop(
-                f"{lane.wire.address} gives other vectors than {whose} (cosine {max(different):.3f} for the same text; "
-                f'{ALIKE} or more is usual). It may hold another version of "{options.model}". '
-                f"Give another --server, {ways}."
-            )
+    """Raise Stop if a server's vectors differ from those that are stored for the same texts, or from each other's.
+
+    Where there are several servers, and not all tell the model's digest, its name alone proves nothing: they are
+    compared by the known-good text, and so is who comes back later.
+    """
+    servers, first = engine.servers, ""
+    compare = not servers.alone and not all(lane.wire.digest for lane in servers.lanes)
+    texts = [text for text, _ in samples] + [KNOWN_GOOD] * compare
+    for lane, answers in engine.each(lambda lane: lane.wire.converse(texts, not servers.alone)) if texts else []:
+        check_alike(options, lane, answers, samples, f'those stored as of the model "{options.model}"')
+        known = answers[-1]
+        if compare and isinstance(known, bytes):
+            if servers.known:
+                check_alike(options, lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
+            servers.known, first = servers.known or known, first or lane.wire.address
+
+
+def check_alike(
+    options: argparse.Namespace, lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str
+) -> None:
+    """Raise Stop if most of a server's vectors differ from those known for the same texts; a few may by accident."""
+    cosines = [
+        cosine(answer, vector) if len(answer) == len(vector) else 0.0
+        for answer, (_, vector) in zip(answers, samples)
+        if isinstance(answer, bytes) and not isinstance(answer, Fitted)
+    ]
+    different = [value for value in cosines if value < ALIKE]
+    if 2 * len(different) > len(cosines):
+        raise Stop(
+            f"{lane.wire.address} gives other vectors than {whose} (cosine {max(different):.3f} for the same text; "
+            f'{ALIKE} or more is usual). It may hold another version of "{options.model}". Give another --server, '
+            "--target NAME for a second table, --force for all rows again, or --accept-drift."
+        )
 
 
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:

@@ -250,7 +250,14 @@ class Noticed(Idle):
         self.execute("ALTER TABLE movies ADD COLUMN number INTEGER")
         self.execute("UPDATE movies SET number = 4 - id")
         self.finish()
-        self.assertEqual(self.look("--id", "number")[0], (2, 1, 0))
+        self.refuse(2, "--id", "number", words=['"id"', "--id id", "--target"])
+
+    def test_rows_that_were_skipped_for_their_length_are_no_part_of_the_note(self) -> None:
+        self.finish()
+        self.ollama.configure(models={"nomic-embed-text": {"context": 30}})
+        self.execute(f"UPDATE movies SET overview = '{'long ' * 40}' WHERE id = 2")
+        self.assertEqual(self.run_program("--on-long", "skip").tally, (0, 3, 0))
+        self.assertEqual(self.run_program().tally, (1, 2, 0))
 
     def test_a_change_between_the_count_and_the_note(self) -> None:
         self.finish()

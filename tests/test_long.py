@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import unittest
+from unittest import mock
 
 import embedgen
 from tests.ollama import SPECIAL_TOKENS, blob, cut, normalised, vector
@@ -147,6 +148,24 @@ class LongTexts(Case):
         self.succeed(*self.flags("cut", "async")[:-2], "--target", "skip_async")
         self.beginnings(self.good(self.stored("skip_async")))
 
+    def test_a_server_that_finds_everything_too_long_is_not_believed(self) -> None:
+        refuse = [{"contains": "", "status": 400, "error": self.refusal}]
+        self.ollama.configure(refuse=refuse)
+        with mock.patch.object(embedgen, "PATIENCE", 0.5), mock.patch.object(embedgen, "FIRST_WAIT", 0.01):
+            for on_long in ("cut", "split", "skip"):
+                done = self.run_program(*self.flags(on_long, "async"))
+                self.assertEqual(done.code, 3)
+                self.assertIn(f"has given no good answer for 0 minutes ({self.refusal}", done.err)
+
+    def test_requests_for_a_corpus_of_long_texts(self) -> None:
+        self.ollama.reset()
+        self.serve()
+        self.execute("DELETE FROM movies")
+        self.execute("INSERT INTO movies VALUES (?, ?)", [(key, long_text(key % 100)) for key in range(200)])
+        self.succeed(*self.flags("cut", "async"), "--concurrent", "1", "--batch-size", "10")
+        # Each twice, once not to be cut and once to be; but those that stand twice in a batch, and few to find out.
+        self.assertLess(len(self.asked()), 200 * 2 + 60)
+
 
 class LongTextsWhereTheServerDoesNotCut(LongTexts):
     """Over Ollama's protocol with a version that refuses to cut, so that the beginning has to be found."""
@@ -162,7 +181,8 @@ class LongTextsWhereTheServerDoesNotCut(LongTexts):
             fitting = [" ".join(words[:count]) for count in range(MOST * 15 // 16 - 1, MOST + 1)]
             self.assertIn(found, [blob(text) for text in fitting])
 
-    test_split = test_fail = test_skip = None  # type: ignore[assignment]
+    test_split = test_fail = test_skip = test_requests_for_a_corpus_of_long_texts = None  # type: ignore[assignment]
+    test_a_server_that_finds_everything_too_long_is_not_believed = None  # type: ignore[assignment]
 
 
 class LongTextsOverOpenAI(LongTextsWhereTheServerDoesNotCut):
@@ -180,6 +200,18 @@ class LongTextsOverOpenAI(LongTextsWhereTheServerDoesNotCut):
 
 class LongTextsOnPostgres(OnPostgres, LongTexts):
     """The same on Postgres."""
+
+    def test_several_machines_that_skip(self) -> None:
+        self.ollama.configure(seconds_per_text=0.01, slots=1)
+        flags = (*self.flags("skip", "async"), "--json", "--batch-size", "4")
+        first = self.start_program(*flags)
+        self.wait_for(lambda: len(self.asked()) > ROWS / 3, "the first at work")
+        for process in (first, self.start_program(*flags)):
+            out, err = process.communicate(timeout=60)
+            told = json.loads(out)
+            self.assertEqual((process.returncode, err, told["failed"]), (0, b"", 0))
+            self.assertEqual((told["total"], told["generated"] + told["skipped"]), (ROWS, ROWS))
+        self.assertEqual(self.good(self.stored("skip_async")), {})
 
 
 class Halves(unittest.TestCase):

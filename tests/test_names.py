@@ -212,6 +212,12 @@ class KeysOfPostgres(OnPostgres, KeyCase):
                 self.wipe()
                 self.assertEqual(len(self.keys(f"id {kind} PRIMARY KEY", list(keys))), len(keys))
 
+    def test_keys_that_have_no_one_form_as_text_are_refused(self) -> None:
+        for kind in ("BYTEA", "INTEGER[]", "JSONB"):
+            self.wipe()
+            self.execute(f"CREATE TABLE movies (id {kind} PRIMARY KEY, title TEXT)")
+            self.refuse(2, words=['"id"', kind.lower(), "--id"])
+
     def test_the_logs_name_of_a_row(self) -> None:
         self.execute("CREATE TABLE movies (id UUID PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (?, ?)", [(uuid.UUID(int=5), "")])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
+from unittest import mock
 
+import embedgen
 from tests.support import ENGINES, Case, OnPostgres
 
 MODEL = "nomic-embed-text"
@@ -62,9 +65,15 @@ class Provenance(Case):
         self.assertEqual(self.succeed("--accept-drift").tally, (2, 3, 0))
         self.assertEqual([row[1::3] for row in self.made()], [("sha256:aaaa", 3), ("sha256:bbbb", 2)])
         self.execute("INSERT INTO movies VALUES (6, 'One more', 'x')")
-        self.refuse(3, words=["cosine"])  # most of what is stored is of the other one
+        self.assertEqual(self.succeed().tally, (1, 5, 0))  # once is enough
+        self.execute("INSERT INTO movies VALUES (7, 'And one', 'x')")
+        self.serve("sha256:bbbb", "and drifted")
+        self.refuse(3, words=["cosine"])
         self.serve("sha256:aaaa", "")
-        self.assertEqual(self.succeed().tally, (1, 5, 0))
+        self.assertEqual(self.succeed().tally, (1, 6, 0))
+        self.serve("sha256:cccc", "")
+        self.execute("INSERT INTO movies VALUES (8, 'The last', 'x')")
+        self.refuse(3, words=["cccc", "another version"])
 
     def test_force_replaces_it(self) -> None:
         self.make_movies(5)
@@ -77,6 +86,61 @@ class Provenance(Case):
         self.assertEqual(self.versions(), ["sha256:bbbb"])
         self.serve("sha256:bbbb", "other")
         self.assertEqual(self.succeed().tally, (1, 4, 0))
+
+    def test_a_force_that_was_broken_off_does_not_pass_for_done(self) -> None:
+        self.make_movies(200)
+        self.succeed()
+        self.serve("sha256:bbbb", "other")
+        self.ollama.configure(seconds_per_text=0.01, slots=1)
+        process = self.start_program("--force", "--batch-size", 4)
+        count = "SELECT count(DISTINCT provenance) FROM movie_embeddings"
+        self.wait_for(lambda: self.execute(count) == [(2,)], "the first new vectors")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        self.ollama.configure(seconds_per_text=0.0, slots=None)
+        self.execute("INSERT INTO movies VALUES (0, 'New', 'x')")
+        self.refuse(3, words=["another version", "aaaa", "bbbb"])
+        self.assertEqual(self.succeed("--force").tally, (201, 0, 0))
+        self.assertEqual(self.versions(), ["sha256:bbbb"])
+
+    def test_a_run_that_was_refused_leaves_no_word(self) -> None:
+        self.serve("", "")
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        self.serve("sha256:bbbb", "other")
+        self.refuse(3, words=["cosine"])
+        self.serve("sha256:aaaa", "")
+        self.assertEqual(self.succeed().tally, (2, 3, 0))
+
+    def test_a_part_that_is_forced_must_go_with_the_rest(self) -> None:
+        self.make_movies(5)
+        self.succeed()
+        self.serve("sha256:aaaa", "other")
+        for flags in (("--limit", 2), ("--where", "id > 3")):
+            self.refuse(3, "--force", *flags, words=["cosine"])
+        self.assert_complete()
+
+    def test_drift_is_seen_beyond_the_first_rows(self) -> None:
+        self.make_movies(20)
+        self.succeed("--where", "id <= 15")
+        self.serve("sha256:aaaa", "other")
+        with mock.patch.object(embedgen, "SAMPLED", 5):
+            self.refuse(3, "--where", "id > 12", words=["cosine"])
+
+    def test_texts_that_do_not_fit_any_more_are_no_drift(self) -> None:
+        self.make_movies(5, lambda key: "and so on " * 20 + str(key))
+        self.succeed("--limit", 3)
+        self.ollama.configure(models={MODEL: {"digest": "sha256:aaaa", "context": 20}})
+        self.assertEqual(self.succeed().tally, (2, 3, 0))
+
+    def test_a_moments_trouble_does_not_hide_the_version(self) -> None:
+        self.make_movies(5)
+        self.succeed("--limit", 3)
+        self.serve("sha256:bbbb", "")
+        talk = embedgen.OllamaWire(embedgen.parse_server(self.ollama.url), embedgen.parse_arguments([])).identify()
+        next(talk)
+        self.assertIsInstance(talk.send(embedgen.Reply(503, b"busy")), embedgen.Wait)
+        self.assertIsInstance(talk.send(None), embedgen.Send)
 
     def test_drift_stops_the_run_before_the_first_row(self) -> None:
         self.make_movies(20)
@@ -129,6 +193,11 @@ class Provenance(Case):
         self.succeed("--target", "vectors")
         self.assertEqual(self.execute("SELECT DISTINCT provenance FROM vectors"), [(None,)])
         self.assertNotIn("embedgen_provenance", self.db.tables())
+        self.execute(
+            f"CREATE TABLE other (movie INTEGER PRIMARY KEY, embedding {self.db.vector_type}, provenance INTEGER)"
+        )
+        self.succeed("--target", "other")
+        self.assertEqual(self.execute("SELECT DISTINCT provenance FROM other"), [(None,)])
 
     def test_another_model_is_forgotten_with_its_vectors(self) -> None:
         self.make_movies(5)
@@ -148,8 +217,8 @@ class ProvenanceOnPostgres(OnPostgres, Provenance):
         first = self.start_program("--batch-size", 2, "--force")
         self.wait_for(lambda: "embedgen_machines" in self.db.tables(), "the first run")
         self.ollama.configure(models={MODEL: {"digest": "sha256:bbbb"}}, seconds_per_text=0.0)
-        self.refuse(3, words=["another version", "aaaa", "bbbb"])
-        self.refuse(3, "--force", words=["another run", "sha256:aaaa", "sha256:bbbb"])
+        for flags in ((), ("--force",)):
+            self.refuse(3, *flags, words=["another run", "sha256:aaaa", "sha256:bbbb"])
         _, err = first.communicate(timeout=60)
         self.assertEqual((first.returncode, err), (0, b""))
         self.assertEqual(self.made(), [(MODEL, "sha256:aaaa", "", "whole", 300)])

@@ -413,6 +413,35 @@ class SeveralServers(Case):
                 self.assertRegex(err.decode(), rf"\Awarning: .*{self.other.url} has another model .*\n\Z")
                 self.assert_complete()
 
+    def test_one_without_a_digest_comes_back_with_other_vectors(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.again(engine)
+                self.make_movies(600)
+                self.both(seconds_per_text=0.005, slots=1, api=False)
+                flags = ("--server", f"{self.ollama.url}/v1", "--server", f"{self.other.url}/v1", "--engine", engine)
+                process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
+                self.wait_for(lambda: len(self.other.texts()) > 20 and len(self.ollama.texts()) > 20, "both at work")
+                self.other.kill()
+                self.wait_for(lambda: "is away" in self.log(), "it is missed")
+                self.other.current["models"] = {"nomic-embed-text": {"seed": "another"}}
+                self.other.start()
+                self.wait_for(lambda: "come back with other vectors" in self.log(), "it is turned down")
+                self.ollama.configure(seconds_per_text=0)
+                process.communicate(timeout=60)
+                self.assertEqual(process.returncode, 0)
+                self.assert_complete()
+
+    def test_one_that_is_busy_when_vectors_are_compared(self) -> None:
+        for engine in ENGINES:
+            flags = self.again(engine)
+            self.make_movies(20)
+            self.succeed(*flags, "--limit", 10)
+            self.other.configure(faults={"503": 1.0}, retry_after=30)
+            done = self.run_program(*flags)
+            self.assertEqual((done.code, done.tally), (0, (10, 10, 0)))
+            self.assertRegex(done.err, rf"\Awarning: {self.other.url} is away .*\n\Z")
+
     def test_all_go(self) -> None:
         for engine in ENGINES:
             with self.subTest(engine=engine):
