@@ -703,6 +703,8 @@ class Server(NamedTuple):
     def hide(self, text: str) -> str:
         """Return what a server says, or an error, without the secrets that were sent: some proxies echo a request."""
         import base64
+        import html
+        import json
 
         kind, _, secret = self.authorization.partition(" ")
         secrets = [secret]
@@ -710,9 +712,8 @@ class Server(NamedTuple):
             userinfo = base64.b64decode(secret).decode()
             secrets += [userinfo, userinfo.partition(":")[2]]
         for secret in filter(None, secrets):
-            alone = (
-                re.escape(secret) if len(secret) >= 8 else rf"(?<!\w){re.escape(secret)}(?!\w)"
-            )  # short ones are words
+            found = "|".join({re.escape(form) for form in (secret, json.dumps(secret)[1:-1], html.escape(secret))})
+            alone = f"(?:{found})" if len(secret) >= 8 else rf"(?<!\w)(?:{found})(?!\w)"  # short ones are words
             text = re.sub(alone, "***", text)
         return text
 

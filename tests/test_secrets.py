@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import html
+import json
 import re
 import subprocess
 import sys
@@ -103,6 +105,14 @@ class Secrets(Case):
                 nothing = env is BY_OTHER and not str(flags[1]).endswith("/v1")  # is sent
                 if (number + turn) % 3 == 0:  # each way in some turns, to save time
                     self.run_hidden(3, *flags, env=env, words="" if nothing else "***")
+
+    def test_as_json_and_html_spell_it(self) -> None:
+        for secret in ('hunter2"secret', "hunter2&secret"):
+            server = embedgen.parse_server(f"http://user:{secret}@h")
+            echoed = json.dumps({"request": {"auth": f"user:{secret}"}})
+            page = f"<html><title>no: user:{html.escape(secret)}</title></html>"
+            for said in (echoed, page):
+                self.assertNotIn("secret", embedgen.words_of(said.encode(), server.hide))
 
     def test_a_secret_in_what_should_be_the_status_line(self) -> None:
         for secret in (f"Basic {BASIC}", f"Bearer {TOKEN}"):
