@@ -3357,8 +3357,8 @@ class Store:
         """Return the columns of a new target behind its key; `measure` tells the length of the vectors."""
         raise NotImplementedError
 
-    def stored_dimensions(self) -> int | None:
-        """Return the length that vectors in the target have, None if it may be any."""
+    def stored_dimensions(self, model: str = "") -> int | None:
+        """Return the length that vectors in the target have, or those of a model, None if it may be any."""
         raise NotImplementedError
 
     def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
@@ -3516,6 +3516,7 @@ class Store:
         found = found or self.find_exactly(wanted)
         self.has_target = found is not None
         self.target = found or wanted
+        self.is_default_target = self.target[:2] == self.place(f"{noun}_embeddings", self.relation.schema)[:2]
         self.target_key = f"{noun}_id"
         self.target_columns = {name: name for name in self.own_columns}
         if found:
@@ -3780,8 +3781,21 @@ class Store:
 
     def comparable(self, dimensions: int, model: str) -> str:
         """Return the condition that a stored vector can be compared with one of that length and model."""
+        return self.has_length(dimensions) + self.is_by(model)
+
+    def is_by(self, model: str) -> str:
+        """Return the further condition that a model has made a vector, where the target tells; "" for any model."""
         named = self.target_columns.get("model")
-        return self.has_length(dimensions) + (f" AND e.{quoted(named)} = {literal(model)}" if named else "")
+        return f" AND e.{quoted(named)} = {literal(model)}" if named and model else ""
+
+    @property
+    def common_dimensions(self) -> int | None:
+        """The length of all vectors in the target, None if there are several."""
+        if stored := self.stored_dimensions():
+            other = f"{self.has_vector} AND NOT ({self.has_length(stored)})"
+            if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE {other}") is not None:
+                return None
+        return stored
 
     @property
     def has_vector(self) -> str:
@@ -3800,8 +3814,7 @@ class Store:
         if not self.has_target:
             raise Stop(f"there are no embeddings yet: no table {name}. {again}")
         column = self.target_columns.get("model")
-        of_model = f"WHERE {quoted(column)} = {literal(model)}" if column else ""
-        if self.value(f"SELECT 1 FROM {self.target.sql} {of_model}") is not None:
+        if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE 1 = 1{self.is_by(model)}") is not None:
             return
         other = self.value(f"SELECT {quoted(column)} FROM {self.target.sql}") if column else None
         if other is None:
@@ -3812,8 +3825,8 @@ class Store:
         )
 
     def check_query(self, dimensions: int, digest: str) -> None:
-        """Raise UsageError if a vector of that length, by that version of the model, compares with none stored."""
-        stored, name = self.stored_dimensions(), f'"{self.target.name}"'
+        """Raise Stop if a vector of that length, by that version of the model, compares with none stored."""
+        stored, name = self.stored_dimensions(self.model), f'"{self.target.name}"'
         if stored not in (None, dimensions):
             raise UsageError(
                 f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
@@ -3821,12 +3834,20 @@ class Store:
             )
         if digest and self.has_provenance:
             known = self.versions(self.provenance.sql, self.rows)
-            if known and digest not in known:
-                theirs, ours = (one.rpartition(":")[2][:12] for one in (known[-1], digest))
-                raise UsageError(
+            others = [one for one in known if one != digest]
+            if others and not (digest in known and self.has_vector_by(digest)):
+                theirs, ours = (one.rpartition(":")[2][:12] for one in (others[-1], digest))
+                raise Stop(
                     f'{name} holds vectors of another version of "{self.model}" (digest {theirs}) than the server has '
                     f"now ({ours}), and the two may not compare. Give another --server, or run with --force first."
                 )
+
+    def has_vector_by(self, digest: str) -> bool:
+        """Whether a version of this run's model has made a vector that is there: that it once did says little."""
+        made = f"SELECT id FROM {self.provenance.sql} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest = "
+        column = quoted(self.target_columns["provenance"])
+        sql = f"SELECT 1 FROM {self.target.sql} WHERE {column} IN ({made}{self.mark(3)})"
+        return self.value(sql, self.target.name, self.model, digest) is not None
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return the key, the vector and its model of the row with a key, given as text, or raise UsageError."""
@@ -3874,13 +3895,30 @@ class Store:
         row = f"SELECT 1 FROM {self.relation.sql} AS s WHERE s.{quoted(self.key)} = e.{quoted(self.target_key)}"
         return f"NOT EXISTS ({row})"
 
+    def check_belonging(self) -> None:
+        """Raise UsageError unless a row that is missing in this very table is what its embedding was made of.
+
+        Through a view, or another table of the same keys, rows are missing that are there.
+        """
+        other = self.referenced(self.target, self.target_key)
+        if not self.force and not (other == self.relation.name if other else self.is_default_target):
+            why = f'belongs to the table "{other}"' if other else "does not say by a foreign key that it belongs to it"
+            raise UsageError(
+                f'rows that "{self.relation.name}" does not have may be there all the same: "{self.target.name}" {why}. '
+                "Give another --table; or --force, to remove the embeddings of all others."
+            )
+
     def orphans(self) -> tuple[int, int]:
         """Return how many embeddings there are, and of how many the row is gone."""
         if not self.has_target:
             return 0, 0
         sql = f"SELECT count(*), count(CASE WHEN {self.orphaned} THEN 1 END) FROM {self.target.sql} AS e"
-        total, gone = self.rows(sql)[0]
+        total, gone = (self.seeing_all if self.options.action == "prune" else self.rows)(sql)[0]
         return total, gone
+
+    def seeing_all(self, sql: str) -> list[Any]:
+        """Return all rows of a statement; raise Stop where the database would hide rows of a table from this user."""
+        return self.rows(sql)
 
     def prune(self) -> int:
         """Remove the embeddings whose row is gone, unless that would be all of them; with --force all the same."""
@@ -4217,11 +4255,13 @@ class SQLiteStore(Store):
         self.commits += not self.has_target
         super().create_target(measure)
 
-    def stored_dimensions(self) -> int | None:
+    def stored_dimensions(self, model: str = "") -> int | None:
         if not self.has_target or (self.force and not self.partial):
             return None
-        column = quoted(self.target_columns["embedding"])
-        size = self.value(f"SELECT length({column}) FROM {self.target.sql} WHERE typeof({column}) = 'blob'")
+        vector, is_meant = self.vector_sql(), self.is_by(model)
+        size = self.value(
+            f"SELECT length({vector}) FROM {self.target.sql} AS e WHERE typeof({vector}) = 'blob'{is_meant}"
+        )
         return size // 4 if size and size % 4 == 0 else None
 
     def prepare(self) -> None:
@@ -4843,7 +4883,7 @@ class PostgresStore(Store):
                 f"Run: ALTER TABLE {self.target.sql} ALTER COLUMN embedding TYPE {kind}(N);"
             )
 
-    def stored_dimensions(self) -> int | None:
+    def stored_dimensions(self, model: str = "") -> int | None:
         if not self.has_target:
             return None
         column = self.target_columns["embedding"]
@@ -4852,9 +4892,9 @@ class PostgresStore(Store):
             return int(declared[1])
         if self.force and not self.partial:
             return None
-        name = quoted(column)
         # As text, which both types have in the same form.
-        text = self.value(f"SELECT {name}::text FROM {self.target.sql} WHERE {name} IS NOT NULL")
+        is_meant = self.is_by(model)
+        text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {self.has_vector}{is_meant}")
         return text.count(",") + 1 if text else None
 
     def check_model(self) -> None:
@@ -5002,8 +5042,15 @@ class PostgresStore(Store):
             return f"{vector} IS NOT NULL"
         return f"{self.find_vector()[0]}.vector_dims({vector}) = {dimensions}"
 
+    def seeing_all(self, sql: str) -> list[Any]:
+        def look() -> list[Any]:
+            self.execute("SET LOCAL row_security = off")  # an error where a policy would filter
+            return self.execute(sql)
+
+        return self.transaction(look)
+
     def delete(self, sql: str) -> int:
-        return int(self.rows(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
+        return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
         schema, kind, key = self.find_vector()[0], self.vector_type()[0], f"s.{quoted(self.key)}"
@@ -6056,7 +6103,7 @@ def embed_here(wire: Wire, texts: list[str], stopping: Callable[[], bool]) -> An
 
 
 def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
-    """Return the vector of a text, from the first server that is there; raise UsageError if it cannot compare."""
+    """Return the vector of a text, from the first server that is there; raise Stop if it cannot compare."""
     for wire in wires:
         try:
             answer = embed_here(wire, [text], store.stopping)[0]
@@ -6183,12 +6230,11 @@ def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, con
         store.model, store.prefix = options.model, options.document_prefix
     total, found, fresh = store.tally(store.has_vector if store.has_target else "")
     _, gone = store.orphans()
-    stored = store.stored_dimensions()
     fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
     facts: dict[str, Any] = {
         "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,
         "missing": total - found, "stale": found - fresh, "orphaned": gone, **fits,
-        "model": options.model, "prefix": options.document_prefix, "dimensions": stored,
+        "model": options.model, "prefix": options.document_prefix, "dimensions": store.common_dimensions,
         "updated": moment(store.updated_at()),
         "models": [
             {"model": model, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
@@ -6211,7 +6257,10 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     figures += [(mark, name, facts[name.lower()]) for mark, name in (("∅", "Orphaned"), ("✂", "Cut"), ("÷", "Split"))
                 if facts[name.lower()]]  # fmt: skip
     width = max(len(f"{count:,}") for _, _, count in figures)
-    hints = {"Stale": "embedded from another text, prefix or model", "Orphaned": "their rows are gone; see --prune"}
+    hints = {
+        "Stale": "embedded from another text, prefix or model",
+        "Orphaned": f"without a row in {facts['table']}; see --prune",
+    }
     lines = [RULE, f"🧠 {report.title.replace('Embedding Generator', 'Embeddings')} in {database}", RULE]
     lines.append(f"📊 {int(share * 100)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
     for mark, name, count in figures:
@@ -6304,6 +6353,7 @@ def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, cons
     store.prepare()
     if not store.has_target:
         raise UsageError(f'there is nothing to prune: no table "{store.target.name}". Give --target NAME.')
+    store.check_belonging()
     total, gone = store.orphans()
     nouns = Report(console, options, store.relation.name, "").nouns
     refused = UsageError(

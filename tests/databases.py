@@ -22,6 +22,7 @@ class SQLite:
 
     flags: tuple[str, ...] = ()
     schema = "main"
+    any_vector = "BLOB"  # of any length
     integer, serial, vector_type = "INTEGER", "INTEGER PRIMARY KEY AUTOINCREMENT", "BLOB"
     loaded = "INTEGER", "TEXT", "REAL"  # types of a loaded file's columns
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
@@ -77,6 +78,7 @@ class Postgres:
     """A database of its own in a Postgres server, with pgvector in a schema of its own, as some providers have it."""
 
     schema = "public"
+    any_vector = "vector"  # of any length
     integer, serial, vector_type = "BIGINT", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector(8)"
     loaded = "bigint", "text", "double precision"  # types of a loaded file's columns
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {

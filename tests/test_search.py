@@ -239,7 +239,28 @@ class Queries(SearchCase):
         self.succeed()
         self.found("--search", "x")
         self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:bbbb"}})
-        self.refuse(2, "--search", "x", words=["another version", "aaaa", "bbbb"])
+        self.refuse(3, "--search", "x", words=["another version", "aaaa", "bbbb"])
+
+    def test_a_version_of_which_nothing_is_left_is_refused(self) -> None:
+        self.make_movies(3)
+        for digest in ("aaaa", "bbbb"):
+            self.ollama.configure(models={"nomic-embed-text": {"digest": f"sha256:{digest}"}})
+            # Row by row, which leaves both on record.
+            for key in (1, 2, 3):
+                self.succeed("--force", "--accept-drift", "--where", f"id = {key}")
+        self.assertEqual(len(self.execute("SELECT 1 FROM embedgen_provenance")), 2)
+        self.found("--search", "x")
+        self.ollama.configure(models={"nomic-embed-text": {"digest": "sha256:aaaa"}})
+        self.refuse(3, "--search", "x", words=["another version", "aaaa", "bbbb"])
+
+    def test_models_of_several_lengths(self) -> None:
+        self.make_movies(3)
+        columns = f"movie_id {self.db.integer} PRIMARY KEY, embedding {self.db.any_vector}, model TEXT"
+        self.execute(f"CREATE TABLE vectors ({columns})")
+        vectors = ((1, bytes(4)), (2, blob("2")), (3, blob("3")))
+        rows = [(key, self.db.vector(vector), "nomic-embed-text" if key > 1 else "other") for key, vector in vectors]
+        self.execute("INSERT INTO vectors VALUES (?, ?, ?)", rows)
+        self.assertEqual({one["key"] for one in self.found("--search", "x", "--target", "vectors")}, {2, 3})
 
     def test_other_dimensions_are_refused(self) -> None:
         self.make_movies(3)

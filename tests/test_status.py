@@ -31,6 +31,20 @@ LOOKING = (
 )
 
 
+@contextlib.contextmanager
+def role(db: Postgres, *grants: str) -> Iterator[str]:
+    """Have a role with some rights, each with {0} in the place of its name, and yield the URL of the database for it."""
+    name = f"{db.name}_looks"
+    db.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    try:
+        for grant in ("GRANT USAGE ON SCHEMA public, extensions TO {0}", *grants):
+            db.execute(grant.format(name))
+        yield re.sub(r"//([^@/]*@)?", f"//{name}:secret@", db.url, count=1)
+    finally:
+        db.execute(f"DROP OWNED BY {name}")
+        db.execute(f"DROP ROLE {name}")
+
+
 class Usage(Case):
     """What goes with what is said in one sentence."""
 
@@ -166,6 +180,14 @@ class Status(Case):
         self.assertEqual(self.figures("--target", "vectors"), (4, 3, 1, 0, 1))
         self.assertEqual(self.status("--target", "vectors")["dimensions"], 8)
         self.assertIn("75%", self.succeed("--status", "--target", "vectors").out)
+
+    def test_vectors_of_several_lengths(self) -> None:
+        self.make_movies(2)
+        self.execute(f"CREATE TABLE vectors (movie_id {self.db.integer} PRIMARY KEY, embedding {self.db.any_vector})")
+        self.execute(
+            "INSERT INTO vectors VALUES (?, ?)", [(1, self.db.vector(blob("1"))), (2, self.db.vector(bytes(8)))]
+        )
+        self.assertIsNone(self.status("--target", "vectors")["dimensions"])
 
     def test_an_empty_table(self) -> None:
         self.make_movies(0)
@@ -308,6 +330,26 @@ class Prune(Case):
         self.make_movies(3)
         self.refuse(2, "--prune", words=["nothing to prune", "movie_embeddings"])
 
+    def test_rows_that_only_the_view_or_another_table_does_not_have(self) -> None:
+        self.make_movies(4)
+        self.succeed()
+        self.execute("CREATE VIEW few AS SELECT * FROM movies WHERE id < 3")
+        self.execute("CREATE TABLE others AS SELECT * FROM movies WHERE id < 3")
+        self.execute(f"CREATE TABLE vectors (movie_id {self.db.integer} PRIMARY KEY, embedding {self.db.vector_type})")
+        self.execute("INSERT INTO vectors VALUES (?, ?)", [(key, self.db.vector(blob(str(key)))) for key in (1, 2, 3)])
+        for table, target in (("few", "movie_embeddings"), ("few", "vectors"), ("others", "vectors")):
+            flags = ("--table", table, "--id", "id", "--target", target)
+            for more in ((), ("--dry-run",)):
+                self.refuse(2, "--prune", *flags, *more, words=[f'"{table}"', f'"{target}"', "--force"])
+        self.assertEqual((len(self.stored()), len(self.stored("vectors"))), (4, 3))
+        self.assertIn(" 2   (without a row in few; see --prune)", self.succeed("--status", "--table", "few", "--target",
+                                                                             "movie_embeddings").out)  # fmt: skip
+        self.assertIn("Removed 1 of 3", self.succeed("--prune", "--force", *flags).out)
+        # What the table's own name says needs no foreign key.
+        self.succeed("--table", "few")
+        self.execute("DELETE FROM movies WHERE id = 2")
+        self.assertIn("Removed 1 of 2", self.succeed("--prune", "--table", "few").out)
+
     def test_neither_text_nor_model_matters(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, a TEXT)")
         self.execute("INSERT INTO movies VALUES (1, 'x'), (2, 'y')")
@@ -318,6 +360,18 @@ class Prune(Case):
 
 class PruneOnPostgres(OnPostgres, Prune):
     """The same on Postgres."""
+
+    def test_rows_that_are_hidden_from_this_user(self) -> None:
+        self.make_movies(4)
+        self.succeed()
+        self.execute("ALTER TABLE movies ENABLE ROW LEVEL SECURITY")
+        self.execute("CREATE POLICY few ON movies USING (id < 3)")
+        with role(self.db, "GRANT SELECT ON movies TO {0}", "GRANT SELECT, DELETE ON movie_embeddings TO {0}") as url:
+            for more in ((), ("--dry-run",), ("--force",)):
+                self.refuse(
+                    3, "--prune", *more, "--database", url, words=["row-level security", "movies", "--database"]
+                )
+        self.assertEqual(len(self.stored()), 4)
 
 
 class TracesInSQLite(Case):
@@ -496,16 +550,14 @@ class TracesInPostgres(OnPostgres, Case):
         self.assertEqual(self.traces(), before)
 
     def test_a_role_that_may_only_read(self) -> None:
-        role = f"{self.db.name}_looks"
-        self.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
-        try:
-            self.execute(f"GRANT USAGE ON SCHEMA public, extensions TO {role}")
-            for tables in ("movies, movie_embeddings", "ALL TABLES IN SCHEMA public"):
-                self.execute(f"GRANT SELECT ON {tables} TO {role}")
-                self.look("--database", re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.db.url, count=1))
-        finally:
-            self.execute(f"DROP OWNED BY {role}")
-            self.execute(f"DROP ROLE {role}")
+        for tables in ("movies, movie_embeddings", "ALL TABLES IN SCHEMA public"):
+            with role(self.db, f"GRANT SELECT ON {tables} TO {{0}}") as url:
+                self.look("--database", url)
+
+    def test_a_role_that_may_not_read_the_target(self) -> None:
+        with role(self.db, "GRANT SELECT ON movies TO {0}") as url:
+            for flags in LOOKING:
+                self.refuse(3, *flags, "--database", url, words=["movie_embeddings", "no columns that may be read"])
 
     def test_the_transactions_are_read_only(self) -> None:
         with self.store("--status") as store:
