@@ -3439,9 +3439,7 @@ class Store:
                 f'the database has no table "{options.table}". It has: {listed(self.tables())}. Give --table NAME.'
             )
         self.relation = relation
-        described = self.columns(relation)
-        if not described:
-            raise Stop(f'"{relation.name}" has no columns that may be read. Have SELECT on it granted.')
+        described = self.readable(relation)
         columns = list(described)
         self.key = self.key_name(columns, primary_key(described), relation.name)
         self.key_declared = described[self.key].type
@@ -3454,6 +3452,12 @@ class Store:
         self.check_key()
         self.find_target()
         self.check_dimensions()
+
+    def readable(self, relation: Relation) -> dict[str, Column]:
+        """Return the columns that can be read, by name; raise Stop if there are none."""
+        if described := self.columns(relation):
+            return described
+        raise Stop(f'"{relation.name}" has no columns that may be read. Have SELECT on it granted.')
 
     @property
     def whole_text(self) -> str:
@@ -3535,7 +3539,7 @@ class Store:
 
     def use_target(self) -> None:
         """Take an existing target as it is: its own names for the key and for what it has of our columns."""
-        described = self.columns(self.target)
+        described = self.readable(self.target)
         columns = list(described)
         self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
         theirs = self.target_columns.get("provenance", "")
@@ -3771,13 +3775,14 @@ class Store:
         total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
         return total, existing
 
-    def tally(self, having: str) -> tuple[int, int, int]:
-        """Return how many rows there are, how many with a vector that fulfils a condition, and of these the fresh."""
+    def tally(self, having: str) -> tuple[int, int, int, int]:
+        """Return how many rows there are, with a vector, with one that fulfils a condition, and of these the fresh."""
         tables, exists = self.joined()
-        having = having if self.has_target else "1 = 0"
-        cases = f"count(CASE WHEN {having} THEN 1 END), count(CASE WHEN {having} AND {exists} THEN 1 END)"
-        total, found, existing = self.rows(f"SELECT count(*), {cases} FROM {tables}")[0]
-        return total, found, existing
+        stored, having = (self.has_vector, having) if self.has_target else ("1 = 0", "1 = 0")
+        conditions = (stored, having, f"{having} AND {exists}")
+        cases = ", ".join(f"count(CASE WHEN {condition} THEN 1 END)" for condition in conditions)
+        total, present, found, existing = self.rows(f"SELECT count(*), {cases} FROM {tables}")[0]
+        return total, present, found, existing
 
     def comparable(self, dimensions: int, model: str) -> str:
         """Return the condition that a stored vector can be compared with one of that length and model."""
@@ -3844,13 +3849,14 @@ class Store:
 
     def has_vector_by(self, digest: str) -> bool:
         """Whether a version of this run's model has made a vector that is there: that it once did says little."""
-        made = f"SELECT id FROM {self.provenance.sql} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest = "
+        of_version = " AND ".join(f"{name} = {self.mark(n)}" for n, name in enumerate(("target", "model", "digest"), 1))
         column = quoted(self.target_columns["provenance"])
-        sql = f"SELECT 1 FROM {self.target.sql} WHERE {column} IN ({made}{self.mark(3)})"
+        made = f"SELECT id FROM {self.provenance.sql} WHERE {of_version}"
+        sql = f"SELECT 1 FROM {self.target.sql} WHERE {column} IN ({made})"
         return self.value(sql, self.target.name, self.model, digest) is not None
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
-        """Return the key, the vector and its model of the row with a key, given as text, or raise UsageError."""
+        """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
         named = f"e.{quoted(self.target_columns['model'])}" if "model" in self.target_columns else "NULL"
         vector = f"{self.vector_sql()}, {named}" if self.has_target else "NULL, NULL"
         key, on = f"s.{quoted(self.key)}", f"{quoted(self.target_key)} = s.{quoted(self.key)}"
@@ -3861,7 +3867,7 @@ class Store:
                 f'"{self.relation.name}" has no row with the {self.key} {text}. Give another --similar {self.key}.'
             )
         value, stored, model = found[0]
-        return value, self.vector_of(stored), model or self.model
+        return value, self.vector_of(stored), model or ""
 
     def columns_of(self, keys: list[Any]) -> dict[Any, dict[str, Any]]:
         """Return the columns that make up the text, by name and as they are, of the rows with these keys, by key."""
@@ -3884,7 +3890,7 @@ class Store:
         if self.has_provenance:
             tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
             made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
-        model = f"e.{quoted(names['model'])}"
+        model = f"COALESCE(e.{quoted(names['model'])}, '')"
         return self.rows(
             f"SELECT {model}, {made}, count(*) FROM {tables} GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
         )
@@ -3904,7 +3910,7 @@ class Store:
         if not self.force and not (other == self.relation.name if other else self.is_default_target):
             why = f'belongs to the table "{other}"' if other else "does not say by a foreign key that it belongs to it"
             raise UsageError(
-                f'rows that "{self.relation.name}" does not have may be there all the same: "{self.target.name}" {why}. '
+                f'rows that "{self.relation.name}" does not have may still be there: "{self.target.name}" {why}. '
                 "Give another --table; or --force, to remove the embeddings of all others."
             )
 
@@ -4461,7 +4467,7 @@ class SQLiteStore(Store):
         vector = self.vector_sql()
         return f"typeof({vector}) = 'blob' AND length({vector}) = {dimensions * 4}"
 
-    def tally(self, having: str) -> tuple[int, int, int]:
+    def tally(self, having: str) -> tuple[int, int, int, int]:
         with self.snapshot():
             self.unchanged = self.note_holds()
             return super().tally(having)
@@ -4473,7 +4479,7 @@ class SQLiteStore(Store):
         key, stored = f"s.{quoted(self.key)}", self.vector_sql()
         sql = f"SELECT {key}, {stored} FROM {self.pairs} WHERE {self.comparable(len(vector) // 4, model)}"
         if self.has_sqlite_vec():
-            order = f"COALESCE(vec_distance_cosine({stored}, ?), 3)"  # NULL is a vector's without a direction
+            order = f"COALESCE(round(vec_distance_cosine({stored}, ?), 5), 3)"  # NULL is a vector's without a direction
             return [tuple(row) for row in self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)]
         return self.patiently(lambda: nearest_of(self.connection.execute(sql), vector, most))
 
@@ -4529,6 +4535,14 @@ class SQLiteStore(Store):
         return self.transaction(insert_all)
 
 
+def place_of(key: Any) -> tuple[int, Any]:
+    """Return what keys of any types sort by: numbers, texts, blobs (https://sqlite.org/datatype3.html#sort_order)."""
+    for place, is_meant in enumerate((hasattr(key, "__float__"), isinstance(key, str), isinstance(key, bytes))):
+        if is_meant:
+            return place, key
+    return 3, str(key)  # such as a UUID or a date
+
+
 def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> list[tuple[Any, bytes]]:
     """Return those of many keys with vectors that are nearest to one of the same length, as Store.nearest does.
 
@@ -4542,23 +4556,26 @@ def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> l
     norm = math.hypot(*numbers)
     unit = tuple(number / norm for number in numbers)
     unpacked, dist, hypot = struct.Struct(f"<{len(unit)}f").unpack, math.dist, math.hypot
-    best: list[tuple[float, tuple[bool, bool, Any], bytes]] = []
+    best: list[tuple[float, tuple[int, Any], bytes]] = []
     least = -math.inf
     for key, stored in rows:
         numbers = unpacked(stored)
         length = hypot(*numbers)
-        if not length:
-            continue
-        distance = dist(unit, numbers)
-        likeness = (length * length + 1 - distance * distance) / (length + length)
+        if 1e-3 < length < 1e3:
+            distance = dist(unit, numbers)
+            likeness = round((length * length + 1 - distance * distance) / (length + length), NEAR_DIGITS)
+        else:  # where the difference of squares has no digits left
+            likeness = round(cosine(vector, stored), NEAR_DIGITS)
         if likeness >= least:  # NaN is not
-            # Numbers, texts, blobs: https://sqlite.org/datatype3.html#sort_order
-            best.append((-likeness, (isinstance(key, bytes), isinstance(key, str), key), stored))
+            best.append((-likeness, place_of(key), stored))
             if len(best) == 2 * most:
                 best.sort()
                 del best[most:]
                 least = -best[-1][0]
-    return [(key, stored) for _, (_, _, key), stored in sorted(best)[:most]]
+    return [(key, stored) for _, (_, key), stored in sorted(best)[:most]]
+
+
+NEAR_DIGITS = 9  # of a cosine by which candidates are chosen: fewer than multiples of one vector differ in
 
 
 def as_bytes(text: str) -> str:
@@ -4676,6 +4693,10 @@ class PostgresStore(Store):
         text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
         if isinstance(error, errors.InsufficientPrivilege):
             return Forbidden(f"Postgres refuses: {text}. Ask its administrator, or give another user in --database.")
+        if isinstance(error, errors.UndefinedFunction):
+            return UsageError(
+                f"Postgres says: {text}. If keys do not compare, give another --target NAME, or --id COLUMN."
+            )
         if isinstance(error, errors.DiskFull):
             return Stop(f"Postgres has no room ({text}). Make room, and run the same command again.")
         if isinstance(error, errors.LockNotAvailable):
@@ -5063,7 +5084,7 @@ class PostgresStore(Store):
 
         def look(approximately: bool) -> list[Any]:
             # An index gives the order of nothing but the bare distance. Only what is found is sent as text.
-            by, ties = (distance, "") if approximately else (f"({distance}) + 0", f", {key}")
+            by, ties = (distance, "") if approximately else (f"round(({distance}) * 100000)", f", {key}")
             sql = (
                 f"SELECT e.key, {self.vector_sql()} FROM (SELECT {key} AS key, {stored}, {by} AS distance "
                 f"FROM {self.pairs} WHERE {comparable} ORDER BY {by}{ties} LIMIT {most}"
@@ -5716,6 +5737,11 @@ def bar(share: float, cells: int) -> str:
     return ("█" * full + (EIGHTHS[eighth] if full < cells else "")).ljust(cells)[:cells]
 
 
+def percent_of(share: float) -> int:
+    """Return a share in whole per cent, rounded down: 29 of 100 are 29, though 0.29 * 100 is less."""
+    return int(share * 100 + 1e-9)
+
+
 def clock(seconds: float) -> str:
     """Return a duration as 00:10 or 1:02:03."""
     minutes, second = divmod(int(seconds), 60)
@@ -5741,7 +5767,7 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
     eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
     tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
     figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
-    percent = f"{int(share * 100):3}%"
+    percent = f"{percent_of(share):3}%"
     head = "Generating embeddings: "
     if columns is None:
         return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
@@ -5761,6 +5787,7 @@ class Console:
 
     def __init__(self, out: TextIO | None, interrupt: Interrupt) -> None:
         self.out, self.interrupt = out, interrupt
+        self.is_lost = False  # whether something could not be written
         self.drawn = 0  # cells of the line that is to be redrawn in place
         if out is not None and hasattr(out, "reconfigure"):
             import codecs
@@ -5804,6 +5831,7 @@ class Console:
             self.abandon()
         except (OSError, ValueError) as error:
             self.abandon()
+            self.is_lost = True
             complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
     def abandon(self) -> None:
@@ -5868,7 +5896,8 @@ class Report:
 
     def __init__(self, console: Console, options: argparse.Namespace, table: str, log_path: str) -> None:
         self.console, self.options, self.log_path = console, options, log_path
-        noun = options.noun or singular(table.replace("_", " ").strip())
+        table = one_line(table)
+        noun = one_line(options.noun or "") or singular(table.replace("_", " ").strip())
         self.noun = noun.lower()
         self.nouns = (plural(noun) if options.noun else table.replace("_", " ").strip()).lower()
         self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding Generator"
@@ -5958,7 +5987,7 @@ class Report:
 
     def show_index(self, share: float) -> None:
         """Show how far the index is; where there is no terminal, only that it is done."""
-        text = f"🔎 Building the index: {int(share * 100):3}%|{bar(share, PIPE_BAR)}|"
+        text = f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|"
         if self.talkative and self.console.is_terminal:
             self.console.redraw(text)
         elif self.talkative and share == 1:
@@ -6122,11 +6151,12 @@ def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hi
     """Return the rows nearest to a vector, the nearest first, those equally near by key; without that of the key `but`.
 
     The database's own order is good to six digits or so, and an index's only nearly complete: somewhat more than
-    are wanted are taken from it, and put in order here. As the sort is stable, ties stay in the order of their keys.
+    are wanted are taken from it, and put in order here. The last digits differ between multiples of one vector.
     """
     top: int = store.options.top
     near = [(cosine(vector, other), key) for key, other in store.nearest(vector, model, 2 * top + 20) if key != but]
-    near = sorted((one for one in near if one[0] == one[0]), key=lambda one: -one[0])[:top]
+    near = [one for one in near if one[0] == one[0]]
+    near = sorted(near, key=lambda one: (-round(one[0], 12), place_of(one[1])))[:top]
     columns = store.columns_of([key for _, key in near])
     return [Hit(similarity, key, columns[key]) for similarity, key in near if key in columns]
 
@@ -6148,7 +6178,13 @@ def similar(options: argparse.Namespace, wires: Sequence[Wire], store: Store, co
     noun = Report(console, options, store.relation.name, "").noun
     if vector is None:
         raise Stop(f"the {noun} {options.similar} has no embedding yet. Run embedgen without --similar first.")
+    if not cosine(vector, vector) > 0:  # NaN is not
+        raise Stop(
+            f"the {noun} {options.similar} has a vector without a direction (all zeros, or NaN or infinity in it), and "
+            "nothing is near to that. Run embedgen with --force, which replaces it."
+        )
     hits = hits_of(store, vector, model, but=key)
+    speak_of(model, options, store)
     show_hits(options, store, console, hits, {"similar_to": key}, f"{noun} {options.similar}", vector, model)
     return EXIT_DONE
 
@@ -6170,29 +6206,36 @@ def show_hits(
             {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
             for rank, hit in enumerate(hits, 1)
         ]
-        console.json({**asked, "model": model, "results": results})
+        console.json({**asked, "model": model or None, "results": results})
     else:
+        cells = console.columns or PIPE_WIDTH
         if not hits:
             console.line(f"No {report.nouns} to compare with were found.")
         elif not options.quiet:
             console.line(
-                one_line(f"🔎 {report.nouns[:1].upper()}{report.nouns[1:]} nearest to {nearest_to}, by {model}")
+                fitted(
+                    f"🔎 {report.nouns[:1].upper()}{report.nouns[1:]} nearest to {nearest_to}, by "
+                    f"{model or 'an unknown model'}",
+                    cells,
+                )
             )
-        for line in lines_of(hits, console.columns or PIPE_WIDTH):
+        for line in lines_of(hits, cells):
             console.line(line)
     if options.quiet:
         return
-    store.model = model
-    total, found, fresh = store.tally(store.comparable(len(vector) // 4, model) if store.has_target else "")
-    words = []
-    if missing := total - found:
-        words.append(
-            f"{missing} of {total} {report.nouns} {'is' if missing == 1 else 'are'} not searched: no embedding yet"
-        )
-    if stale := found - fresh:
-        words.append(f"{stale} of {total} {'is' if stale == 1 else 'are'} found by an older text")
+    total, stored, found, fresh = store.tally(store.comparable(len(vector) // 4, model) if store.has_target else "")
+    words: list[str] = []
+    for count, what in (
+        (total - stored, "not searched: no embedding yet"),
+        (stored - found, "not searched: what is stored cannot be compared"),
+        (found - fresh, "found by an older text"),
+    ):
+        if count:
+            nouns = "" if words else f" {report.nouns}"
+            words.append(f"{count} of {total}{nouns} {'is' if count == 1 else 'are'} {what}")
     if words:
-        complain(f"note: {'; '.join(words)}. Run embedgen without --{options.action} to embed them.")
+        ending = f" Run embedgen without --{options.action} to embed them." if total - stored or found - fresh else ""
+        complain(f"note: {'; '.join(words)}.{ending}")
 
 
 def lines_of(hits: list[Hit], cells: int) -> list[str]:
@@ -6220,24 +6263,32 @@ def fitted(text: str, cells: int) -> str:
     return text + "…"
 
 
+def speak_of(model: str, options: argparse.Namespace, store: Store) -> None:
+    """Take a model that vectors are of, if it is known, for the one that a run would use."""
+    if model:
+        apply_card(options, model)
+        store.model, store.prefix = options.model, options.document_prefix
+
+
 def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
     """Say what is embedded, by which model, and what is left to be done."""
     store.prepare()
     origins = store.origins()
     models = {model for model, *_ in origins}
     if len(models) == 1 and not options.model_is_named:
-        apply_card(options, models.pop())
-        store.model, store.prefix = options.model, options.document_prefix
-    total, found, fresh = store.tally(store.has_vector if store.has_target else "")
+        speak_of(max(models), options, store)
+    total, _, found, fresh = store.tally(store.has_vector if store.has_target else "")
+    unknown = found and not any(models) and not options.model_is_named
     _, gone = store.orphans()
     fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
     facts: dict[str, Any] = {
         "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,
         "missing": total - found, "stale": found - fresh, "orphaned": gone, **fits,
-        "model": options.model, "prefix": options.document_prefix, "dimensions": store.common_dimensions,
+        "model": None if unknown else options.model, "prefix": options.document_prefix,
+        "dimensions": store.common_dimensions,
         "updated": moment(store.updated_at()),
         "models": [
-            {"model": model, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
+            {"model": model or None, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
             for model, digest, prefix, fit, count in origins
         ],
     }  # fmt: skip
@@ -6261,8 +6312,9 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
         "Stale": "embedded from another text, prefix or model",
         "Orphaned": f"without a row in {facts['table']}; see --prune",
     }
-    lines = [RULE, f"🧠 {report.title.replace('Embedding Generator', 'Embeddings')} in {database}", RULE]
-    lines.append(f"📊 {int(share * 100)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
+    title = report.title.replace("Embedding Generator", "Embeddings")
+    lines = [RULE, one_line(f"🧠 {title} in {database}"), RULE]
+    lines.append(f"📊 {percent_of(share)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
     for mark, name, count in figures:
         hint = f"   ({hints[name]})" if count and name in hints else ""
         figure = f"{count:,}".rjust(width)
@@ -6273,7 +6325,7 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
         made[maker] = made.get(maker, 0) + one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
     for (model, digest, prefix), count in list(made.items())[:3]:
-        words = f"🧩 Model: {model}{f' ({digest})' if digest else ''}{dimensions}"
+        words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"
         words += f', prefix "{prefix}"' if prefix else ""
         lines.append(one_line(words + (f": {count:,}" if len(made) > 1 else "")))
     if facts["updated"]:
@@ -6370,7 +6422,9 @@ def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, cons
     if log:
         log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
     if options.json:
-        console.json({"removed": gone, "left": total - gone, "dry_run": options.dry_run})
+        console.json(
+            {"would_remove" if options.dry_run else "removed": gone, "left": total - gone, "dry_run": options.dry_run}
+        )
     elif gone or not options.quiet:
         what = "Would remove" if options.dry_run else "Removed"
         why = f"whose {nouns} are gone" if gone else f"since all their {nouns} are there"
@@ -6734,25 +6788,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not options.reads_only:  # there is nothing to be told of those later
                 log = Log(options, ENGINES[options.engine].log_name)
             code = ACTIONS[options.action](options, wires, store, console, log)
-            return interrupt.code or code
+            lost = console.is_lost and options.reads_only  # what it was all for
+            return interrupt.code or (EXIT_STOPPED if lost else code)
     except Stop as stop:
         if log:
             log.error(stop.message, traceback=stop.__cause__ is not None)
         if "--json" in (sys.argv if argv is None else argv) and not isinstance(stop, Reported):
             console.json({"exit_code": stop.code, "error": stop.message})
-        complain(f"error: {stop}")
+        complain(f"error: {one_line(stop.message)}")
         return stop.code
     except KeyboardInterrupt:
         console.end_line()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:
-        if log is None:
-            raise
-        log.error(f"{type(error).__name__}: {error}", traceback=True)
+        if log:
+            log.error(f"{type(error).__name__}: {error}", traceback=True)
         first = one_line(str(error).partition("\n")[0])
-        complain(
-            f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; the log {log.shown} has more."
-        )
+        more = f"the log {log.shown} has more" if log else "--verbose shows more"
+        complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
+        if not log and "--verbose" in (sys.argv if argv is None else argv):
+            import traceback
+
+            complain(traceback.format_exc().rstrip())
         return EXIT_STOPPED
     finally:
         interrupt.over = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -139,6 +140,32 @@ class Films(SearchCase):
                     for one, (similarity, _) in zip(results, expected):
                         self.assertAlmostEqual(one["similarity"], similarity, places=5)
         self.assertEqual(self.keys("--server", "hash:", "--similar", 7, "--top", 4), [201, 202, 250, 300])
+
+    def test_the_model_of_the_stored_vectors_is_meant(self) -> None:
+        self.prefixed = True
+        self.assertEqual(self.run_program("--similar", 7).err, "")
+        self.execute("UPDATE movies SET title = 'Another' WHERE id = 12")
+        self.assertIn("note: 1 of 200 movies is found by an older text. ", self.run_program("--similar", 7).err)
+
+    def test_multiples_of_one_vector_come_by_key(self) -> None:
+        self.duplicate(7, *range(400, 340, -1))
+        self.succeed("--server", "hash:")
+        vector = numbers(self.stored()[7])
+        for key in range(341, 401):
+            scaled = array("f", [(1 + key % 13 / 7) * number for number in vector]).tobytes()
+            self.update(key, scaled, "")
+        self.assertEqual(self.keys("--server", "hash:", "--similar", 7, "--top", 5), [*range(341, 346)])
+
+    def test_a_vector_without_a_direction(self) -> None:
+        self.update(7, bytes(1024), "")
+        self.refuse(3, "--similar", 7, words=["movie 7 has a vector without a direction", "--force"])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs a device that is full")
+    def test_an_output_that_takes_nothing(self) -> None:
+        with open("/dev/full", "wb") as full:
+            flags = self.arguments("--server", "hash:", "--search", "ship")
+            done = subprocess.run(flags, cwd=self.folder, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 3, done.stderr)
 
     def test_more_ties_than_are_wanted_come_by_key(self) -> None:
         self.duplicate(7, *range(400, 340, -1))
@@ -326,6 +353,8 @@ class Queries(SearchCase):
         self.execute("INSERT INTO vectors VALUES (?, ?)", rows)
         done = self.run_program("--similar", 2, "--target", "vectors", "--json")
         self.assertEqual({one["key"] for one in json.loads(done.out)["results"]}, {1, 3})
+        self.assertIsNone(json.loads(done.out)["model"])
+        self.assertIn(", by an unknown model\n", self.run_program("--similar", 2, "--target", "vectors").out)
         self.assertIn("1 of 4 movies is not searched", done.err)
         self.assertEqual(len(self.found("--search", "x", "--target", "vectors")), 3)
 
@@ -363,7 +392,7 @@ class OnlySQLite(SearchCase):
         done = self.run_program("--server", "hash:", "--similar", 5, "--top", 500, "--json")
         keys = [one["key"] for one in json.loads(done.out)["results"]]
         self.assertEqual(set(range(1, 201)) - set(keys), {5, 9, 10})
-        self.assertIn("1 of 200 movies is not searched", done.err)
+        self.assertEqual(done.err, "note: 1 of 200 movies is not searched: what is stored cannot be compared.\n")
 
     def test_the_nearest_of_many(self) -> None:
         query = blob("query")
@@ -373,6 +402,15 @@ class OnlySQLite(SearchCase):
             self.assertEqual(embedgen.nearest_of(iter(rows), query, most), expected[:most])
         mixed = [("b", query), (b"a", query), (2, query), ("a", query), (1.5, query)]
         self.assertEqual([key for key, _ in embedgen.nearest_of(iter(mixed), query, 5)], [1.5, 2, "a", "b", b"a"])
+
+    def test_very_long_and_very_short_vectors(self) -> None:
+        query = blob("query")
+        rows = [
+            (key, array("f", [10.0 ** (key % 33 - 16) * number for number in numbers(blob(str(key)))]).tobytes())
+            for key in range(300)
+        ]
+        expected = sorted(rows, key=lambda row: (-round(likeness(numbers(query), numbers(row[1])), 12), row[0]))
+        self.assertEqual(embedgen.nearest_of(iter(rows), query, 20), expected[:20])
 
     def test_numbers_that_are_none(self) -> None:
         good, bad = blob("x"), [array("f", [value] * 8).tobytes() for value in (math.nan, math.inf, 0.0)]

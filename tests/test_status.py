@@ -15,6 +15,7 @@ import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import embedgen
 from tests.databases import Postgres
@@ -33,7 +34,7 @@ LOOKING = (
 
 @contextlib.contextmanager
 def role(db: Postgres, *grants: str) -> Iterator[str]:
-    """Have a role with some rights, each with {0} in the place of its name, and yield the URL of the database for it."""
+    """Have a role with some rights, each with {0} in the place of its name, and yield its URL of the database."""
     name = f"{db.name}_looks"
     db.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
     try:
@@ -178,8 +179,13 @@ class Status(Case):
         rows = [(key, self.db.vector(blob(str(key)))) for key in (1, 2, 3, 99)]
         self.execute("INSERT INTO vectors VALUES (?, ?)", rows)
         self.assertEqual(self.figures("--target", "vectors"), (4, 3, 1, 0, 1))
-        self.assertEqual(self.status("--target", "vectors")["dimensions"], 8)
+        facts = self.status("--target", "vectors")
+        self.assertEqual((facts["dimensions"], facts["model"]), (8, None))
         self.assertIn("75%", self.succeed("--status", "--target", "vectors").out)
+        self.execute("ALTER TABLE vectors ADD COLUMN model TEXT")
+        facts = self.status("--target", "vectors")
+        self.assertEqual((facts["model"], [one["model"] for one in facts["models"]]), (None, [None]))
+        self.assertIn("🧩 Model: unknown, 8 dimensions\n", self.succeed("--status", "--target", "vectors").out)
 
     def test_vectors_of_several_lengths(self) -> None:
         self.make_movies(2)
@@ -188,6 +194,23 @@ class Status(Case):
             "INSERT INTO vectors VALUES (?, ?)", [(1, self.db.vector(blob("1"))), (2, self.db.vector(bytes(8)))]
         )
         self.assertIsNone(self.status("--target", "vectors")["dimensions"])
+
+    def test_whole_per_cent(self) -> None:
+        for done, shown in ((29, "29%"), (57, "57%"), (58, "58%"), (99, "99%"), (100, "100%")):
+            counts = embedgen.Counts(100, done, None)
+            self.assertIn(f" {shown}|", embedgen.progress_line(counts, 1.0, None))
+
+    def test_an_error_that_nobody_has_thought_of(self) -> None:
+        self.make_movies(1)
+        with mock.patch.object(embedgen.Store, "origins", side_effect=LookupError("never\nmind")):
+            self.refuse(3, "--status", words=["LookupError: never.", "--verbose"])
+            self.assertIn("Traceback", self.run_program("--status", "--verbose").err)
+
+    def test_names_with_control_characters(self) -> None:
+        self.execute('CREATE TABLE "a\x1b[31mb" (id INTEGER PRIMARY KEY, title TEXT)')
+        for flags in (("--status",), ("--dry-run",), ("--search", "x"), ("--similar", "\x1b[31m")):
+            done = self.run_program(*flags, "--table", "a\x1b[31mb")
+            self.assertNotIn("\x1b", done.out + done.err)
 
     def test_an_empty_table(self) -> None:
         self.make_movies(0)
@@ -297,6 +320,8 @@ class Prune(Case):
         self.delete("id IN (3, 7)")
         done = self.succeed("--prune", "--dry-run")
         self.assertEqual(done.out, "🧹 Would remove 2 of 10 embeddings, whose movies are gone.\n")
+        done = self.succeed("--prune", "--dry-run", "--json")
+        self.assertEqual(json.loads(done.out), {"would_remove": 2, "left": 8, "dry_run": True})
         self.assertEqual(len(self.stored()), 10)
         done = self.succeed("--prune", "--json")
         self.assertEqual(json.loads(done.out), {"removed": 2, "left": 8, "dry_run": False})
@@ -356,6 +381,15 @@ class Prune(Case):
         self.succeed("--columns", "a")
         self.delete("id = 1")
         self.assertIn("Removed 1 of 2", self.succeed("--prune", "--server", "hash:").out)
+
+
+class StatusOnlyOnPostgres(OnPostgres, Case):
+    """Types that SQLite takes for one another."""
+
+    def test_keys_that_do_not_compare(self) -> None:
+        self.make_movies(2)
+        self.execute("CREATE TABLE vectors (movie_id text PRIMARY KEY, embedding vector(8))")
+        self.refuse(2, "--status", "--target", "vectors", words=["text = integer", "--target"])
 
 
 class PruneOnPostgres(OnPostgres, Prune):
