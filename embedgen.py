@@ -3908,7 +3908,9 @@ class Store:
         """
         other = self.referenced(self.target, self.target_key)
         if not self.force and not (other == (self.relation.name, self.key) if other else self.is_default_target):
-            why = f'belongs to the table "{other[0]}"' if other else "does not say by a foreign key that it belongs to it"
+            why = (
+                f'belongs to the table "{other[0]}"' if other else "does not say by a foreign key that it belongs to it"
+            )
             raise UsageError(
                 f'rows that "{self.relation.name}" does not have may still be there: "{self.target.name}" {why}. '
                 "Give another --table; or --force, to remove the embeddings of all others."
