@@ -31,6 +31,8 @@ ENGINES = ("async", "process")
 
 # Set in continuous integration: the sizes that the promises name, where the suite takes smaller ones.
 FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
+# For tests that take seconds, since they wait for what processes do: elsewhere the engine that has more of them.
+SLOW_ENGINES = ENGINES if FULL else ("process",)
 
 # In a shell's background Ctrl-C is ignored, and programs started from there ignore it, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

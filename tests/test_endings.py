@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, START_METHOD, Case, Finished, environment
+from tests.support import ENGINES, SLOW_ENGINES, START_METHOD, Case, Finished, environment
 
 PROC = Path("/proc/self/stat").exists()
 
@@ -83,7 +83,7 @@ class Signals(Ending):
         return done
 
     def test_the_first_signal_saves_and_sums_up(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143)]:
                 with self.subTest(engine=engine, signal=number):
                     process = self.start_slow(engine)
@@ -103,7 +103,7 @@ class Signals(Ending):
 
     def test_requests_that_do_not_end_are_given_up_after_a_while(self) -> None:
         self.assertEqual(embedgen.GRACE, 10.0)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine, GRACE=0.3)
                 self.hang()
@@ -115,7 +115,7 @@ class Signals(Ending):
                 self.assertEqual(done.tally[0], len(self.stored()))
 
     def test_the_second_interrupt_ends_at_once(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
                 self.hang()
@@ -141,7 +141,7 @@ class Signals(Ending):
         self.assertEqual((done.code, done.err), (130, ""))
 
     def test_nothing_is_sent_after_the_first_interrupt(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
                 self.ollama.configure(seconds_per_text=0, faults={"503": 1.0})
@@ -219,7 +219,7 @@ class Signals(Ending):
 
     @unittest.skipUnless(PROC, "/proc is needed to find the workers")
     def test_kill_9_leaves_whole_rows_no_lock_and_no_workers(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
                 self.hang()
@@ -235,7 +235,7 @@ class Signals(Ending):
                 self.assert_complete()
 
     def test_a_second_run_on_one_database_is_refused(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine)
                 for flags in ([], ["--force"], ["--database", str(self.database)]):
@@ -250,7 +250,7 @@ class Signals(Ending):
                 self.succeed("--engine", engine)
 
     def test_the_server_killed_and_started_again(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start_slow(engine, FIRST_WAIT=0.1, LONGEST_WAIT=0.1)
                 self.ollama.kill()
@@ -279,7 +279,7 @@ class Signals(Ending):
 
 class Databases(Ending):
     def test_what_arrives_while_the_database_is_locked_is_not_late(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
@@ -332,7 +332,7 @@ class Databases(Ending):
         self.make_movies(3000)
         self.ollama.configure(models={"nomic-embed-text": {"dimensions": 64}})
         limit = os.path.getsize(self.database) + 200_000
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 done = subprocess.run(
                     self.arguments("--engine", engine), cwd=self.folder, env=environment(),

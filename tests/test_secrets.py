@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, START_METHOD, Case, Finished, OnPostgres, command, environment
+from tests.support import ENGINES, FULL, START_METHOD, Case, Finished, OnPostgres, command, environment
 from tests.test_transports import AUTHORITY, said_to_all, tls_double
 
 MARK = "S3CR3T"  # is in every secret
@@ -22,7 +22,7 @@ PASSWORD, TOKEN, OTHER = f"pw?/{MARK}~~>>", f"tok-{MARK}/one", f"sk-{MARK}-two"
 USERINFO = "us%65r:" + PASSWORD.replace("?", "%3F").replace("/", "%2F") + "@"
 BASIC = base64.b64encode(f"user:{PASSWORD}".encode()).decode()
 # Spawned workers would know nothing of a constant that is changed here.
-PATCHED_ENGINES = ENGINES if START_METHOD != "spawn" else ENGINES[:1]
+PATCHED_ENGINES = ENGINES if FULL and START_METHOD != "spawn" else ENGINES[:1]
 PATIENCE = {"PATIENCE": 0.05, "FIRST_WAIT": 0.02}
 BY_TOKEN, BY_OTHER = {"OLLAMA_API_KEY": TOKEN}, {"OPENAI_API_KEY": OTHER}
 
@@ -165,7 +165,9 @@ class Secrets(Case):
         database = {"DATABASE_URL": self.db.flags[1]} if self.db.flags else {}
         self.execute("DELETE FROM movies")
         self.execute("INSERT INTO movies VALUES (?, ?, ?)", [(key, f"Film {key}", "x") for key in range(30)])
-        for engine, method in (("async", ""), ("process", "fork"), ("process", "spawn")):
+        for engine, method in (
+            (("async", ""), ("process", "fork"), ("process", "spawn")) if FULL else (("process", "fork"),)
+        ):
             for env, flags in (
                 ({"OLLAMA_HOST": with_password(self.ollama.url + "/v1"), **BY_OTHER, **database}, ()),
                 (BY_TOKEN, ("--server", with_password(self.ollama.url), *self.db.flags)),

@@ -17,7 +17,7 @@ import embedgen
 from embedgen import Away, Batch, Exchange, Lane, Pace, Servers, Stop
 from tests.ollama import Ollama
 from tests.simulation import Slots, simulate_fleet
-from tests.support import ENGINES, Case
+from tests.support import ENGINES, SLOW_ENGINES, Case
 from tests.test_conversation import NAN, PROBE, REFUSED, TEXTS, VECTORS, Serve, error, good, script, wire
 
 RATES = (50, 50, 100, 200)
@@ -289,7 +289,7 @@ class SeveralServers(Case):
         return (*self.two, "--engine", engine)
 
     def test_they_share_the_work(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(300)
@@ -307,7 +307,7 @@ class SeveralServers(Case):
 
     def test_each_is_asked_over_the_paths_that_it_has(self) -> None:
         lean, usual = "base64 over /v1/embeddings", "decimals over /api/embed"
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             for way in (lean, usual):
                 with self.subTest(engine=engine, way=way):
                     flags = self.again(engine)
@@ -329,7 +329,7 @@ class SeveralServers(Case):
 
     def test_another_model_of_that_name(self) -> None:
         self.make_movies(3)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             for name in ("nomic-embed-text", "nomic-embed-text:latest"):
                 with self.subTest(engine=engine, name=name):
                     self.other.configure(models={"nomic-embed-text": {"digest": "sha256:" + "5" * 64}})
@@ -340,7 +340,7 @@ class SeveralServers(Case):
         self.refuse(3, *self.two, words=[self.other.url, "ollama pull nomic-embed-text"])
 
     def test_one_is_away_from_the_beginning(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(40)
@@ -354,7 +354,7 @@ class SeveralServers(Case):
 
     def test_none_is_there(self) -> None:
         self.make_movies(3)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             flags = self.again(engine)
             self.make_movies(3)
             self.ollama.away()
@@ -372,7 +372,7 @@ class SeveralServers(Case):
         return process
 
     def test_one_goes_and_comes_back(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
                 self.other.kill()
@@ -385,7 +385,7 @@ class SeveralServers(Case):
                 self.assert_complete()
 
     def test_one_goes_for_good(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
                 self.other.kill()
@@ -399,7 +399,7 @@ class SeveralServers(Case):
                 self.assert_complete()
 
     def test_one_comes_back_with_another_model(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
                 self.other.kill()
@@ -414,7 +414,7 @@ class SeveralServers(Case):
                 self.assert_complete()
 
     def test_one_without_a_digest_comes_back_with_other_vectors(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 self.again(engine)
                 self.make_movies(600)
@@ -433,7 +433,7 @@ class SeveralServers(Case):
                 self.assert_complete()
 
     def test_one_that_is_busy_when_vectors_are_compared(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             flags = self.again(engine)
             self.make_movies(20)
             self.succeed(*flags, "--limit", 10)
@@ -443,7 +443,7 @@ class SeveralServers(Case):
             self.assertRegex(done.err, rf"\Awarning: {self.other.url} is away .*\n\Z")
 
     def test_all_go(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(100)
@@ -458,7 +458,7 @@ class SeveralServers(Case):
                 self.assertGreater(len(self.stored()), 8)
 
     def test_a_bad_row_is_cornered_on_the_server_that_has_it(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(60)
@@ -468,7 +468,7 @@ class SeveralServers(Case):
                 self.assert_complete(but=[33])
 
     def test_other_dimensions_from_one_of_them(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(60)
@@ -488,7 +488,7 @@ class SeveralServers(Case):
 
     @unittest.skipIf(os.name == "nt", "Windows has no such signals")
     def test_an_interrupt_while_one_is_away(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
                 self.other.kill()
