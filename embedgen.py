@@ -3630,33 +3630,38 @@ class Store:
         sql = f"SELECT id, model, digest, accepted FROM {self.provenance.sql} WHERE target = {self.mark(1)} ORDER BY id"
         return [tuple(row) for row in self.rows(sql, self.target.name)]
 
-    def versions(self, table: str, execute: Callable[..., list[Any]]) -> list[str]:
-        """Return the digests of this run's model that are on record for the target."""
-        sql = f"SELECT digest FROM {table} WHERE target = {self.mark(1)} AND model = {self.mark(2)} AND digest <> ''"
-        return [digest for (digest,) in execute(sql, self.target.name, self.model)]
+    def version_there(self, ours: bool) -> str:
+        """Return a digest of this run's model of which a vector is in the target, `self.digest` or another; "" if none.
+
+        A run that was refused, or whose vectors have been replaced, may be on record, too.
+        """
+        known = {number: digest for number, model, digest, _ in self.records() if digest and model == self.model}
+        sought = {number: digest for number, digest in known.items() if (digest == self.digest) == ours}
+        if not sought:
+            return ""
+        column = quoted(self.target_columns["provenance"])
+        of_those = f"{column} IN ({', '.join(map(str, sought))})"
+        return sought.get(self.value(f"SELECT {column} FROM {self.target.sql} WHERE {of_those}"), "")
+
+    def other_version(self, ways: str) -> Stop:
+        """Return the end for a run or a search whose version of the model did not make the target's vectors."""
+        theirs, ours = (digest.rpartition(":")[2][:12] for digest in (self.version_there(ours=False), self.digest))
+        return Stop(
+            f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
+            f"server has now ({ours}), and the two may not compare. {ways}"
+        )
 
     def check_version(self) -> None:
-        """Raise Stop if the target holds vectors of another version of the model, by its digest, `self.digest`.
-
-        Only one of which a vector is there counts: a run that was refused, or broken off, may be on record, too.
-        """
+        """Raise Stop if another version of the model than that of `self.digest` has made vectors that would stay."""
         if not self.digest or not self.has_provenance or self.options.accept_drift:
-            return
-        known = [record for record in self.records() if record[1] == self.model and record[2]]
-        others = {number: digest for number, _, digest, _ in known if digest != self.digest}
-        if not others or any(accepted for _, _, digest, accepted in known if digest == self.digest):
             return
         if self.force and not self.partial:
             return  # all are replaced
-        column = quoted(self.target_columns["provenance"])
-        of_others = f"{column} IN ({', '.join(map(str, others))})"
-        found = self.value(f"SELECT {column} FROM {self.target.sql} WHERE {of_others}")
-        if found is not None:
-            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (others[found], self.digest))
-            raise Stop(
-                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
-                f"server has now ({ours}), and the two may not compare. Give --force, without --limit and --where, for "
-                "all rows again, --target NAME for a second table, or --accept-drift to mix them."
+        accepted = {(model, digest) for _, model, digest, accepted in self.records() if accepted}
+        if (self.model, self.digest) not in accepted and self.version_there(ours=False):
+            raise self.other_version(
+                "Give --force, without --limit and --where, for all rows again, --target NAME for a second table, or "
+                "--accept-drift to mix them."
             )
 
     def maker(self, vector: bytes) -> int | None:
@@ -3837,23 +3842,9 @@ class Store:
                 f"the vectors in {name} have {stored} dimensions, and that of the text has {dimensions}: they do not "
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
-        if digest and self.has_provenance:
-            known = self.versions(self.provenance.sql, self.rows)
-            others = [one for one in known if one != digest]
-            if others and not (digest in known and self.has_vector_by(digest)):
-                theirs, ours = (one.rpartition(":")[2][:12] for one in (others[-1], digest))
-                raise Stop(
-                    f'{name} holds vectors of another version of "{self.model}" (digest {theirs}) than the server has '
-                    f"now ({ours}), and the two may not compare. Give another --server, or run with --force first."
-                )
-
-    def has_vector_by(self, digest: str) -> bool:
-        """Whether a version of this run's model has made a vector that is there: that it once did says little."""
-        of_version = " AND ".join(f"{name} = {self.mark(n)}" for n, name in enumerate(("target", "model", "digest"), 1))
-        column = quoted(self.target_columns["provenance"])
-        made = f"SELECT id FROM {self.provenance.sql} WHERE {of_version}"
-        sql = f"SELECT 1 FROM {self.target.sql} WHERE {column} IN ({made})"
-        return self.value(sql, self.target.name, self.model, digest) is not None
+        self.digest = digest
+        if digest and self.has_provenance and self.version_there(ours=False) and not self.version_there(ours=True):
+            raise self.other_version("Give another --server, or run with --force first.")
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
@@ -6223,9 +6214,13 @@ def show_hits(
             )
         for line in lines_of(hits, cells):
             console.line(line)
-    if options.quiet:
-        return
-    total, stored, found, fresh = store.tally(store.comparable(len(vector) // 4, model) if store.has_target else "")
+    if not options.quiet:
+        note_unsearched(options, store, report.nouns, store.comparable(len(vector) // 4, model))
+
+
+def note_unsearched(options: argparse.Namespace, store: Store, nouns: str, comparable: str) -> None:
+    """Say on standard error which rows were not searched, or by an older text; those that are `comparable` were."""
+    total, stored, found, fresh = store.tally(comparable)
     words: list[str] = []
     for count, what in (
         (total - stored, "not searched: no embedding yet"),
@@ -6233,8 +6228,8 @@ def show_hits(
         (found - fresh, "found by an older text"),
     ):
         if count:
-            nouns = "" if words else f" {report.nouns}"
-            words.append(f"{count} of {total}{nouns} {'is' if count == 1 else 'are'} {what}")
+            whose = "" if words else f" {nouns}"
+            words.append(f"{count} of {total}{whose} {'is' if count == 1 else 'are'} {what}")
     if words:
         ending = f" Run embedgen without --{options.action} to embed them." if total - stored or found - fresh else ""
         complain(f"note: {'; '.join(words)}.{ending}")
