@@ -421,15 +421,18 @@ class Job(Case):
                     self.assertIn("batches of 6: no more than 6 texts are taken", self.log())
 
     def test_faults_of_every_kind(self) -> None:
-        kinds = ("500", "503", "429", "html", "error200", "short", "zero", "nan", "twin", "disorder", "reset",
-                 "cut", "torn", "chunked", "close", "drop")  # fmt: skip
+        kinds = ("500", "503", "429", "disorder", "reset", "cut", "torn", "chunked", "close", "drop")
+        # Answers without sound vectors fail a text that alone gets two of them: in order, one at a time, none does.
+        unsound = [
+            kind for one in ("html", "error200", "short", "zero", "nan", "twin") * 2 for kind in (one, "ok", "ok")
+        ]
         for engine in ENGINES:
             with self.subTest(engine=engine):
-                self.again(faults=dict.fromkeys(kinds, 0.02), seed=5, retry_after=0)
+                self.again(faults=dict.fromkeys(kinds, 0.03), next=unsound, seed=5, retry_after=0)
                 self.make_movies(200, lambda key: f"Film {key}" if key % 50 else f"Poison {key}")
                 self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "contains NaN"}])
                 with mock.patch.multiple(embedgen, FIRST_WAIT=0.01, LONGEST_WAIT=0.05):
-                    flags = ("--engine", engine, "--batch-size", 4, "--concurrent", 4)
+                    flags = ("--engine", engine, "--batch-size", 4, "--concurrent", 1)
                     done = self.run_program(*flags)
                 self.assertEqual((done.code, done.err, done.tally), (1, "", (196, 0, 4)))
                 self.assert_complete(but=[50, 100, 150, 200])
