@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
+import math
 import random
 import struct
 import unittest
@@ -531,6 +533,27 @@ class OverTheLeanPath(Conversations):
                     unit[place] = bad
                     with self.assertRaises(embedgen.Garbled):
                         embedgen.gate([embedgen.pack(unit)], ["text"], True)
+
+    def test_what_the_gate_tells_by_bytes_alone_is_so(self) -> None:
+        # One of each kind of float32: sign, each exponent, and a fraction of none, a little, and all.
+        for sign, exponent, fraction in itertools.product((0, 1), range(256), (0, 1, 0x7FFFFF)):
+            one = (sign << 31 | exponent << 23 | fraction).to_bytes(4, "little")
+            number = struct.unpack("<f", one)[0]
+            first, second = embedgen.pack([0.6, 0.8]), one + bytes(4)
+            sound = math.isfinite(number) and number != 0
+            for unit_length in (False, True):
+                try:
+                    self.assertEqual(embedgen.gate([first, second], ["one", "other"], unit_length), [first, second])
+                    self.assertTrue(sound and (abs(number) < 2 or not unit_length), number)
+                except embedgen.Garbled as garbled:
+                    self.assertFalse(sound and not unit_length, (number, garbled))
+
+    def test_a_server_that_does_not_normalise_is_told_by_any_of_its_vectors(self) -> None:
+        twice = [[n * 2 for n in vector(text)] for text in TEXTS]
+        for vectors in (twice, list(map(embedgen.pack, twice))):
+            with self.assertRaisesRegex(embedgen.Garbled, "length 2 instead of 1"):
+                embedgen.gate(vectors, TEXTS, True)
+            self.assertEqual(embedgen.gate(vectors, TEXTS, False), list(map(embedgen.pack, twice)))
 
 
 NO_TAGS = error(404, "404 page not found")
