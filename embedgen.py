@@ -6778,6 +6778,12 @@ def hide_arguments(urls: Sequence[str]) -> None:
             ctypes.memmove(start, hidden, len(hidden))
 
 
+def leave_out_tls() -> None:
+    """Have asyncio and http.client do without ssl, as they do in a Python that has none; spares 2 MiB and 10 ms."""
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("ssl", None)  # which says that it cannot be imported
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import signal
@@ -6793,6 +6799,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             hide_arguments([*options.server, options.database])
         wires = wires_for(options)
+        if argv is None and not any(wire.server.scheme == "https" for wire in wires):  # this process is the program's
+            leave_out_tls()
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)
             if not options.reads_only:  # there is nothing to be told of those later
