@@ -1839,7 +1839,7 @@ class Pace:
         self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
         self.reason = "start"
         self._auto_in_flight, self._auto_batch, self._most = in_flight is None, batch_size is None, most
-        self._largest = self.LARGEST_BATCH if batch_size is None else batch_size
+        self._largest = batch_size or self.LARGEST_BATCH
         self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
         self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
         self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
@@ -1850,8 +1850,11 @@ class Pace:
         self._rested, self._pause = 0.0, self.PAUSE
         self._trouble = 0.0  # from 0, all is well, to 1, nothing is
         self._first = self.in_flight  # answers that may have waited for the model to load
-        self._count = self._texts = self._load = 0  # the measurement so far
-        self._seconds = 0.0
+        self._measure_anew()
+
+    def __str__(self) -> str:
+        """The settings, and why they are so."""
+        return f"{self.in_flight} in flight, batches of {self.batch_size}: {self.reason}"
 
     def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
         """Learn that an exchange ended: ok, overloaded, timeout, or failed for another reason.
@@ -1870,27 +1873,31 @@ class Pace:
         elif self._first >= 0 and seconds > self._target:
             return
         elif load >= 0.75 * full and abs(texts - self.batch_size) <= 0.2 * self.batch_size:  # sent as things are now
-            self._count, self._texts = self._count + 1, self._texts + texts
-            self._load, self._seconds = self._load + load, self._seconds + max(seconds, 0.001)
-            if self._count >= self._enough(self._load / self._seconds):
-                self._decide(self._load / self._seconds)
+            self._count += 1
+            self._texts += texts
+            self._load += load
+            self._seconds += max(seconds, 0.001)
+            rate = self._load / self._seconds
+            if self._count >= self._enough(rate):
+                self._decide(rate)
 
     def limit(self, most: int) -> None:
         """Learn that a request can carry no more texts than that."""
         if most < self._largest:
             self._largest = most
             if most < self.batch_size:
-                self._move, self._needed, self._rate = "", 0.0, 0.0
+                self._move, self._rate = "", 0.0
                 self._change(self.in_flight, most, f"no more than {most} texts are taken")
 
     def _measure_anew(self) -> None:
-        self._count, self._texts, self._load, self._seconds = 0, 0, 0, 0.0
+        self._count = self._texts = self._load = 0
+        self._seconds = 0.0
 
     def _enough(self, rate: float) -> int:
         """Return how many answers settle the matter: few if the difference is far beyond noise."""
         import math
 
-        if self._moves[:1] == ["more of both"] or self._move == "more of both":
+        if "more of both" in (self._move, *self._moves[:1]):
             return 2
         if not self._rate:
             return max(8, self.in_flight)
@@ -1903,17 +1910,22 @@ class Pace:
         """A measurement is complete: judge the experiment, then start the next one or rest."""
         ratio, took, elapsed = rate / (self._rate or rate), self._seconds / self._count, self._texts / rate
         move, self._move = self._move, ""
+        needed = self._needed if move else 0.0
         self._measure_anew()
-        if move and ratio < self._needed:
+        if ratio < needed:
             self._undo(move, rate, ratio)
-        elif (ratio > self.LEAP and self._needed < 1) or (not move and ratio < 1 / self.LEAP):
+        elif (ratio > self.LEAP and needed < 1) or (not move and ratio < 1 / self.LEAP):
             self._pause, self._rate = self.PAUSE, 0.0  # no experiment explains that: the server has changed
             self._start_round()
         else:
             self._rate, self._took = rate, took
             if move:  # it worked: once more, but short requests come first, unless throughput soars
-                self._step = 4 if ratio > 1.7 else 2
-                self._put_first(*((move, "more in flight") if self._step == 4 else ("smaller requests", move)))
+                if ratio > 1.7:
+                    self._step = 4
+                    self._put_first(move, "more in flight")
+                else:
+                    self._step = 2
+                    self._put_first("smaller requests", move)
             elif not self._moves:
                 self._rested += elapsed
                 if self._rested >= self._pause:
@@ -1921,7 +1933,6 @@ class Pace:
                     self._start_round()
             while self._moves and not self._move:
                 self._try(self._moves.pop(0))
-        self._needed = self._needed if self._move else 0.0
 
     def _undo(self, move: str, rate: float, ratio: float) -> None:
         """Back to the settings before; measured anew, as the server may have changed meanwhile."""
@@ -1962,8 +1973,8 @@ class Pace:
             self._change(in_flight, batch, f"trying {move}: {self._rate:.1f} texts/s, {took:.1f} s per request")
 
     def _change(self, in_flight: int, batch: int, reason: str) -> None:
-        was = f" with {self.in_flight} x {self.batch_size}"
-        self.in_flight, self.batch_size, self.reason = in_flight, batch, reason + was
+        self.reason = f"{reason} with {self.in_flight} x {self.batch_size}"
+        self.in_flight, self.batch_size = in_flight, batch
         self._measure_anew()
 
     def _back_off(self, outcome: str) -> None:
@@ -1976,7 +1987,7 @@ class Pace:
             if self._auto_batch and (outcome == "timeout" or in_flight == self.in_flight):
                 batch = max(1, batch // 2)
             self._pause = self.RECOVERY
-        self._move, self._needed, self._moves, self._step = "", 0.0, [], 2
+        self._move, self._moves, self._step = "", [], 2
         self._rate = self._rested = self._trouble = 0.0
         self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
@@ -1986,6 +1997,9 @@ class Result(NamedTuple):
 
     rows: list[Row]
     answers: Answers
+
+
+NEVER = float("inf")  # a moment that does not come
 
 
 class Lane:
@@ -2004,7 +2018,7 @@ class Lane:
         self.barred = False  # whether it is of no use for the rest of the run
         self.since = self.absent = 0.0  # when it went away, and seconds that it was away before
         self.trying = 0.0  # since when it has been tried in vain
-        self.next_probe: float | None = None  # None: one is under way, or none is needed
+        self.next_probe = NEVER  # where one is under way, or none is needed
         # Answers that came after it went: it may have been started again with another model, which a probe will tell.
         self.held: list[Result] = []
 
@@ -2016,10 +2030,6 @@ class Lane:
             self.embedded += exchange.texts
             rate = under_way / max(exchange.seconds, 0.001)
             self.rate += (rate - self.rate) * (self.WEIGHT if self.rate else 1.0)
-
-    def away_for(self, now: float) -> float:
-        """Return the seconds that it has been away in all."""
-        return self.absent + (now - self.since if self.trouble else 0.0)
 
 
 class Batch(NamedTuple):
@@ -2071,11 +2081,9 @@ class Servers:
 
         `left` gives how many rows are not under way yet, as far as that is known.
         """
-        if sum(lane.flying for lane in self.lanes) >= self.most:
-            return None
         there = [lane for lane in self.lanes if not lane.trouble]
         roomy = [lane for lane in there if lane.flying < lane.pace.in_flight]
-        if not roomy:
+        if not roomy or sum(lane.flying for lane in self.lanes) >= self.most:
             return None
         if len(there) == 1:
             return there[0], there[0].pace.batch_size
@@ -2089,24 +2097,23 @@ class Servers:
             return now + abs(lane.free - now) if lane.flying else now
 
         # When would all be done together? A server that is busy for longer than that gets nothing more.
-        rows = left() if left() > 0 else sys.maxsize
-        sharing = sorted(there, key=begin)
-        while True:
-            end = (rows + sum(rate(lane) * begin(lane) for lane in sharing)) / sum(map(rate, sharing))
-            if begin(sharing[-1]) < end or len(sharing) == 1:
-                break
-            sharing.pop()
+        rows, end, work, speed = max(left(), 0) or sys.maxsize, NEVER, 0.0, 0.0
+        for lane in sorted(there, key=begin):
+            if begin(lane) < end:
+                work += rate(lane) * begin(lane)
+                speed += rate(lane)
+                end = (rows + work) / speed
         found = []
         for lane in there:
-            least = -(-lane.pace.batch_size // self.SMALLEST)
+            usual_size = lane.pace.batch_size
             share = (end - begin(lane)) * rate(lane)
             # The soonest first; before all others those not known yet, with little, since they may be slow.
-            most = lane.pace.batch_size if lane.rate else -(-lane.pace.batch_size // self.UNKNOWN)
-            size = int(min(most, max(least, share / 2)))
-            found.append((begin(lane) + size / rate(lane) if lane.rate else 0.0, lane.place, lane, size, share))
-        first = min(found)[2]
-        for _, _, lane, size, share in sorted(found):
-            if lane in roomy and (share >= size / 2 or lane is first):
+            most = usual_size if lane.rate else -(-usual_size // self.UNKNOWN)
+            size = int(min(most, max(-(-usual_size // self.SMALLEST), share / 2)))
+            found.append((begin(lane) + size / lane.rate if lane.rate else 0.0, lane.place, lane, size, share))
+        found.sort()
+        for _, _, lane, size, share in found:
+            if lane in roomy and (share >= size / 2 or lane is found[0][2]):
                 return lane, size
         return None
 
@@ -2114,14 +2121,16 @@ class Servers:
         """Note that a batch is on its way, and return it."""
         begin = max(lane.free, now) if lane.flying else now
         lane.free = begin + len(rows) / lane.rate if lane.rate else now
-        lane.flying, lane.texts = lane.flying + 1, lane.texts + len(rows)
+        lane.flying += 1
+        lane.texts += len(rows)
         return Batch(rows, lane.texts, lane, moves)
 
     def land(self, batch: Batch, now: float) -> None:
         """Note that a batch is no longer under way."""
         lane = batch.lane
         if batch.rows:
-            lane.flying, lane.texts = lane.flying - 1, lane.texts - len(batch.rows)
+            lane.flying -= 1
+            lane.texts -= len(batch.rows)
             lane.free = now + lane.texts / lane.rate if lane.rate else now
 
     def take_returned(self, size: int) -> tuple[list[Row], int]:
@@ -2145,7 +2154,7 @@ class Servers:
         if not known:
             lane.since = lane.trying = now
         if not isinstance(stop, Away):
-            lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
+            lane.trouble, lane.barred, lane.next_probe = stop.message, True, NEVER
             self.redo(lane)
             return f"{stop.message} The other servers do its work."
         lane.trouble = stop.reason or stop.message
@@ -2162,9 +2171,9 @@ class Servers:
 
     def to_probe(self, now: float) -> list[Batch]:
         """Return the questions that are due to servers that are away."""
-        due = [lane for lane in self.lanes if lane.next_probe is not None and lane.next_probe <= now]
+        due = [lane for lane in self.lanes if lane.next_probe <= now]
         for lane in due:
-            lane.next_probe = None
+            lane.next_probe = NEVER
         return [Batch([], 0, lane) for lane in due]
 
     def welcome(self, lane: Lane, now: float) -> str:
@@ -2195,16 +2204,15 @@ class Servers:
 
     def shares(self, elapsed: float, now: float) -> list[str]:
         """Return for the log what each server has done in that many seconds."""
+        if self.alone:
+            return [f"at the end {self.lanes[0].pace}"]
         lines = []
         for lane in self.lanes:
-            pace, away = lane.pace, lane.away_for(now)
-            state = f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}"
-            if self.alone:
-                return [f"at the end {state}"]
+            away = lane.absent + (now - lane.since if lane.trouble else 0.0)
             speed = lane.embedded / max(elapsed - away, 0.001)
             lines.append(
                 f"{lane.wire.address}: {lane.embedded} texts, {speed:.1f} texts/s, away for {away:.1f} s; "
-                f"at the end {state}"
+                f"at the end {lane.pace}"
             )
         return lines
 
@@ -6536,7 +6544,7 @@ class Run:
         pace = lane.pace
         if pace.reason != self.reasons[lane.place]:
             self.reasons[lane.place] = pace.reason
-            self.log.info(f"{at}{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
+            self.log.info(f"{at}{pace}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""

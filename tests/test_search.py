@@ -430,8 +430,9 @@ class OnlySQLite(SearchCase):
     def test_numbers_that_json_does_not_have(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, rating REAL)")
         self.execute("INSERT INTO movies VALUES (1, 9e999), (2, -9e999), (3, 1.5), (4, 1e22)")
-        self.succeed()
-        found = {one["key"]: one["columns"]["rating"] for one in self.found("--similar", 3)}
+        flags = ("--columns", "rating")
+        self.succeed(*flags)
+        found = {one["key"]: one["columns"]["rating"] for one in self.found(*flags, "--similar", 3)}
         self.assertEqual(found, {1: "inf", 2: "-inf", 4: 1e22})
 
     def test_texts_that_are_none(self) -> None:
