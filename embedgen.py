@@ -2010,6 +2010,7 @@ class Lane:
     def __init__(self, place: int, wire: Wire, pace: Pace) -> None:
         """`place` is its number among the servers."""
         self.place, self.wire, self.pace = place, wire, pace
+        self.logged = pace.reason  # the last one that the log has
         self.flying = self.texts = 0  # batches and texts under way
         self.rate = 0.0  # texts/s; 0: not known
         self.free = 0.0  # the moment at which all that is under way should be done
@@ -2042,11 +2043,6 @@ class Batch(NamedTuple):
     under_way: int
     lane: Lane
     moves: int = 0
-
-    @property
-    def texts(self) -> list[str]:
-        """What is to be embedded."""
-        return [row.text for row in self.rows]
 
 
 class Servers:
@@ -2650,7 +2646,7 @@ class Engine:
         """Return what is to be done for a batch."""
         servers = self.servers
         movable = not servers.alone and batch.moves < servers.MOVES
-        return Task(batch.lane.place, batch.texts, movable, servers.dimensions)
+        return Task(batch.lane.place, [row.text for row in batch.rows], movable, servers.dimensions)
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -5851,10 +5847,11 @@ class Console:
                 self.is_lost = True
                 complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
-    def line(self, text: str = "") -> None:
-        """Print one line, below the one that was being redrawn."""
+    def lines(self, *texts: str) -> None:
+        """Print lines, below the one that was being redrawn."""
         self.end_line()
-        self.write(text + "\n")
+        for text in texts:
+            self.write(text + "\n")
 
     def json(self, value: dict[str, Any]) -> None:
         """Print one JSON object; what JSON does not know is given as text."""
@@ -5862,7 +5859,7 @@ class Console:
 
         text = json.dumps(value, default=str)
         # Python's NaN and Infinity are no JSON.
-        self.line(json.dumps(json.loads(text, parse_constant=lambda name: str(float(name)))))
+        self.lines(json.dumps(json.loads(text, parse_constant=lambda name: str(float(name)))))
 
     def end_line(self) -> None:
         """Leave the line that was being redrawn as it is."""
@@ -5878,7 +5875,7 @@ class Console:
     def redraw(self, text: str) -> None:
         """Put the text in place of the last one; below it, where there is no terminal."""
         if not self.is_terminal:
-            self.line(text)
+            self.lines(text)
             return
         width = width_of(text)
         self.write("\r" + text + " " * (self.drawn - width))
@@ -5898,7 +5895,7 @@ class Report:
     def __init__(self, console: Console, options: argparse.Namespace, log: Log) -> None:
         self.console, self.options, self.log = console, options, log
         self.talkative = not (options.quiet or options.json)
-        self.started = self.shown = self.worked_from = time.monotonic()
+        self.started = time.monotonic()
         self.stopping = False  # whether it was said that the run is to stop
         self.ended = 0.0  # when the last row was done
 
@@ -5914,14 +5911,13 @@ class Report:
         if self.options.json:
             self.console.json(facts)
         else:
-            for line in filter(None, lines):
-                self.console.line(line)
+            self.console.lines(*filter(None, lines))
 
     def start(self, counts: Counts) -> None:
         """Print what is going to be done."""
         self.worked_from = self.shown = time.monotonic()
         if self.talkative:
-            for line in (
+            self.console.lines(
                 RULE,
                 f"🧠 {self.title} Generator",
                 RULE,
@@ -5930,8 +5926,7 @@ class Report:
                 f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}",
                 f"📝 Detailed logs: {self.log.shown}",
                 "",
-            ):
-                self.console.line(line)
+            )
 
     def update(self, counts: Counts) -> None:
         """Show the progress, if it is time to."""
@@ -5941,7 +5936,7 @@ class Report:
         if in_place and self.console.interrupt.code and not self.stopping:
             self.stopping = True
             self.console.erase()
-            self.console.line(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
+            self.console.lines(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
         if now - self.shown >= (REDRAW if in_place else PIPE_INTERVAL):
             self.show(counts, now)
 
@@ -5956,8 +5951,7 @@ class Report:
             self.ended = time.monotonic()
             if self.talkative:
                 self.show(counts, self.ended)
-                self.console.line()
-                self.console.line("💾 Saving embeddings to database...")
+                self.console.lines("", "💾 Saving embeddings to database...")
 
     def show_index(self, share: float) -> None:
         """Show how far the index is; where there is no terminal, only that it is done."""
@@ -5995,7 +5989,7 @@ class Report:
             RULE,
         ]
         if self.talkative:
-            self.console.line()
+            self.console.lines("")
         elif self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
             lines += [f"{times} failed: {one_line(reason)}" for reason, times in counts.reasons.most_common(5)]
             lines.append(f"Each {self.noun}'s reason is in the log: {self.log.shown}")
@@ -6026,7 +6020,7 @@ class Log:
         here = os.path.join(os.path.realpath(os.curdir), "")
         whole = os.path.realpath(self.path)
         # Relative where that is short and clear: from the root folder, everything would be.
-        self.shown = os.path.relpath(whole, here) if whole.startswith(here) and os.path.dirname(here[:-1]) else whole
+        self.shown = whole.removeprefix(here) if os.path.dirname(here[:-1]) else whole
         try:
             os.makedirs(folder, exist_ok=True)
             self.open()
@@ -6136,16 +6130,15 @@ def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
     """Return the vector of a text, from the first server that is there; raise Stop if it cannot compare."""
     for wire in wires:
         try:
-            answer = embed_here(wire, [text], store.stopping)[0]
+            [answer] = embed_here(wire, [text], store.stopping)
+            break
         except Away:
             if wire is wires[-1]:
                 raise
-            continue
-        if isinstance(answer, str):
-            raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
-        store.check_query(len(answer) // 4, wire.digest)
-        return answer
-    raise AssertionError("there is at least one server")
+    if isinstance(answer, str):
+        raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
+    store.check_query(len(answer) // 4, wire.digest)
+    return answer
 
 
 def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hit]:
@@ -6315,9 +6308,9 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
 
 def moment(value: Any) -> str | None:
     """Return a stored time as text, in UTC where its zone is known."""
-    if hasattr(value, "astimezone") and getattr(value, "tzinfo", None):
-        from datetime import timezone
+    from datetime import datetime, timezone
 
+    if isinstance(value, datetime) and value.tzinfo:
         return f"{value.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     return None if value is None else str(value)
 
@@ -6359,8 +6352,7 @@ def measured_speed(wires: Sequence[Wire], store: Store) -> float:
 
     rows = itertools.islice(store.pending(None, lambda: TIMED_TEXTS), PAGE_ROWS)
     texts = [row.text for row in rows if row and row.text.strip(BLANKS)][: TIMED_TEXTS + 1]
-    stored = store.stored_dimensions()
-    if stored:
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
     speed, timed = 0.0, texts[1:] or texts
     for wire in wires if texts else []:
@@ -6409,33 +6401,28 @@ UNSAVED_ROWS, UNSAVED_SECONDS = 1000, 1.0  # finished work is saved when there i
 class Run:
     """One run over the table: the loop that both engines and all stores share."""
 
-    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report, log: Log) -> None:
-        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, log
+    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report) -> None:
+        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, report.log
         self.unsaved: list[tuple[Row, bytes]] = []
         self.oldest = 0.0  # when the first of them came
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
-        self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
-        self.ways: set[tuple[int, str]] = set()  # in which vectors came, by server, as logged
+        self.ways: set[str] = set()  # in which vectors came, as logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
         try:
             self.rounds()
-        except KeyboardInterrupt:
-            raise  # at once: saving could mean to wait for a lock
-        except BaseException:
-            self.save()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # at once, then: saving could mean to wait for a lock
+                self.save()
             raise
-        else:
-            self.save()
-            self.counts.elsewhere(*self.store.elsewhere())
-            if not self.more and not self.engine.interrupt.code:
-                self.counts.to_do = (
-                    self.counts.generated + self.counts.failed
-                )  # others were deleted before they were read
-                self.store.end_change()
+        self.save()
+        self.counts.elsewhere(*self.store.elsewhere())
+        if not self.more and not self.engine.interrupt.code:
+            self.counts.to_do = self.counts.generated + self.counts.failed  # others were deleted before they were read
+            self.store.end_change()
 
     def rounds(self) -> None:
         """Embed what is pending, in a second round only where rows of the first have failed and left room."""
@@ -6534,17 +6521,17 @@ class Run:
         at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
         if what.outcome == "ok":
             self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
-            if (lane.place, what.way) not in self.ways:
-                self.ways.add((lane.place, what.way))
-                self.log.info(f"{at}vectors come as {what.way}")
+            way = f"{at}vectors come as {what.way}"
+            if way not in self.ways:
+                self.ways.add(way)
+                self.log.info(way)
         else:
             texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
             text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"
             self.log.warn(f"{text}: {what.reason}", what.reason)
-        pace = lane.pace
-        if pace.reason != self.reasons[lane.place]:
-            self.reasons[lane.place] = pace.reason
-            self.log.info(f"{at}{pace}")
+        if lane.pace.reason != lane.logged:
+            lane.logged = lane.pace.reason
+            self.log.info(f"{at}{lane.pace}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""
@@ -6594,8 +6581,7 @@ def generate(store: Store, wires: Sequence[Wire], report: Report) -> int:
 def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -> None:
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
     options, log, interrupt = report.options, report.log, report.console.interrupt
-    stored = store.stored_dimensions()
-    if stored:
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
     servers = servers_for(options, wires)
     engine = ENGINES[options.engine](servers, interrupt)
@@ -6606,17 +6592,18 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         store.create_target(engine.dimensions)
         if not options.accept_drift:
             check_drift(engine, store.samples(), options.model)
-        absent = [lane for lane in servers.lanes if lane.trouble]
-        for lane in absent:
-            log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
-            complain(f"warning: {text}")
+        present = engine.present()
+        for lane in servers.lanes:
+            if lane.trouble:
+                log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
+                complain(f"warning: {text}")
         if remark := store.join():
             log.info(remark)
         report.start(counts)
         interrupt.gentle = True
-        Run(store, engine, counts, report, log).work()
-        for lane in servers.lanes:  # who came back is in the log; who did not may wait to be seen to
-            if lane.trouble and lane not in absent and not interrupt.code:
+        Run(store, engine, counts, report).work()
+        for lane in present:  # who came back is in the log; who did not may wait to be seen to
+            if lane.trouble and not interrupt.code:
                 complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
         if not interrupt.gentle:  # the run has not begun
