@@ -6591,7 +6591,7 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         store.check_version()
         store.create_target(engine.dimensions)
         if not options.accept_drift:
-            check_drift(engine, store.samples(), options.model)
+            check_drift(engine, store.samples())
         present = engine.present()
         for lane in servers.lanes:
             if lane.trouble:
@@ -6616,7 +6616,7 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         engine.close()
 
 
-def check_drift(engine: Engine, samples: list[tuple[str, bytes]], model: str) -> None:
+def check_drift(engine: Engine, samples: list[tuple[str, bytes]]) -> None:
     """Raise Stop if a server's vectors differ from those that are stored for the same texts, or from each other's.
 
     Where there are several servers, and not all tell the model's digest, its name alone proves nothing: they are
@@ -6626,14 +6626,14 @@ def check_drift(engine: Engine, samples: list[tuple[str, bytes]], model: str) ->
     compare = not servers.alone and not all(lane.wire.digest for lane in servers.lanes)
     texts = [text for text, _ in samples] + [KNOWN_GOOD] * compare
     for lane, answers in engine.each(lambda lane: lane.wire.converse(texts, not servers.alone)) if texts else []:
-        check_alike(lane, answers, samples, f'those stored as of the model "{model}"', model)
+        check_alike(lane, answers, samples, f'those stored as of the model "{lane.wire.model}"')
         known = answers[-1]
         if compare and isinstance(known, bytes):
             servers.known, first = servers.known or known, first or lane.wire.address
-            check_alike(lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does", model)
+            check_alike(lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
 
 
-def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str, model: str) -> None:
+def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str) -> None:
     """Raise Stop if most of a server's vectors differ from those known for the same texts; a few may by accident."""
     cosines = [
         cosine(answer, vector) if len(answer) == len(vector) else 0.0
@@ -6644,8 +6644,8 @@ def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], 
     if 2 * len(different) > len(cosines):
         raise Stop(
             f"{lane.wire.address} gives other vectors than {whose} (cosine {max(different):.3f} for the same text; "
-            f'{ALIKE} or more is usual). It may hold another version of "{model}". Give another --server, '
-            "--target NAME for a second table, --force for all rows again, or --accept-drift."
+            f'{ALIKE} or more is usual). It may hold another version of "{lane.wire.model}". Give another '
+            "--server, --target NAME for a second table, --force for all rows again, or --accept-drift."
         )
 
 
