@@ -1856,17 +1856,16 @@ class Pace:
         """The settings, and why they are so."""
         return f"{self.in_flight} in flight, batches of {self.batch_size}: {self.reason}"
 
-    def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
+    def observe(self, texts: int, seconds: float, outcome: str, load: int) -> None:
         """Learn that an exchange ended: ok, overloaded, timeout, or failed for another reason.
 
-        `under_way` are the texts that were in flight when it was sent, its own included.
+        `load` are the texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
-        load = full if under_way is None else under_way
         self._first -= 1
         if load > full or outcome == "failed" or not (self._auto_in_flight or self._auto_batch):
             return  # sent before the last reduction; or no sign of too much; or nothing to decide
-        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT.get(outcome, 0.0)
+        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT[outcome]
         if outcome != "ok":
             if self._trouble > 0.5:
                 self._back_off(outcome)
@@ -1908,17 +1907,16 @@ class Pace:
 
     def _decide(self, rate: float) -> None:
         """A measurement is complete: judge the experiment, then start the next one or rest."""
-        ratio, took, elapsed = rate / (self._rate or rate), self._seconds / self._count, self._texts / rate
+        ratio = rate / (self._rate or rate)
         move, self._move = self._move, ""
         needed = self._needed if move else 0.0
-        self._measure_anew()
         if ratio < needed:
             self._undo(move, rate, ratio)
         elif (ratio > self.LEAP and needed < 1) or (not move and ratio < 1 / self.LEAP):
             self._pause, self._rate = self.PAUSE, 0.0  # no experiment explains that: the server has changed
             self._start_round()
         else:
-            self._rate, self._took = rate, took
+            self._rate, self._took = rate, self._seconds / self._count
             if move:  # it worked: once more, but short requests come first, unless throughput soars
                 if ratio > 1.7:
                     self._step = 4
@@ -1927,12 +1925,13 @@ class Pace:
                     self._step = 2
                     self._put_first("smaller requests", move)
             elif not self._moves:
-                self._rested += elapsed
+                self._rested += self._texts / rate
                 if self._rested >= self._pause:
                     self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
                     self._start_round()
             while self._moves and not self._move:
                 self._try(self._moves.pop(0))
+        self._measure_anew()
 
     def _undo(self, move: str, rate: float, ratio: float) -> None:
         """Back to the settings before; measured anew, as the server may have changed meanwhile."""
