@@ -2092,12 +2092,12 @@ class Servers:
             return now + abs(lane.free - now) if lane.flying else now
 
         # When would all be done together? A server that is busy for longer than that gets nothing more.
-        rows, end, work, speed = max(left(), 0) or sys.maxsize, NEVER, 0.0, 0.0
+        rows, end, begins, rates = max(left(), 0) or sys.maxsize, NEVER, 0.0, 0.0
         for lane in sorted(there, key=begin):
             if begin(lane) < end:
-                work += rate(lane) * begin(lane)
-                speed += rate(lane)
-                end = (rows + work) / speed
+                begins += rate(lane) * begin(lane)
+                rates += rate(lane)
+                end = (rows + begins) / rates
         found = []
         for lane in there:
             usual_size = lane.pace.batch_size
@@ -5836,7 +5836,8 @@ class Console:
             self.out.flush()
         except (OSError, ValueError) as error:
             out, self.out = self.out, None
-            with contextlib.suppress(OSError, ValueError):  # Python's own flush at the exit; if it is a file at all
+            with contextlib.suppress(OSError, ValueError):  # or it was no file to begin with
+                # Where Python's own flush at the exit goes, too.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, out.fileno())
                 os.close(nowhere)
@@ -5899,7 +5900,7 @@ class Report:
         self.ended = 0.0  # when the last row was done
 
     def name_rows(self, table: str) -> None:
-        """Take what a row is called from --noun, or the table's name."""
+        """Take what a row is called, also in headings, from --noun or the table's name."""
         table = one_line(table).replace("_", " ").strip()
         noun = one_line(self.options.noun or "") or singular(table)
         self.noun, self.nouns = noun.lower(), (plural(noun) if self.options.noun else table).lower()
@@ -6000,7 +6001,7 @@ WARNINGS_OF_A_KIND = 20  # warnings with one reason; further ones are info, and 
 
 
 class Log:
-    """The log of a run: a file, rotated by size; without one if it cannot be written.
+    """The log of a run: a file, rotated by size; none before it is begun, and where it cannot be written.
 
     Its lines are as those of `logging`, without the 15 ms that the import of that and of its handlers takes.
     """
@@ -6190,11 +6191,9 @@ def show_hits(
     cells = report.console.columns or PIPE_WIDTH
     nouns, quiet = report.nouns, report.options.quiet
     head = f"🔎 {nouns[:1].upper()}{nouns[1:]} nearest to {what}, by {model or 'an unknown model'}"
-    if not hits:
-        head = f"No {nouns} to compare with were found."
-    elif quiet:
-        head = ""
-    report.give({**asked, "model": model or None, "results": results}, [fitted(head, cells), *lines_of(hits, cells)])
+    head = "" if quiet else fitted(head, cells)
+    lines = [head, *lines_of(hits, cells)] if hits else [f"No {nouns} to compare with were found."]
+    report.give({**asked, "model": model or None, "results": results}, lines)
     if not quiet:
         note_unsearched(store, report, store.comparable(len(vector) // 4, model))
 
