@@ -5777,19 +5777,19 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
     eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
     tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
     figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
-    percent = f"{percent_of(share):3}%"
-    head = "Generating embeddings: "
+    percent = f"{percent_of(share)}%"
+    head = f"Generating embeddings: {percent:>4}"
     if columns is None:
-        return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
+        return f"{head}|{bar(share, PIPE_BAR)}| {figures}"
     room = max(columns - 3, 1)  # a terminal's own ^C, of two cells, must not make the line wrap
-    for before in (f"{head}{percent}", percent.strip()):
+    for before in (head, percent):
         cells = room - len(f"{before}|| {figures}")
         if cells >= 4:
             return f"{before}|{bar(share, cells)}| {figures}"
-    for line in (f"{percent.strip()} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
+    for line in (f"{percent} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
         if len(line) <= room:
             return line
-    return percent.strip()[:room]
+    return percent[:room]
 
 
 class Console:
@@ -5848,8 +5848,10 @@ class Console:
                 complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
     def lines(self, *texts: str) -> None:
-        """Print lines, below the one that was being redrawn."""
-        self.end_line()
+        """Print lines, below the one that was being redrawn, which stays as it is."""
+        if self.drawn:
+            self.drawn = 0
+            self.write("\n")
         for text in texts:
             self.write(text + "\n")
 
@@ -5860,12 +5862,6 @@ class Console:
         text = json.dumps(value, default=str)
         # Python's NaN and Infinity are no JSON.
         self.lines(json.dumps(json.loads(text, parse_constant=lambda name: str(float(name)))))
-
-    def end_line(self) -> None:
-        """Leave the line that was being redrawn as it is."""
-        if self.drawn:
-            self.drawn = 0
-            self.write("\n")
 
     def erase(self) -> None:
         """Take back the line that was being redrawn, and the ^C that a terminal puts behind it."""
@@ -6078,15 +6074,6 @@ class Log:
         for reason, times in self.seen.items():
             if times > WARNINGS_OF_A_KIND:
                 self.write("WARNING", f"{times} times in all: {reason}")
-
-    def error(self, text: str, traceback: bool = False) -> None:
-        """Log why the run ends, with the traceback of the exception being handled if that is wanted."""
-        after = ""
-        if traceback and self.file:
-            from traceback import format_exc
-
-            after = format_exc()
-        self.write("ERROR", text, after)
 
     def close(self) -> None:
         """Close the file."""
@@ -6703,6 +6690,13 @@ def leave_out_tls() -> None:
     modules.setdefault("ssl", None)  # which says that it cannot be imported
 
 
+def traceback_now() -> str:
+    """Return the traceback of the exception that is being handled."""
+    import traceback
+
+    return traceback.format_exc()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import signal
@@ -6735,23 +6729,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             lost = console.is_lost and options.reads_only  # what it was all for
             return interrupt.code or (EXIT_STOPPED if lost else code)
     except Stop as stop:
-        log.error(stop.message, traceback=stop.__cause__ is not None)
+        log.write("ERROR", stop.message, traceback_now() if stop.__cause__ else "")
         if "--json" in given and not isinstance(stop, Reported):
             console.json({"exit_code": stop.code, "error": stop.message})
         complain(f"error: {one_line(stop.message)}")
         return stop.code
     except KeyboardInterrupt:
-        console.end_line()
+        console.lines()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:
-        log.error(f"{type(error).__name__}: {error}", traceback=True)
+        log.write("ERROR", f"{type(error).__name__}: {error}", traceback_now())
         first = one_line(str(error).partition("\n")[0])
         more = f"the log {log.shown} has more" if log.shown else "--verbose shows more"
         complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
         if not log.shown and "--verbose" in given:
-            import traceback
-
-            complain(traceback.format_exc().rstrip())
+            complain(traceback_now().rstrip())
         return EXIT_STOPPED
     finally:
         interrupt.over = True
