@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import unittest
 from typing import Any
@@ -19,14 +18,14 @@ class Drift(unittest.TestCase):
     def test_the_server_has_drifted_if_most_of_its_vectors_have(self) -> None:
         same, other = embedgen.pack([1.0, 0.0]), embedgen.pack([0.0, 1.0])
         lane = embedgen.Lane(0, mock.Mock(address="http://host"), mock.Mock())
-        options, samples = argparse.Namespace(model=MODEL), [("text", same)] * 4
+        samples = [("text", same)] * 4
         for different in range(5):
             answers = [other] * different + [same] * (4 - different)
             if different <= 2:
-                embedgen.check_alike(options, lane, answers, samples, "those stored")
+                embedgen.check_alike(lane, answers, samples, "those stored")
             else:
                 with self.assertRaisesRegex(embedgen.Stop, "cosine 0.000"):
-                    embedgen.check_alike(options, lane, answers, samples, "those stored")
+                    embedgen.check_alike(lane, answers, samples, "those stored")
 
 
 class Provenance(Case):
