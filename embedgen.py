@@ -1883,7 +1883,7 @@ class Pace:
     def limit(self, most: int) -> None:
         """Learn that a request can carry no more texts than that."""
         if most < self._largest:
-            self._largest = most
+            self._largest, self._before = most, (self._before[0], min(self._before[1], most))
             if most < self.batch_size:
                 self._move, self._rate = "", 0.0
                 self._change(self.in_flight, most, f"no more than {most} texts are taken")

@@ -119,6 +119,18 @@ class PaceByHand(unittest.TestCase):
             reasons.add(pace.reason)
         self.assertIn("trying more of both: 80.0 texts/s, 0.1 s per request with 2 x 4", reasons)
 
+    def test_what_a_request_can_carry_is_never_exceeded_again(self) -> None:
+        for seed in range(200):
+            draw, pace, most = random.Random(seed), Pace(None, None), 128
+            told = draw.randrange(200)
+            for turn in range(400):
+                if turn == told:
+                    most = draw.choice((8, 20, 32, 50))
+                    pace.limit(most)
+                took = draw.choice((0.05, 0.5, 1.0, 3.0)) * draw.random()
+                pace.observe(pace.batch_size, took, "ok", pace.in_flight * pace.batch_size)
+                self.assertLessEqual(pace.batch_size, most, (seed, turn, pace.reason))
+
     def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
         pace = Pace(None, None)
         for _ in range(3):
