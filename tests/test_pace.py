@@ -120,16 +120,21 @@ class PaceByHand(unittest.TestCase):
         self.assertIn("trying more of both: 80.0 texts/s, 0.1 s per request with 2 x 4", reasons)
 
     def test_what_a_request_can_carry_is_never_exceeded_again(self) -> None:
-        for seed in range(200):
-            draw, pace, most = random.Random(seed), Pace(None, None), 128
-            told = draw.randrange(200)
-            for turn in range(400):
-                if turn == told:
-                    most = draw.choice((8, 20, 32, 50))
-                    pace.limit(most)
-                took = draw.choice((0.05, 0.5, 1.0, 3.0)) * draw.random()
-                pace.observe(pace.batch_size, took, "ok", pace.in_flight * pace.batch_size)
-                self.assertLessEqual(pace.batch_size, most, (seed, turn, pace.reason))
+        pace = Pace(None, None)
+
+        def answer(seconds: float) -> None:
+            pace.observe(pace.batch_size, seconds, "ok", pace.in_flight * pace.batch_size)
+
+        for _ in range(300):
+            answer(0.02 * pace.batch_size / 4)
+        while not pace.reason.startswith("trying smaller requests"):
+            answer(5.0)
+        before = pace.batch_size
+        pace.limit(2 * before)  # less than the experiment began with, which is undone now
+        while pace.reason.startswith("trying smaller requests"):
+            answer(50.0)
+        self.assertTrue(pace.reason.startswith("smaller requests did not pay"), pace.reason)
+        self.assertEqual(pace.batch_size, 2 * before)
 
     def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
         pace = Pace(None, None)
