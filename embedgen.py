@@ -6724,9 +6724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.load:
                 log.info(f"loaded {store.load(options.load)} rows from {options.load}")
             store.prepare()
-            # A run speaks of the table by the name that it was given, all else by the one that it has.
-            runs = options.action == "generate"
-            report.name_rows(options.table.rpartition(".")[2] if runs else store.relation.name)
+            report.name_rows(store.relation.name)
             code = ACTIONS[options.action](store, wires, report)
             lost = console.is_lost and options.reads_only  # what it was all for
             return interrupt.code or (EXIT_STOPPED if lost else code)
@@ -6742,9 +6740,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         log.write("ERROR", f"{type(error).__name__}: {error}", traceback_now())
         first = one_line(str(error).partition("\n")[0])
-        more = f"the log {log.shown} has more" if log.shown else "--verbose shows more"
+        more = f"the log {log.shown} has more" if log.file else "--verbose shows more"
         complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
-        if not log.shown and "--verbose" in given:
+        if not log.file and "--verbose" in given:
             complain(traceback_now().rstrip())
         return EXIT_STOPPED
     finally:
