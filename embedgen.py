@@ -637,26 +637,45 @@ class Trouble(Exception):
     """A request did not give vectors; the message is for people, the outcome for the pace."""
 
     outcome = "failed"  # as such, no sign that less should be asked for
+    enough = enough_alone = 1  # points, until texts that were sent together are suspected, or a text alone
+    slow = False  # whether less may go through where this did not
+    gone = False  # whether nobody answers, or not to the end
+    crashed = False  # whether the server broke under this request
+    retry_after = 0.0  # seconds that the server asks for
+
+    def points(self, alone: bool) -> int:
+        """Return how much this says against the texts, where `enough` is proof."""
+        return 1
 
 
 class Unavailable(Trouble):
-    """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
+    """The server cannot now, or is not there: worth another try."""
+
+    # Crashes in a row: some seconds in all for several texts, which are halved then, and most of a minute for one that
+    # would fail. Servers do crash by themselves.
+    enough, enough_alone = 4, 8
 
     def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         """`status` is that of the server's answer, 0 if none came."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
         self.outcome = "overloaded" if status else "failed"
-        self.gone = not status  # nobody answers, or not to the end
+        self.gone = not status
         self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
-        self.busy = status in (429, 503)
-        self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
+        self.slow = status in (408, 504, 524)  # a time-out on the way
+
+    def points(self, alone: bool) -> int:
+        if alone:
+            return int(self.crashed)
+        return self.enough // 2 if self.slow else int(self.status not in (429, 503))  # which are mere load
 
 
 class Silent(Trouble):
     """No answer within the time."""
 
     outcome = "timeout"
+    enough_alone = 3  # in a request of its own, a text that times out so often has failed
+    slow = True
 
 
 class Refused(Trouble):
@@ -670,13 +689,15 @@ class TooLong(Refused):
 class Garbled(Trouble):
     """The answer is not what was asked for, and must not be stored."""
 
+    enough = enough_alone = 2
+
 
 class OtherDimensions(Garbled):
     """The vectors have another length than those already stored."""
 
 
-class Superseded(Trouble):
-    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
+class Superseded(Exception):
+    """The server lacks this path, or takes fewer texts; the wire has changed to what it does, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -1006,11 +1027,10 @@ class HTTPWire:
         return []
         yield  # makes it a generator
 
-    def call(self, send: Send, patient: bool = False) -> Generator[Send, Reply | None, Reply]:
+    def call(self, send: Send, patient: bool = False) -> Steps[Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
-        reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
-        assert reply is not None
+        reply: Reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         if reply.status == 0 and not (patient and reply.timed_out):
             advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
             if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
@@ -1056,7 +1076,7 @@ class HTTPWire:
         """Return what an error's reply says."""
         return words_of(reply.body, self.server.hide)
 
-    def unreadable(self, path: str, words: str) -> Trouble:
+    def unreadable(self, path: str, words: str) -> Exception:
         """Return what a 200 without vectors means."""
         return Garbled(f"the answer holds no embeddings: {words[:100]!r}")
 
@@ -1146,15 +1166,14 @@ class OllamaWire(HTTPWire):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
-    def identify(self) -> Generator[Send | Wait, Reply | None, None]:
+    def identify(self) -> Steps[None]:
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
         for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
             if wait:
                 yield Wait(wait)
-            reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
-            assert reply is not None
+            reply: Reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
             try:
                 self.check(reply, "/api/tags")
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
@@ -1198,7 +1217,7 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def unreadable(self, path: str, words: str) -> Trouble:
+    def unreadable(self, path: str, words: str) -> Exception:
         if path == LEAN and not self.lean_seen:
             return self.without_lean("no embeddings")
         return super().unreadable(path, words)
@@ -1294,7 +1313,7 @@ class OpenAIWire(HTTPWire):
                 self.settle(self.dimensions)
         return []
 
-    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Steps[bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
         request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
@@ -1305,7 +1324,7 @@ class OpenAIWire(HTTPWire):
         except (Unavailable, Silent, Garbled):
             return b""
 
-    def models(self) -> Generator[Send, Reply | None, list[str]]:
+    def models(self) -> Steps[list[str]]:
         """Return the names of the server's models, if it tells them."""
         import json
 
@@ -1518,17 +1537,14 @@ class Exchange(NamedTuple):
     most: int = sys.maxsize
 
 
+Steps = Generator[Union[Send, Wait, Exchange], Any, T]  # what it is sent back is the Reply to a Send, None otherwise
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
-Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
+Conversation = Steps[Answers]
 
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
 LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
 LEAVE = 5.0  # seconds of trying, where there are other servers, until the texts go there; at once if nobody is there
-SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
-# Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
-# which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
-CRASHES, CRASHES_ALONE = 4, 8
 SUSPICIONS = 3  # of one text, before it fails although the server was not well right after it either
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
@@ -1550,11 +1566,9 @@ class Talk:
 
     def __init__(self, wire: HTTPWire, jitter: Callable[[], float] | None = None, movable: bool = False) -> None:
         """`jitter` gives numbers from 0 to 1 that spread the waits of many clients; `movable` is as in converse()."""
-        if jitter is None:
-            import random
+        import random
 
-            jitter = random.random
-        self.wire, self.jitter, self.timeout, self.movable = wire, jitter, wire.timeout, movable
+        self.wire, self.timeout, self.movable, self.jitter = wire, wire.timeout, movable, jitter or random.random
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
@@ -1573,7 +1587,8 @@ class Talk:
         if not single and max(map(len, texts)) >= self.wire.long_from:
             *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
             return (yield from self.apart(texts, on_long, [longest], others))
-        garbled = silences = crashes = suspicions = 0
+        points: dict[type[Trouble], int] = {}  # against the texts, of each kind of trouble
+        suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
@@ -1582,52 +1597,37 @@ class Talk:
                 return list(vectors)
             except Superseded:
                 return (yield from self.embed(texts, on_long))
-            except TooLong as refused:
-                if single:
-                    # Before it is believed of a text shorter than others, a short one must not be too long.
-                    if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
-                        suspicions += 1
-                        if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                            continue
-                    self.wire.long_from = min(self.wire.long_from, len(texts[0]))
-                    if on_long != "fail":
-                        return [(yield from self.fit(texts[0], on_long, str(refused)))]
-                else:  # by length, so that those at fault are soon among themselves
+            except Trouble as caught:
+                trouble, kind = caught, type(caught)
+            if isinstance(trouble, TooLong):
+                if not single:  # by length, so that those at fault are soon among themselves
                     return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
-                trouble: Trouble = refused
-                suspect = True
-            except Refused as refused:
-                trouble = refused
-                suspect = True
-            except Garbled as unusable:
-                trouble = unusable
-                garbled += 1
-                suspect = garbled > 1
-                if isinstance(unusable, OtherDimensions):
-                    yield from self.until_sane()  # raises Stop if all vectors of this server are like that
-            except Silent as silent:
-                trouble = silent
-                silences += 1
-                suspect = not single or silences >= SILENCES
-                # The server may go on computing what nobody waits for any more: asking again
-                # before it has time for a short text would only lengthen its queue.
+                # Before it is believed of a text shorter than others, a short one must not be too long.
+                if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
+                    suspicions += 1
+                    if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                        continue
+                self.wire.long_from = min(self.wire.long_from, len(texts[0]))
+                if on_long != "fail":
+                    return [(yield from self.fit(texts[0], on_long, str(trouble)))]
+            if isinstance(trouble, (Silent, OtherDimensions)):
+                # After a silence, the server may go on computing what nobody waits for any more: asking again before
+                # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
+                # if all vectors of this server are like that.
                 yield from self.until_sane()
-            except Unavailable as away:
-                trouble = away
-                crashes += away.crashed if single else CRASHES // 2 if away.slow else not away.busy
-                suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
-            if not suspect:
+            points[kind] = points.get(kind, 0) + trouble.points(single)
+            if points[kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
             if not single:
-                if crashes:
+                if points.get(Unavailable):
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
                 return (yield from self.apart(texts, on_long, *in_half(texts)))
             # Is it the text, or the server? Only the server's word on a known-good text tells.
             suspicions += 1
             if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
                 return [str(trouble)]
-            crashes = 0
+            points[Unavailable] = 0
 
     def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
@@ -1637,28 +1637,24 @@ class Talk:
                 answers.update(zip(group, (yield from self.embed(group, on_long))))
         return [answers[text] for text in texts]
 
-    def fit(self, text: str, on_long: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def fit(self, text: str, on_long: str, refusal: str) -> Steps[bytes | str]:
         """Return the answer for a text that the server does not take as a whole."""
-        if on_long == "split":
-            parts = yield from self.split(text)
-            if isinstance(parts, str):
-                return parts
-            vector = mean(parts)
-            return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
         if on_long == "cut":
-            answer: bytes | str = TooLongFor(refusal)
-            if self.wire.cuts:
-                [answer] = yield from self.embed([text], "truncate")
-            if isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
-                answer = yield from self.cut(text, refusal)
+            answer = yield from self.cut(text, refusal)
             return Cut(answer) if isinstance(answer, bytes) else answer
+        if on_long == "split":
+            return (yield from self.split(text))
         return TooLongFor(refusal)
 
-    def cut(self, text: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def cut(self, text: str, refusal: str) -> Steps[bytes | str]:
         """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
 
         Within a sixteenth of its length: each further step costs a request and adds fewer words.
         """
+        if self.wire.cuts:
+            [answer] = yield from self.embed([text], "truncate")
+            if not isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
+                return answer
         best: bytes | str = refusal
         low, high = 0, len(text)
         while high - low > max(low // 16, 1):
@@ -1674,56 +1670,45 @@ class Talk:
                 return answer
         return best
 
-    def split(self, text: str) -> Generator[Any, Reply | None, list[tuple[int, bytes]] | str]:
-        """Return the lengths and vectors of a text's parts, each as the server takes it; or why there is one without.
-
-        The text is known to be too long, and is halved until its parts are not.
-        """
-        found: list[tuple[int, bytes]] = []
-        for part in halves(text):
+    def split(self, text: str) -> Steps[bytes | str]:
+        """Return the mean of the vectors of a text's parts: its halves, or the halves of what is still too long."""
+        found: list[tuple[int, bytes]] = []  # each part's length and vector
+        parts = [*halves(text)]
+        while parts:
+            part = parts.pop(0)
             if not part.strip(BLANKS):
                 continue
             [answer] = yield from self.embed([part], "whole")
             if isinstance(answer, bytes):
                 found.append((len(part), answer))
-            elif isinstance(answer, TooLongFor) and len(part) < len(text):
-                inner = yield from self.split(part)
-                if isinstance(inner, str):
-                    return inner
-                found += inner
+            elif isinstance(answer, TooLongFor) and len(part) > 1:
+                parts[:0] = halves(part)
             else:
                 return str(answer)
-        return found
+        vector = mean(found)
+        return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
 
-    def ask(
-        self, texts: list[str], probe: bool = False, truncate: bool = False
-    ) -> Generator[Any, Reply | None, list[bytes]]:
+    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Steps[list[bytes]]:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
         request = self.wire.request(texts, self.timeout, truncate)
-        reply = yield request
-        assert reply is not None
+        reply: Reply = yield request
         try:
             vectors = self.wire.read(request.path, reply, texts)
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
-        except Superseded:
-            raise
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
-            # A long silence may mean that much was asked for.
-            if probe or not (isinstance(trouble, Silent) or getattr(trouble, "slow", False)):
+            if probe or not trouble.slow:  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            if probe:
-                yield Exchange(0, reply.seconds, "failed", str(trouble))
-            else:
-                yield Exchange(len(texts), reply.seconds, trouble.outcome, str(trouble))
+            outcome = "failed" if probe else trouble.outcome
+            yield Exchange(0 if probe else len(texts), reply.seconds, outcome, str(trouble))
             raise
         self.trying = self.waits = 0
         if not probe:
             yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path), most=self.wire.most_texts)
         return vectors
 
-    def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
+    def check_dimensions(self, dimensions: int, probe: bool) -> Steps[None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
         if probe and not wire.certain:
@@ -1738,41 +1723,38 @@ class Talk:
         if not wire.certain:
             wire.settle(dimensions)
 
+    def known_good(self) -> Steps[list[bytes]]:
+        """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
+        while True:
+            try:
+                return (yield from self.ask([KNOWN_GOOD], probe=True))
+            except Superseded:
+                continue
+            except OtherDimensions as error:
+                raise Stop(
+                    f"{self.wire.server.shown} does not give what the table holds: {error}. "
+                    "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+                ) from None
+
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
         yield from self.wire.agree()
-        while True:
-            try:
-                return list((yield from self.ask([KNOWN_GOOD], probe=True)))
-            except Superseded:
-                continue
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Trouble as trouble:
-                raise self.away(trouble) from None
+        try:
+            return list((yield from self.known_good()))
+        except Trouble as trouble:
+            raise self.away(trouble) from None
 
-    def until_sane(self) -> Generator[Any, Reply | None, bool]:
+    def until_sane(self) -> Steps[bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
         at_once = True
         while True:
             try:
-                yield from self.ask([KNOWN_GOOD], probe=True)
+                yield from self.known_good()
                 return at_once
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Superseded:
-                continue
             except Trouble as trouble:
                 at_once = False
                 yield from self.pause(trouble, known_good=True)
-
-    def of_no_use(self, error: OtherDimensions) -> Stop:
-        """Return the end of all work with this server."""
-        return Stop(
-            f"{self.wire.server.shown} does not give what the table holds: {error}. "
-            "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-        )
 
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
@@ -1781,10 +1763,10 @@ class Talk:
             f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
         )
         away.reason = str(trouble)
-        away.wait = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        away.wait = min(trouble.retry_after, LONGEST_RETRY_AFTER)
         return away
 
-    def pause(self, trouble: Trouble, known_good: bool = False) -> Generator[Any, Reply | None, None]:
+    def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
         Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
@@ -1792,16 +1774,14 @@ class Talk:
         the server may have broken, unless it cannot bear the known-good text either: they would break the others.
         """
         away = self.away(trouble)
-        asked_for = away.wait
-        if self.trying >= PATIENCE:
-            raise away
-        blameless = known_good or not getattr(trouble, "crashed", False)
-        if self.movable and blameless and (self.trying + asked_for >= LEAVE or getattr(trouble, "gone", False)):
+        blameless = known_good or not trouble.crashed
+        leave = self.movable and blameless and (trouble.gone or self.trying + away.wait >= LEAVE)
+        if leave or self.trying >= PATIENCE:
             raise away
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
-        yield Wait(max(wait, asked_for))
+        yield Wait(max(wait, away.wait))
 
 
 # =============================== pace ===============================
