@@ -968,38 +968,18 @@ CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 ALIKE = 0.99
 
 
-class HTTPWire:
-    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+class Wire:
+    """What turns texts into vectors. As it stands here, there is nobody to greet, and nothing to be learned."""
 
     product = ""  # what the server is called in an error
-    unit_length = False  # whether it promises L2-normalised vectors
-    cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
-    tokens = "OLLAMA_API_KEY"  # the setting that carries the token
-
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
-        self.address = server.shown
-        self.prefix: str = options.prefix
-        self.context: int = options.context  # tokens, as the model's card has it; 0 if it does not
-        self.common: dict[str, Any] = {"model": self.model}  # in every request
-        if options.dimensions:
-            self.common["dimensions"] = options.dimensions
-        # Vectors must have this length: as asked for, as stored, or as the server's model card says.
-        self.dimensions: int | None = options.dimensions
-        self.certain = options.dimensions is not None  # a model card may be wrong
-        self.on_long: str = options.on_long
-        self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
-        self.most_texts = sys.maxsize  # that one request can carry
-        self.digest = ""  # of the model, as this server has it; "" if it does not tell
-        self.kin: list[Any] = [self]  # the wires to all servers of the run
-
-    def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
-        return Talk(self, movable=movable).embed(texts, self.on_long)
-
-    def probe(self) -> Conversation:
-        """Return the conversation that finds out whether a server that was away is back, and still the same."""
-        return Talk(self).probe()
+    address = ""  # for people
+    server: Server
+    prefix: str  # before every text
+    digest = ""  # of the model, as this server has it; "" if it does not tell
+    # Vectors must have this length: as asked for, as stored, or as the server's model card says, which may be wrong.
+    dimensions: int | None
+    certain: bool
+    kin: Sequence[Wire] = ()  # the wires to all servers of the run
 
     def settle(self, dimensions: int) -> None:
         """Know for certain how long the vectors are: of this server, and so of all."""
@@ -1008,49 +988,70 @@ class HTTPWire:
 
     def greet(self) -> Conversation:
         """Return the conversation that checks, before a row is read, that the server has the model."""
-        raise NotImplementedError
-
-    def agree(self) -> Conversation:
-        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others.
-
-        What tells is the model's digest; a server without one is taken at its word about the model's name.
-        """
-        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if self.digest and other.digest != self.digest:
-            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
-            self.digest = ""  # for others to be compared with
-            raise Stop(
-                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
-                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
-                f'with "ollama pull {self.model}", or leave out one --server.'
-            )
         return []
         yield  # makes it a generator
+
+    def agree(self) -> Conversation:
+        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others."""
+        return []
+        yield
+
+    def probe(self) -> Conversation:
+        """Return the conversation that finds out whether a server that was away is back, and still the same."""
+        return []
+        yield
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
+        raise NotImplementedError
+
+
+MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what comes of JSON that is none
+
+
+class HTTPWire(Wire):
+    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+
+    unit_length = False  # whether it promises L2-normalised vectors
+    cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
+    tokens = "OLLAMA_API_KEY"  # the setting that carries the token
+    advice = ""  # what to do about a server that cannot be reached
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self.server, self.address, self.prefix = server, server.shown, options.prefix
+        self.model, self.timeout = str(options.model), float(options.timeout)
+        self.context: int = options.context  # tokens, as the model's card has it; 0 if it does not
+        self.common: dict[str, Any] = {"model": self.model}  # in every request
+        if options.dimensions:
+            self.common["dimensions"] = options.dimensions
+        self.dimensions, self.certain = options.dimensions, options.dimensions is not None
+        self.on_long: str = options.on_long
+        self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
+        self.most_texts = sys.maxsize  # that one request can carry
+        self.kin = [self]
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        return Talk(self, movable=movable).embed(texts, self.on_long)
+
+    def probe(self) -> Conversation:
+        return Talk(self).probe()
 
     def call(self, send: Send, patient: bool = False) -> Steps[Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
         reply: Reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         if reply.status == 0 and not (patient and reply.timed_out):
-            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
+            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice}"
             if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
                 advice = " If it speaks TLS, give --server https://..."
-            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}).{advice}")
+            away = Away(f"cannot reach {self.product} at {self.address} ({reply.reason}).{advice}")
             away.reason = reply.reason
             raise away
         return reply
 
-    def advice(self) -> str:
-        """Return what to do about a server that cannot be reached."""
-        raise NotImplementedError
-
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         """Return the request that asks for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
         raise NotImplementedError
-
-    def prefixed(self, texts: list[str]) -> list[str]:
-        """Return texts as they are sent."""
-        return [self.prefix + text for text in texts] if self.prefix else texts
 
     def way(self, path: str) -> str:
         """Return for the log how vectors come over a path."""
@@ -1061,24 +1062,20 @@ class HTTPWire:
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
+        import json
+
         self.check(reply, path)
         try:
-            vectors = self.vectors(path, reply.body)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise self.unreadable(path, self.words(reply)) from None
+            vectors = self.vectors(path, json.loads(reply.body))
+        except MALFORMED:
+            words = words_of(reply.body, self.server.hide)
+            self.explain(path, reply.status, words, "no embeddings")
+            raise Garbled(f"the answer holds no embeddings: {words[:100]!r}") from None
         return gate(vectors, texts, self.unit_length)
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
-
-    def words(self, reply: Reply) -> str:
-        """Return what an error's reply says."""
-        return words_of(reply.body, self.server.hide)
-
-    def unreadable(self, path: str, words: str) -> Exception:
-        """Return what a 200 without vectors means."""
-        return Garbled(f"the answer holds no embeddings: {words[:100]!r}")
 
     def check(self, reply: Reply, path: str) -> None:
         """Raise what the reply's status means, unless it is 200."""
@@ -1087,27 +1084,28 @@ class HTTPWire:
             return
         if status == 0:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
-        words = self.words(reply)
+        words = words_of(reply.body, self.server.hide)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
         if SPEAKS_TLS.search(words):
-            raise Stop(f"{self.server.shown} speaks TLS ({said}). Give --server https://...")
+            raise Stop(f"{self.address} speaks TLS ({said}). Give --server https://...")
         if CANNOT_EMBED.search(words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
-        if status in (400, 413, 422, 500) and TOO_LONG.search(words):
-            raise TooLong(words)
-        if status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
-            raise Refused(words)
+        if status in (400, 413, 422, 500):
+            if TOO_LONG.search(words):
+                raise TooLong(words)
+            if BAD_CONTENT.search(words):
+                raise Refused(words)
         if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
         if status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set {self.tokens} to the token.")
+            raise Stop(f"{self.address} refuses access ({said}). Set {self.tokens} to the token.")
         if 300 <= status < 400:
-            raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
+            raise Stop(f"{self.address} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        """Raise what a status of 3xx or 4xx means in this protocol alone."""
+        """Raise what a status of 3xx or 4xx, or a 200 without vectors, means in this protocol alone."""
 
 
 # Ollama's paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to
@@ -1126,6 +1124,7 @@ class OllamaWire(HTTPWire):
     product = "Ollama"
     unit_length = True  # both newer paths promise L2-normalised vectors
     cuts = True
+    advice = 'Start it with "ollama serve", or give --server URL.'
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         super().__init__(server, options)
@@ -1147,20 +1146,28 @@ class OllamaWire(HTTPWire):
             # A model may come with a shorter context set than it could have (all-minilm does).
             contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
             figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
-        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (Trouble, *MALFORMED):
             contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
         own = [n for key, n in figures if key.endswith(".context_length")]
         lean = own and "options" not in self.common  # which the lean path does not take
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
-        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
-        self.card_dimensions = lengths[0] if lengths else None
+        self.card_dimensions = next((n for key, n in figures if key.endswith(".embedding_length")), None)
         self.dimensions = self.dimensions or self.card_dimensions
         yield from self.identify()
         return []
 
     def agree(self) -> Conversation:
-        yield from super().agree()
+        # What tells is the model's digest; a server without one is taken at its word about the model's name.
+        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
+        if self.digest and other.digest != self.digest:
+            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
+            self.digest = ""  # for others to be compared with
+            raise Stop(
+                f'{self.address} has another model "{self.model}" ({mine[:12]}) than {other.address} '
+                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
+                f'with "ollama pull {self.model}", or leave out one --server.'
+            )
         known = self.dimensions is not None and "dimensions" not in self.common
         if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
@@ -1179,19 +1186,16 @@ class OllamaWire(HTTPWire):
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
             except (Unavailable, Silent):
                 continue
-            except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+            except (Trouble, Stop, *MALFORMED):
                 return
             self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
             return
-
-    def advice(self) -> str:
-        return 'Start it with "ollama serve", or give --server URL.'
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked: dict[str, Any]
-        texts = self.prefixed(texts)
+        texts = [self.prefix + text for text in texts]
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
@@ -1203,10 +1207,7 @@ class OllamaWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        answer = json.loads(body)
+    def vectors(self, path: str, answer: Any) -> list[Any]:
         if path == LEGACY:
             return [normalised(answer["embedding"])]
         if path == USUAL:
@@ -1217,27 +1218,18 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def unreadable(self, path: str, words: str) -> Exception:
-        if path == LEAN and not self.lean_seen:
-            return self.without_lean("no embeddings")
-        return super().unreadable(path, words)
-
-    def without_lean(self, words: str) -> Superseded:
-        """Leave the lean path for the rest of the run."""
-        self.lean_bytes = 0
-        return Superseded(words)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status == 404 and "model" in words and "not found" in words:
-            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
+            raise Stop(f'{self.address} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if path == LEAN and (status == 404 or not self.lean_seen):
-            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+            self.lean_bytes = 0  # an older server, or one behind a proxy that lets through only /api
+            raise Superseded
         if path == USUAL and status == 404:
             self.legacy, self.most_texts = True, 1
-            raise Superseded(said)
+            raise Superseded
         if path == LEGACY and status == 404:
             raise Stop(
-                f"{self.server.shown} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
+                f"{self.address} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
                 "for one that speaks the OpenAI protocol."
             )
 
@@ -1282,6 +1274,7 @@ class OpenAIWire(HTTPWire):
 
     product = "a server"
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"
+    advice = "Start it, or give --server URL."
     path = "/embeddings"
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
@@ -1297,7 +1290,7 @@ class OpenAIWire(HTTPWire):
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
         except Refused as refused:
-            raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
+            raise Stop(f"{self.address} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
         second = b""
@@ -1305,12 +1298,13 @@ class OpenAIWire(HTTPWire):
             second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
-        if self.certain and len(first) // 4 != self.dimensions:
-            yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
-        elif not self.certain:
-            self.dimensions = len(first) // 4
+        dimensions = len(first) // 4
+        if not self.certain:
+            self.dimensions = dimensions
             if len(second) == len(first):  # one answer may be a fault, two are the model
-                self.settle(self.dimensions)
+                self.settle(dimensions)
+        elif self.dimensions != dimensions:
+            yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
     def sample(self, base64: bool) -> Steps[bytes]:
@@ -1331,11 +1325,8 @@ class OpenAIWire(HTTPWire):
         reply = yield from self.call(Send("/models", b"", self.timeout), patient=True)
         try:
             return [str(model["id"]) for model in json.loads(reply.body)["data"]]
-        except (ValueError, RecursionError, LookupError, TypeError):
+        except MALFORMED:
             return []
-
-    def advice(self) -> str:
-        return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         return self.request_as(self.base64, texts, timeout)
@@ -1344,7 +1335,7 @@ class OpenAIWire(HTTPWire):
         """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
-        asked = {**self.common, "input": self.prefixed(texts)}
+        asked = {**self.common, "input": [self.prefix + text for text in texts]}
         if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
@@ -1352,31 +1343,29 @@ class OpenAIWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if self.base64 else 'decimals'} over {self.server.path}{path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        vectors = in_order(json.loads(body)["data"])
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        vectors = in_order(answer["data"])
         if not all(isinstance(vector, bytes) for vector in vectors):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
 
     def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = self.words(reply) if reply.status in (400, 413, 422) else ""
+        words = words_of(reply.body, self.server.hide) if reply.status in (400, 413, 422) else ""
         if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
             # Of the numbers in the words, the largest below what was sent.
             below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
             self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
-            raise Superseded(words)
+            raise Superseded
         return super().read(path, reply, texts)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status in (400, 404) and NO_MODEL.search(words):
-            raise NoModel(f'{self.server.shown} has no model "{self.model}" ({said}).')
+            raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
-            raise Stop(f"{self.server.shown} has no {path} ({said}). Does it serve embeddings?")
-        if self.base64 and "encoding_format" in words:
+            raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
+        if status != 200 and self.base64 and "encoding_format" in words:
             self.base64 = False
-            raise Superseded(said)
+            raise Superseded
 
 
 def normalised(vector: Any) -> Any:
@@ -1433,7 +1422,7 @@ def plain(text: str) -> str:
     return "".join(character for character in decomposed.casefold() if character.isalnum())
 
 
-class HashWire:
+class HashWire(Wire):
     """No server: signed feature hashing of words and word pairs, computed in this process.
 
     K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
@@ -1441,28 +1430,15 @@ class HashWire:
     """
 
     product = address = "hash:"
-    model = "hash-256"
-    digest = ""  # the name says it all
+    model = "hash-256"  # the name says it all, and there is no digest
     dimensions = 256
     certain = True
     server = Server("hash", "", 0, "", "")
-    kin: ClassVar[list[Any]] = []
 
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.prefix: str = options.prefix
-
-    def greet(self) -> Conversation:
-        """There is nobody to greet."""
-        return []
-        yield  # makes it a generator
-
-    probe = agree = greet
-
-    def settle(self, dimensions: int) -> None:
-        """There is nothing to be settled."""
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.prefix = options.prefix
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return a conversation that knows the answers without asking anyone."""
         return [hash_embedding(self.prefix, text) or "no words in the text" for text in texts]
         yield  # makes it a generator
 
@@ -1487,27 +1463,18 @@ def hash_embedding(prefix: str, text: str) -> bytes:
     return pack([number / norm for number in vector]) if norm else b""
 
 
-Wire = Union[HTTPWire, HashWire]
-
-
-def wire_for(address: str, options: argparse.Namespace) -> Wire:
-    """Return the wire that speaks to a server."""
-    if address == "hash:":
-        return HashWire(HashWire.server, options)
-    server = parse_server(address)._replace(ca_file=options.ca_file or "")
-    return (OpenAIWire if server.openai else OllamaWire)(server, options)
-
-
 def wires_for(options: argparse.Namespace) -> list[Wire]:
     """Return the wires that speak to the servers of --server."""
-    wires = [wire_for(address, options) for address in options.server]
-    places = [wire.address for wire in wires]
-    for place in places:
-        if places.count(place) > 1:  # rather a slip than a wish, and the server meant would stay idle
-            raise UsageError(f"--server {place} is given twice. Give each server once.")
-    if len(wires) > 1:
-        for wire in wires:
-            wire.kin = wires  # type: ignore[misc]
+    if options.server == ["hash:"]:
+        return [HashWire(options)]
+    wires: list[Wire] = []
+    for text in options.server:
+        server = parse_server(text)._replace(ca_file=options.ca_file or "")
+        wire = (OpenAIWire if server.openai else OllamaWire)(server, options)
+        if wire.address in [other.address for other in wires]:  # rather a slip than a wish: another would stay idle
+            raise UsageError(f"--server {wire.address} is given twice. Give each server once.")
+        wires.append(wire)
+        wire.kin = wires
     return wires
 
 
@@ -1732,7 +1699,7 @@ class Talk:
                 continue
             except OtherDimensions as error:
                 raise Stop(
-                    f"{self.wire.server.shown} does not give what the table holds: {error}. "
+                    f"{self.wire.address} does not give what the table holds: {error}. "
                     "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
                 ) from None
 
@@ -1759,7 +1726,7 @@ class Talk:
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
         away = Away(
-            f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+            f"{self.wire.product} at {self.wire.address} has given no good answer for "
             f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
         )
         away.reason = str(trouble)
