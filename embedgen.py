@@ -120,20 +120,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least` upwards."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
-        return int(text)
-
-    return parse
+def number(least: int, text: str) -> int:
+    """Parse a whole number from `least` upwards."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+    return int(text)
 
 
 def number_or_auto(text: str) -> int | None:
     """Parse a whole number from 1 upwards, or `auto`, which is None."""
-    return None if text == "auto" else number(1)(text)
+    return None if text == "auto" else number(1, text)
 
 
 def seconds(text: str) -> float:
@@ -160,6 +156,66 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def sendable(text: str) -> str:
+    """Return a text without what bytes on the command line may leave in it that is no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# All flags, in groups: their names, what stands for their value if they take one, and what --help says.
+FLAGS: dict[str, dict[str, str]] = {
+    "what is embedded": {
+        "--database URL": "sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, .sqlite or .sqlite3, "
+            "or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)",
+        "--table NAME": "table or view to read (default: movies)",
+        "--id COLUMN": "its key, integer or text (default: the primary key, else id)",
+        "--columns A,B": "columns that make up the text (default: Title, Year, Genres, ...)",
+        "--text TEMPLATE": 'the text itself, such as "{title} ({year}): {overview}"',
+        "--where SQL": "only rows that fulfil this condition",
+        "--target NAME": "table that receives the vectors (default: movie_embeddings for movies)",
+        "--load FILE": "first load a .csv, .tsv, .json or .jsonl file into --table",
+        "--index": "Postgres: build the HNSW index for cosine distance after the run",
+        "--force": "embed every row again, existing or not",
+        "--limit N": "generate at most N embeddings in this run",
+    },
+    "instead of embedding": {
+        "--search TEXT": "list the rows nearest to a text, by cosine similarity",
+        "--similar ID": "list the rows nearest to one of them, given by its key; needs no server",
+        "--status": "say what is embedded, missing or stale; needs no server",
+        "--prune": "remove embeddings whose row is gone",
+        "--top N": "rows to list (default: 10)",
+        "--dry-run": "say what would be done, and write nothing",
+    },
+    "how": {
+        "--engine": "one event loop, or worker processes (default: async)",
+        "--concurrent,--workers N": "requests in flight at most; auto adapts to each server (default: auto)",
+        "--batch-size N": "texts per request (default: auto)",
+    },
+    "the server": {
+        "--server URL": "Ollama; or, if its path ends in /v1, a server of the OpenAI protocol; or hash: for the "
+            "built-in embedder, which finds shared words, not meaning; may be given several times, for servers that "
+            "share the work (default: $OLLAMA_HOST, else http://localhost:11434)",
+        "--model NAME": "(default: $EMBEDGEN_MODEL, else nomic-embed-text)",
+        "--timeout SECONDS": "longest silence of one request (default: 300)",
+        "--ca-file FILE": "certificates of your own authorities, in place of the system's, for https",
+        "--dimensions N": "length of the vectors, for models that offer a choice",
+        "--document-prefix P": "put before every text; empty for none (default: the model's own)",
+        "--query-prefix P": "put before what is searched for; empty for none (default: the model's own)",
+        "--option KEY=VALUE": "model option passed to the server, such as num_ctx=8192; may be given several times",
+        "--on-long": "texts longer than the model takes: embed their beginning, counted and logged; or all parts, to "
+            "store their mean; or fail; or skip them (default: cut)",
+        "--accept-drift": "go on although the server's vectors differ from the stored ones",
+    },
+    "output": {
+        "--noun WORD": "what a row is called in the report (default: from the table's name)",
+        "--quiet": "print nothing when all went well",
+        "--json": "print one JSON object at the end and nothing else",
+        "--log-dir DIR": "where the log goes (default: logs/ beside embedgen.py)",
+        "--verbose": "log every request",
+        "--version": "show program's version number and exit",
+    },
+}  # fmt: skip
+
+
 def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
     parser = Parser(
@@ -168,80 +224,36 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    rows = parser.add_argument_group("what is embedded")
-    add = rows.add_argument
-    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, "
-        ".sqlite or .sqlite3, or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
-    add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
-    add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
-    add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
-    add("--text", metavar="TEMPLATE", help='the text itself, such as "{title} ({year}): {overview}"')
-    add("--where", metavar="SQL", help="only rows that fulfil this condition")
-    add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
-    add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
-    add("--index", action="store_true", help="Postgres: build the HNSW index for cosine distance after the run")
-    add("--force", action="store_true", help="embed every row again, existing or not")
-    add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
-
-    instead = parser.add_argument_group("instead of embedding")
-    add = instead.add_mutually_exclusive_group().add_argument
-    add("--search", metavar="TEXT", help="list the rows nearest to a text, by cosine similarity")
-    add("--similar", metavar="ID", help="list the rows nearest to one of them, given by its key; needs no server")
-    add("--status", action="store_true", help="say what is embedded, missing or stale; needs no server")
-    add("--prune", action="store_true", help="remove embeddings whose row is gone")
-    add = instead.add_argument
-    add("--top", metavar="N", type=number(1), default=10, help="rows to list (default: 10)")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
-
-    way = parser.add_argument_group("how")
-    add = way.add_argument
-    add(
-        "--engine",
-        choices=sorted(ENGINES),
-        default="async",
-        help="one event loop, or worker processes (default: async)",
-    )
-    add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
-        help="requests in flight at most; auto adapts to each server (default: auto)")  # fmt: skip
-    add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
-
-    server = parser.add_argument_group("the server")
-    add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
-        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
-        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
-    add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="longest silence of one request (default: 300)",
-    )
-    add("--ca-file", metavar="FILE", help="certificates of your own authorities, in place of the system's, for https")
-    add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
-    add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
-    add(
-        "--query-prefix", metavar="P", help="put before what is searched for; empty for none (default: the model's own)"
-    )
-    add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
-        help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
-
-    add("--on-long", choices=ON_LONG, default="cut", help="texts longer than the model takes: embed their beginning, "
-        "counted and logged; or all parts, to store their mean; or fail; or skip them (default: cut)")  # fmt: skip
-    add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
-
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--noun", metavar="WORD", help="what a row is called in the report (default: from the table's name)")
-    add("--quiet", action="store_true", help="print nothing when all went well")
-    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
-    add("--log-dir", metavar="DIR", help="where the log goes (default: logs/ beside embedgen.py)")
-    add("--verbose", action="store_true", help="log every request")
-    add("--version", action="version", version=f"embedgen {__version__}")
+    more: dict[str, dict[str, Any]] = {
+        "--limit": {"type": functools.partial(number, 0)},
+        "--search": {"type": sendable},
+        "--similar": {"type": sendable},
+        "--top": {"type": functools.partial(number, 1)},
+        "--engine": {"action": "store", "choices": sorted(ENGINES)},
+        "--concurrent,--workers": {"type": number_or_auto, "dest": "in_flight"},
+        "--batch-size": {"type": number_or_auto},
+        "--server": {"action": "append"},
+        "--timeout": {"type": seconds},
+        "--dimensions": {"type": functools.partial(number, 1)},
+        "--document-prefix": {"type": sendable},
+        "--query-prefix": {"type": sendable},
+        "--option": {"type": key_value, "action": "append"},
+        "--on-long": {"action": "store", "choices": ON_LONG},
+        "--version": {"action": "version", "version": f"embedgen {__version__}"},
+    }
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        actions = group.add_mutually_exclusive_group() if "--search TEXT" in flags else group
+        for usage, said in flags.items():
+            names, _, value = usage.partition(" ")
+            kind = {"metavar": value} if value else {"action": "store_true"}
+            where = actions if names[2:] in ACTION_FLAGS else group
+            where.add_argument(*names.split(","), help=said, **{**kind, **more.get(names, {})})
+    parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
 
 
+ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
 READING = ("search", "similar", "status", "dry_run")  # actions that write nothing
 # What a flag goes with: the main job, "generate", or what is done instead. One that is not here goes with everything.
 GOES_WITH = {
@@ -266,8 +278,7 @@ def flag_of(name: str) -> str:
 
 def choose_action(options: argparse.Namespace) -> None:
     """Note what is to be done; raise UsageError for flags that do not go with it."""
-    options.action = next((name for name in ("search", "similar", "status", "prune") if name in options.given), "")
-    options.action = options.action or ("dry_run" if options.dry_run else "generate")
+    options.action = next((name for name in (*ACTION_FLAGS, "dry_run") if name in options.given), "generate")
     options.reads_only = options.action in READING or options.dry_run
     for name in sorted(options.given):
         actions = GOES_WITH.get(name, (options.action,))
@@ -283,13 +294,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_parser()
     options = parser.parse_args(argv)
     options.given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    for name in (
-        "database", "table", "id", "columns", "text", "where", "target", "load", "server", "ca_file", "model", "noun",
-        "search", "similar",
-    ):  # fmt: skip
+    for name in sorted(options.given - {"document_prefix", "query_prefix", "log_dir"}):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
-        given = getattr(options, name)
-        if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+        value = getattr(options, name)
+        if any(isinstance(text, str) and not text.strip() for text in (value if name == "server" else [value])):
             raise UsageError(f"{flag_of(name)} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
@@ -298,9 +306,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    for name in ("search", "similar"):
-        if name in options.given:  # bytes on the command line may be no text
-            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -321,16 +326,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def apply_card(options: argparse.Namespace, model: str) -> None:
     """Set the model, and what its card says and no flag says otherwise."""
     # Ollama's names carry :latest or leave it out; both are one model.
-    options.model = model[: -len(":latest")] if model.endswith(":latest") else model
+    options.model = model.removesuffix(":latest")
     card = card_of(options.model)
     options.context = card.context
-    if "document_prefix" not in options.given:
-        options.document_prefix = card.document
-    if "query_prefix" not in options.given:
-        options.query_prefix = card.query
-    # Of what is sent to the server.
-    for name in ("document_prefix", "query_prefix"):  # bytes on the command line that are no text
-        setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
+    for name, own in (("document_prefix", card.document), ("query_prefix", card.query)):
+        if name not in options.given:
+            setattr(options, name, own)
     options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
@@ -419,10 +420,10 @@ class Recipe(NamedTuple):
 
     def __str__(self) -> str:
         """The recipe for people, in the form of --text."""
-        fields = [(before, "{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
-        if self.labelled:
-            return " | ".join(f"{label}: {field}" for label, field in fields)
-        return "".join(before + field for before, field in fields)
+        colon, bar = (": ", " | ") if self.labelled else ("", "")
+        return bar.join(
+            before + colon + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts
+        )
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -431,24 +432,19 @@ class Recipe(NamedTuple):
         and `literal(text)` that of a string. Built in the database so that a text can
         be hashed and compared there, without being moved.
         """
-        values = [self.first(list(map(value, columns))) for _, columns in self.parts]
-        known = [f"{one} IS NOT NULL" for one in values if one]
-        pieces = []
-        if self.labelled:
-            for position, ((label, _), one) in enumerate(zip(self.parts, values)):
-                piece = f"{literal(label + ': ')} || {one}"
-                if position:
-                    piece = f"CASE WHEN {' OR '.join(known[:position])} THEN ' | ' ELSE '' END || {piece}"
-                pieces.append(f"COALESCE({piece}, '')")
-            return " || ".join(pieces)
-        for (before, _), one in zip(self.parts, values):
-            pieces.append(f"{literal(before)} || COALESCE({one}, '')" if one else literal(before))
-        return f"CASE WHEN {' OR '.join(known)} THEN {' || '.join(pieces)} ELSE '' END"
-
-    @staticmethod
-    def first(values: list[str]) -> str:
-        """Return the SQL of the first value that is not NULL."""
-        return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
+        pieces: list[str] = []
+        known: list[str] = []
+        for before, columns in self.parts:
+            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
+            if self.labelled:
+                bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
+                pieces.append(f"COALESCE({bar}{literal(before + ': ')} || {one}, '')")
+            else:
+                pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
+            if columns:
+                known.append(f"{one} IS NOT NULL")
+        text = " || ".join(pieces)
+        return text if self.labelled else f"CASE WHEN {' OR '.join(known)} THEN {text} ELSE '' END"
 
 
 # White space, and what takes no space at all: a text of these alone is no text.
@@ -480,17 +476,16 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
 
 def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
-    parts = []
+    parts = {}
     for label, candidates in LABELS:
-        found = tuple(column for name in candidates if (column := match(name, columns)))
-        if found:
-            parts.append((label, found))
-    if not TELLING.intersection(label for label, _ in parts):
+        if found := tuple(column for name in candidates if (column := match(name, columns))):
+            parts[label] = found
+    if not TELLING & parts.keys():
         raise UsageError(
             f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
             f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
         )
-    return Recipe(tuple(parts), labelled=True)
+    return Recipe(tuple(parts.items()), labelled=True)
 
 
 def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
@@ -498,7 +493,7 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
     import csv
 
     names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
-    if not all(names) or not names:
+    if not names or "" in names:
         raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
     found = [column_of(name, columns, table) for name in names]
     return Recipe(tuple((label_of(column), (column,)) for column in found), labelled=True)
@@ -753,13 +748,9 @@ def parse_server(text: str) -> Server:
         raise UsageError(f'--server {hide_password(text)} must begin with http:// or https://, or be "hash:".')
     netloc, slash, path = rest.partition("/")
     userinfo, _, hostport = netloc.rpartition("@")
-    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", hostport)
-    if bracketed:
-        host, port = bracketed[1], bracketed[2] or ""
-    elif hostport.count(":") > 1:  # a bare IPv6 address
-        host, port = hostport, ""
-    else:
-        host, _, port = hostport.partition(":")
+    # In brackets, or with several colons, it is an IPv6 address.
+    [(inner, bare, port)] = re.findall(r"(?s)^(?:\[([^\]]*)\]|(.*:.*:.*|[^:]*))(?::(.*))?\Z", hostport)
+    host = inner or bare
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
         raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
@@ -767,20 +758,17 @@ def parse_server(text: str) -> Server:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
-    # OpenAI's is none of Ollama's business.
-    tokens = {
-        name: os.environ.get(name, "").strip() for name in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]
-    }
-    setting = next(filter(tokens.get, tokens), "")
-    authorization = f"Bearer {tokens[setting]}" if setting else ""
     if userinfo:
         import base64
         from urllib.parse import unquote
 
-        authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
-    if not re.fullmatch(r"[\x20-\x7e]*", authorization):
-        raise UsageError(f"{setting} holds characters that a token cannot have.")
-    return server._replace(authorization=authorization)
+        return server._replace(authorization="Basic " + base64.b64encode(unquote(userinfo).encode()).decode())
+    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]:  # OpenAI's is none of Ollama's business
+        if token := os.environ.get(setting, "").strip():
+            if not re.fullmatch(r"[\x20-\x7e]*", token):
+                raise UsageError(f"{setting} holds characters that a token cannot have.")
+            return server._replace(authorization=f"Bearer {token}")
+    return server
 
 
 def hide_password(url: str) -> str:
