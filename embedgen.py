@@ -224,20 +224,19 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    types: dict[str, Callable[[str], Any]] = {
+        "limit": functools.partial(number, 0),
+        **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
+        **dict.fromkeys(("in_flight", "batch_size"), number_or_auto),
+        "timeout": seconds,
+        "option": key_value,
+        **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
+    }
     more: dict[str, dict[str, Any]] = {
-        "--limit": {"type": functools.partial(number, 0)},
-        "--search": {"type": sendable},
-        "--similar": {"type": sendable},
-        "--top": {"type": functools.partial(number, 1)},
         "--engine": {"action": "store", "choices": sorted(ENGINES)},
-        "--concurrent,--workers": {"type": number_or_auto, "dest": "in_flight"},
-        "--batch-size": {"type": number_or_auto},
+        "--concurrent,--workers": {"dest": "in_flight"},
         "--server": {"action": "append"},
-        "--timeout": {"type": seconds},
-        "--dimensions": {"type": functools.partial(number, 1)},
-        "--document-prefix": {"type": sendable},
-        "--query-prefix": {"type": sendable},
-        "--option": {"type": key_value, "action": "append"},
+        "--option": {"action": "append"},
         "--on-long": {"action": "store", "choices": ON_LONG},
         "--version": {"action": "version", "version": f"embedgen {__version__}"},
     }
@@ -248,7 +247,8 @@ def create_parser() -> Parser:
             names, _, value = usage.partition(" ")
             kind = {"metavar": value} if value else {"action": "store_true"}
             where = actions if names[2:] in ACTION_FLAGS else group
-            where.add_argument(*names.split(","), help=said, **{**kind, **more.get(names, {})})
+            flag = where.add_argument(*names.split(","), help=said, **{**kind, **more.get(names, {})})
+            flag.type = types.get(flag.dest)
     parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
 
@@ -386,8 +386,7 @@ CARDS = (
 
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
-    name = model.lower().rpartition("/")[2].partition(":")[0]
-    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
+    name = model.lower().rpartition("/")[2].partition(":")[0].removeprefix("text-embedding-")  # as LM Studio has it
     return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
 
 
@@ -946,6 +945,13 @@ TOO_LONG = re.compile(
     r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
     re.IGNORECASE,
 )
+# Of too many texts: TEI, OpenAI, servers with pydantic, and others.
+TOO_MANY = re.compile(
+    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
+    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
+    re.IGNORECASE,
+)
 SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
 CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 
@@ -1052,7 +1058,7 @@ class HTTPWire(Wire):
         """
         import json
 
-        self.check(reply, path)
+        self.check(reply, path, len(texts))
         try:
             vectors = self.vectors(path, json.loads(reply.body))
         except MALFORMED:
@@ -1065,8 +1071,8 @@ class HTTPWire(Wire):
         """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
 
-    def check(self, reply: Reply, path: str) -> None:
-        """Raise what the reply's status means, unless it is 200."""
+    def check(self, reply: Reply, path: str, texts: int = 1) -> None:
+        """Raise what the reply's status means, unless it is 200; it is an answer to so many texts."""
         status = reply.status
         if status == 200:
             return
@@ -1083,6 +1089,11 @@ class HTTPWire(Wire):
                 raise TooLong(words)
             if BAD_CONTENT.search(words):
                 raise Refused(words)
+            if texts > 1 and status != 500 and TOO_MANY.search(words):
+                # Of the numbers in the words, the largest below what was sent.
+                below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
+                self.most_texts = min(self.most_texts, max(below, default=texts // 2))
+                raise Superseded
         if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
@@ -1156,8 +1167,8 @@ class OllamaWire(HTTPWire):
                 f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
                 f'with "ollama pull {self.model}", or leave out one --server.'
             )
-        known = self.dimensions is not None and "dimensions" not in self.common
-        if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
+        # Those asked for are chosen, the card's are not.
+        if self.dimensions not in (None, self.card_dimensions) and "dimensions" not in self.common:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
@@ -1241,13 +1252,6 @@ class NoModel(Stop):
     """The server does not have the model."""
 
 
-# As TEI has it, OpenAI, servers with pydantic, and others.
-TOO_MANY = re.compile(
-    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
-    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
-    re.IGNORECASE,
-)
 NO_MODEL = re.compile(
     r"\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b",
     re.IGNORECASE,
@@ -1336,15 +1340,6 @@ class OpenAIWire(HTTPWire):
         if not all(isinstance(vector, bytes) for vector in vectors):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
-
-    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = words_of(reply.body, self.server.hide) if reply.status in (400, 413, 422) else ""
-        if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # Of the numbers in the words, the largest below what was sent.
-            below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
-            raise Superseded
-        return super().read(path, reply, texts)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status in (400, 404) and NO_MODEL.search(words):
@@ -1536,19 +1531,19 @@ class Talk:
         alone. A single text is failed only when the server embeds a known-good text right after
         it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
-        single = len(texts) == 1
-        if len(texts) > self.wire.most_texts:
+        wire, single, longest = self.wire, len(texts) == 1, max(map(len, texts))
+        if len(texts) > wire.most_texts:
             return (yield from self.apart(texts, on_long, *in_half(texts)))
-        if not single and max(map(len, texts)) >= self.wire.long_from:
-            *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
-            return (yield from self.apart(texts, on_long, [longest], others))
+        if not single and longest >= wire.long_from:
+            *others, last = sorted(texts, key=len)  # if it is taken, so will be the others
+            return (yield from self.apart(texts, on_long, [last], others))
         points: dict[type[Trouble], int] = {}  # against the texts, of each kind of trouble
         suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
-                if single and len(texts[0]) >= self.wire.long_from and on_long != "truncate":
-                    self.wire.long_from = len(texts[0]) + 1
+                if single and on_long != "truncate":
+                    wire.long_from = max(wire.long_from, longest + 1)
                 return list(vectors)
             except Superseded:
                 return (yield from self.embed(texts, on_long))
@@ -1558,11 +1553,11 @@ class Talk:
                 if not single:  # by length, so that those at fault are soon among themselves
                     return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
                 # Before it is believed of a text shorter than others, a short one must not be too long.
-                if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
+                if on_long not in ("whole", "fail") and longest < wire.long_from:
                     suspicions += 1
                     if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
                         continue
-                self.wire.long_from = min(self.wire.long_from, len(texts[0]))
+                wire.long_from = min(wire.long_from, longest)
                 if on_long != "fail":
                     return [(yield from self.fit(texts[0], on_long, str(trouble)))]
             if isinstance(trouble, (Silent, OtherDimensions)):
