@@ -733,7 +733,7 @@ class Server(NamedTuple):
         return text
 
 
-def parse_server(text: str) -> Server:
+def parse_server(text: str, ca_file: str = "") -> Server:
     """Return the server for a URL or any of OLLAMA_HOST's forms: host, host:port, :port, scheme://host:port/path.
 
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
@@ -756,7 +756,7 @@ def parse_server(text: str) -> Server:
     if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
+    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "", ca_file)
     if userinfo:
         import base64
         from urllib.parse import unquote
@@ -970,15 +970,13 @@ class Wire:
     server: Server
     prefix: str  # before every text
     digest = ""  # of the model, as this server has it; "" if it does not tell
-    # Vectors must have this length: as asked for, as stored, or as the server's model card says, which may be wrong.
-    dimensions: int | None
-    certain: bool
+    dimensions: int | None  # that vectors must have: as asked for, as stored, or as they came; None: not known yet
     kin: Sequence[Wire] = ()  # the wires to all servers of the run
 
     def settle(self, dimensions: int) -> None:
-        """Know for certain how long the vectors are: of this server, and so of all."""
+        """Know how long the vectors are: of this server, and so of all."""
         for wire in self.kin:
-            wire.dimensions, wire.certain = dimensions, True
+            wire.dimensions = dimensions
 
     def greet(self) -> Conversation:
         """Return the conversation that checks, before a row is read, that the server has the model."""
@@ -1018,7 +1016,8 @@ class HTTPWire(Wire):
         self.common: dict[str, Any] = {"model": self.model}  # in every request
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
-        self.dimensions, self.certain = options.dimensions, options.dimensions is not None
+        self.dimensions = options.dimensions
+        self.expected: int | None = None  # dimensions as the server's model card or first answer has it: may be wrong
         self.on_long: str = options.on_long
         self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
         self.most_texts = sys.maxsize  # that one request can carry
@@ -1132,7 +1131,6 @@ class OllamaWire(HTTPWire):
         self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
         self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
-        self.card_dimensions: int | None = None  # length of the vectors as the model's card has it
 
     def greet(self) -> Conversation:
         import json
@@ -1151,8 +1149,7 @@ class OllamaWire(HTTPWire):
         lean = own and "options" not in self.common  # which the lean path does not take
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
-        self.card_dimensions = next((n for key, n in figures if key.endswith(".embedding_length")), None)
-        self.dimensions = self.dimensions or self.card_dimensions
+        self.expected = next((n for key, n in figures if key.endswith(".embedding_length")), None)
         yield from self.identify()
         return []
 
@@ -1168,7 +1165,7 @@ class OllamaWire(HTTPWire):
                 f'with "ollama pull {self.model}", or leave out one --server.'
             )
         # Those asked for are chosen, the card's are not.
-        if self.dimensions not in (None, self.card_dimensions) and "dimensions" not in self.common:
+        if self.dimensions not in (None, self.expected) and "dimensions" not in self.common:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
@@ -1290,12 +1287,10 @@ class OpenAIWire(HTTPWire):
             second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
-        dimensions = len(first) // 4
-        if not self.certain:
-            self.dimensions = dimensions
-            if len(second) == len(first):  # one answer may be a fault, two are the model
-                self.settle(dimensions)
-        elif self.dimensions != dimensions:
+        self.expected = len(first) // 4
+        if self.dimensions is None and len(second) == len(first):  # one answer may be a fault, two are the model
+            self.settle(self.expected)
+        elif self.dimensions not in (None, self.expected):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
@@ -1415,7 +1410,6 @@ class HashWire(Wire):
     product = address = "hash:"
     model = "hash-256"  # the name says it all, and there is no digest
     dimensions = 256
-    certain = True
     server = Server("hash", "", 0, "", "")
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -1452,7 +1446,7 @@ def wires_for(options: argparse.Namespace) -> list[Wire]:
         return [HashWire(options)]
     wires: list[Wire] = []
     for text in options.server:
-        server = parse_server(text)._replace(ca_file=options.ca_file or "")
+        server = parse_server(text, options.ca_file or "")
         wire = (OpenAIWire if server.openai else OllamaWire)(server, options)
         if wire.address in [other.address for other in wires]:  # rather a slip than a wish: another would stay idle
             raise UsageError(f"--server {wire.address} is given twice. Give each server once.")
@@ -1661,17 +1655,18 @@ class Talk:
     def check_dimensions(self, dimensions: int, probe: bool) -> Steps[None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if probe and not wire.certain:
-            return  # nothing is known yet that it could differ from
-        if not wire.certain and dimensions != wire.dimensions:
-            # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            vectors = yield from self.ask([KNOWN_GOOD], probe=True)
-            if not wire.certain and len(vectors[0]) // 4 == dimensions:  # no other conversation has settled it
-                wire.dimensions = dimensions
-        if dimensions != wire.dimensions:
-            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
-        if not wire.certain:
-            wire.settle(dimensions)
+        if wire.dimensions is None:
+            if probe:
+                return  # nothing is known yet that it could differ from
+            if dimensions != wire.expected:
+                # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
+                [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
+                if len(vector) // 4 == dimensions:
+                    wire.expected = dimensions
+        known = wire.dimensions or wire.expected  # another conversation may have settled it meanwhile
+        if dimensions != known:
+            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {known}")
+        wire.settle(dimensions)
 
     def known_good(self) -> Steps[list[bytes]]:
         """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
@@ -2154,7 +2149,7 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+        if self.dimensions and wire.dimensions != self.dimensions:
             wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
@@ -2559,7 +2554,7 @@ class Engine:
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
         lane = self.present()[0]
-        if lane.wire.dimensions is None or not lane.wire.certain:
+        if lane.wire.dimensions is None:
             lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
@@ -6665,7 +6660,7 @@ def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
         pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
         lanes.append(Lane(place, wire, pace))
     servers = Servers(lanes, fixed)
-    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    servers.dimensions = wires[0].dimensions
     return servers
 
 
