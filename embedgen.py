@@ -66,12 +66,11 @@ T = TypeVar("T")
 class Stop(Exception):
     """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
-        super().__init__(message, code)  # both, so that it pickles
-        self.message, self.code = message, code
+    code = EXIT_STOPPED
 
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class Away(Stop):
@@ -88,8 +87,7 @@ class Reported(Stop):
 class UsageError(Stop):
     """The command line, or what it names, is wrong."""
 
-    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
-        super().__init__(message, code)
+    code = EXIT_USAGE
 
 
 # ============================ settings and command line ============================
@@ -403,7 +401,7 @@ LABELS = (
 TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
 
 # Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
-IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies", "brownies", "rookies", "hoodies"}
+IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
 
 
 class Recipe(NamedTuple):
@@ -531,11 +529,11 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
 def singular(word: str) -> str:
     """Return the singular of an English noun, by rule: movies, movie; stories, story; boxes, box."""
     low = word.lower()
-    if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
+    if re.search(r"(ss|us|is|series|species|news|[^s])$", low):
         return word
-    if low.endswith("ies") and len(low) > 4 and re.split(r"[^a-z]", low)[-1] not in IE_NOUNS:
+    if re.search(r"(?s)..ies$", low) and not re.search(IE_NOUNS, low):
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses", "viruses")) and low[-6:] != "caches":
+    if re.search(r"(ss|x|ch|sh|zz|tus|bus|virus)es$", low) and not low.endswith("caches"):
         return word[:-2]
     return word[:-1]
 
@@ -1543,17 +1541,6 @@ class Talk:
                 return (yield from self.embed(texts, on_long))
             except Trouble as caught:
                 trouble, kind = caught, type(caught)
-            if isinstance(trouble, TooLong):
-                if not single:  # by length, so that those at fault are soon among themselves
-                    return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
-                # Before it is believed of a text shorter than others, a short one must not be too long.
-                if on_long not in ("whole", "fail") and longest < wire.long_from:
-                    suspicions += 1
-                    if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                        continue
-                wire.long_from = min(wire.long_from, longest)
-                if on_long != "fail":
-                    return [(yield from self.fit(texts[0], on_long, str(trouble)))]
             if isinstance(trouble, (Silent, OtherDimensions)):
                 # After a silence, the server may go on computing what nobody waits for any more: asking again before
                 # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
@@ -1563,15 +1550,23 @@ class Talk:
             if points[kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
+            too_long = isinstance(trouble, TooLong)
             if not single:
                 if points.get(Unavailable):
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
-                return (yield from self.apart(texts, on_long, *in_half(texts)))
-            # Is it the text, or the server? Only the server's word on a known-good text tells.
-            suspicions += 1
-            if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
+                # By length, if that is it, so that those at fault are soon among themselves.
+                return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
+            # Is it the text, or the server? Only the server's word on a known-good text tells; but of the length of
+            # a part, or of a text as long as others that were refused, it is believed.
+            if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
+                suspicions += 1
+                if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                    points[Unavailable] = 0
+                    continue
+            if not too_long:
                 return [str(trouble)]
-            points[Unavailable] = 0
+            wire.long_from = min(wire.long_from, longest)
+            return [(yield from self.fit(texts[0], on_long, str(trouble)))]
 
     def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
@@ -1588,7 +1583,7 @@ class Talk:
             return Cut(answer) if isinstance(answer, bytes) else answer
         if on_long == "split":
             return (yield from self.split(text))
-        return TooLongFor(refusal)
+        return refusal if on_long == "fail" else TooLongFor(refusal)
 
     def cut(self, text: str, refusal: str) -> Steps[bytes | str]:
         """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
@@ -4576,10 +4571,8 @@ class PostgresStore(Store):
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
             for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
-            usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
-            raise Stop(
-                f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
-            ) from None
+            kind = UsageError if isinstance(error, psycopg.ProgrammingError) else Stop  # the first if the URL is wrong
+            raise kind(f"cannot connect to Postgres ({reason}). Check --database URL.") from None
 
     def close(self) -> None:
         if self.fleet:
@@ -6610,7 +6603,9 @@ def embed(
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
         code = interrupt.code or stop.code
         report.finish(counts, code, message)
-        raise Reported(message, code) from stop
+        reported = Reported(message)
+        reported.code = code
+        raise reported from stop
     finally:
         engine.close()
 
