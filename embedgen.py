@@ -390,15 +390,15 @@ def card_of(model: str) -> Card:
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
-    ("Title", ("title", "name")),
-    ("Year", ("year",)),
-    ("Genres", ("genres", "genre")),
-    ("Description", ("overview", "plot", "summary", "description")),
-    ("Cast", ("cast",)),
-    ("Language", ("language",)),
-    ("Rating", ("rating",)),
+    ("Title: ", ("title", "name")),
+    ("Year: ", ("year",)),
+    ("Genres: ", ("genres", "genre")),
+    ("Description: ", ("overview", "plot", "summary", "description")),
+    ("Cast: ", ("cast",)),
+    ("Language: ", ("language",)),
+    ("Rating: ", ("rating",)),
 )
-TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
+TELLING = {"Title: ", "Description: "}  # without one of them there is no text worth embedding
 
 # Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
 IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
@@ -408,8 +408,8 @@ class Recipe(NamedTuple):
     """How a row becomes a text: literals and columns in turn.
 
     `parts` are (literal, columns) pairs, the literal standing before the value: the
-    first of the columns that is not blank; without columns it ends the text. If
-    `labelled`, a part without a value is left out and the others are joined by " | ".
+    first of the columns that is not blank; without columns it ends the text. If the literals
+    are labels, a part without a value is left out, and the others are joined by " | ".
     """
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
@@ -417,10 +417,8 @@ class Recipe(NamedTuple):
 
     def __str__(self) -> str:
         """The recipe for people, in the form of --text."""
-        colon, bar = (": ", " | ") if self.labelled else ("", "")
-        return bar.join(
-            before + colon + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts
-        )
+        fields = [before + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
+        return (" | " if self.labelled else "").join(fields)
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -435,7 +433,7 @@ class Recipe(NamedTuple):
             one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
             if self.labelled:
                 bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
-                pieces.append(f"COALESCE({bar}{literal(before + ': ')} || {one}, '')")
+                pieces.append(f"COALESCE({bar}{literal(before)} || {one}, '')")
             else:
                 pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
             if columns:
@@ -497,9 +495,9 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
 
 
 def label_of(column: str) -> str:
-    """Return a column's label in the text: release_year is `Release year`."""
+    """Return a column's label in the text: of release_year `Release year: `."""
     words = column.replace("_", " ").strip() or column
-    return words[:1].upper() + words[1:]
+    return f"{words[:1].upper()}{words[1:]}: "
 
 
 def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe:
@@ -755,17 +753,22 @@ def parse_server(text: str, ca_file: str = "") -> Server:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "", ca_file)
+    return server._replace(authorization=authorization_for(userinfo, server.openai))
+
+
+def authorization_for(userinfo: str, openai: bool) -> str:
+    """Return what goes into a request's header: of an address's user and password, or of a token in the environment."""
     if userinfo:
         import base64
         from urllib.parse import unquote
 
-        return server._replace(authorization="Basic " + base64.b64encode(unquote(userinfo).encode()).decode())
-    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]:  # OpenAI's is none of Ollama's business
+        return "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + openai]:  # OpenAI's is none of Ollama's business
         if token := os.environ.get(setting, "").strip():
             if not re.fullmatch(r"[\x20-\x7e]*", token):
                 raise UsageError(f"{setting} holds characters that a token cannot have.")
-            return server._replace(authorization=f"Bearer {token}")
-    return server
+            return f"Bearer {token}"
+    return ""
 
 
 def hide_password(url: str) -> str:
@@ -825,10 +828,12 @@ def cosine(one: bytes, other: bytes) -> float:
     import math
     from operator import mul
 
+    def dot(x: Sequence[float], y: Sequence[float]) -> float:
+        return math.fsum(map(mul, x, y))
+
     a, b = unpack(one), unpack(other)
     try:
-        squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
-        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        quotient = dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
         return min(max(quotient, -1.0), 1.0)
     except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
         return math.nan
