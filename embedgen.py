@@ -627,6 +627,7 @@ class Trouble(Exception):
     """A request did not give vectors; the message is for people, the outcome for the pace."""
 
     outcome = "failed"  # as such, no sign that less should be asked for
+    kind = "refusal"  # what is counted together
     enough = enough_alone = 1  # points, until texts that were sent together are suspected, or a text alone
     slow = False  # whether less may go through where this did not
     gone = False  # whether nobody answers, or not to the end
@@ -641,6 +642,7 @@ class Trouble(Exception):
 class Unavailable(Trouble):
     """The server cannot now, or is not there: worth another try."""
 
+    kind = "crash"
     # Crashes in a row: some seconds in all for several texts, which are halved then, and most of a minute for one that
     # would fail. Servers do crash by themselves.
     enough, enough_alone = 4, 8
@@ -663,7 +665,7 @@ class Unavailable(Trouble):
 class Silent(Trouble):
     """No answer within the time."""
 
-    outcome = "timeout"
+    outcome = kind = "timeout"
     enough_alone = 3  # in a request of its own, a text that times out so often has failed
     slow = True
 
@@ -679,6 +681,7 @@ class TooLong(Refused):
 class Garbled(Trouble):
     """The answer is not what was asked for, and must not be stored."""
 
+    kind = "garbled"
     enough = enough_alone = 2
 
 
@@ -1534,7 +1537,7 @@ class Talk:
         if not single and longest >= wire.long_from:
             *others, last = sorted(texts, key=len)  # if it is taken, so will be the others
             return (yield from self.apart(texts, on_long, [last], others))
-        points: dict[type[Trouble], int] = {}  # against the texts, of each kind of trouble
+        points: dict[str, int] = {}  # against the texts, of each kind of trouble
         suspicions = 0
         while True:
             try:
@@ -1545,19 +1548,19 @@ class Talk:
             except Superseded:
                 return (yield from self.embed(texts, on_long))
             except Trouble as caught:
-                trouble, kind = caught, type(caught)
+                trouble = caught
             if isinstance(trouble, (Silent, OtherDimensions)):
                 # After a silence, the server may go on computing what nobody waits for any more: asking again before
                 # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
                 # if all vectors of this server are like that.
                 yield from self.until_sane()
-            points[kind] = points.get(kind, 0) + trouble.points(single)
-            if points[kind] < (trouble.enough_alone if single else trouble.enough):
+            points[trouble.kind] = points.get(trouble.kind, 0) + trouble.points(single)
+            if points[trouble.kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
             too_long = isinstance(trouble, TooLong)
             if not single:
-                if points.get(Unavailable):
+                if points.get("crash") and not too_long:
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
                 # By length, if that is it, so that those at fault are soon among themselves.
                 return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
@@ -1566,7 +1569,7 @@ class Talk:
             if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
                 suspicions += 1
                 if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                    points[Unavailable] = 0
+                    points["crash"] = 0
                     continue
             if not too_long:
                 return [str(trouble)]
