@@ -348,44 +348,44 @@ class Card(NamedTuple):
 
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
-# By the beginning of a model's name, in Ollama's library and on Hugging Face; the first that fits.
+# By the beginning of a model's name, in Ollama's library and on Hugging Face, what its Card says; the first that fits.
 CARDS = (
     # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
-    ("nomic-embed-text-v2", Card("search_document: ", "search_query: ", 512)),
+    ("nomic-embed-text-v2", "search_document: ", "search_query: ", 512),
     # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
-    ("nomic-embed-text", Card("search_document: ", "search_query: ", 2048)),
+    ("nomic-embed-text", "search_document: ", "search_query: ", 2048),
     # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
-    ("embeddinggemma", Card("title: none | text: ", "task: search result | query: ", 2048)),
+    ("embeddinggemma", "title: none | text: ", "task: search result | query: ", 2048),
     # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
-    ("(multilingual-)?e5-(?!mistral|.*instruct)", Card("passage: ", "query: ", 512)),
+    ("(multilingual-)?e5-(?!mistral|.*instruct)", "passage: ", "query: ", 512),
     # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
-    ("mxbai-embed-large", Card("", PASSAGES, 512)),
+    ("mxbai-embed-large", "", PASSAGES, 512),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
-    ("snowflake-arctic-embed(2|-[lm]-v2)", Card("", "query: ", 8192)),
+    ("snowflake-arctic-embed(2|-[lm]-v2)", "", "query: ", 8192),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
-    ("snowflake-arctic-embed.*long", Card("", PASSAGES, 2048)),
+    ("snowflake-arctic-embed.*long", "", PASSAGES, 2048),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
-    ("snowflake-arctic-embed", Card("", PASSAGES, 512)),
+    ("snowflake-arctic-embed", "", PASSAGES, 512),
     # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
-    ("bge-m3", Card("", "", 8192)),
+    ("bge-m3", "", "", 8192),
     # https://github.com/FlagOpen/FlagEmbedding, the English models
-    ("bge-(small|base|large)(?!-zh)", Card("", PASSAGES, 512)),
+    ("bge-(small|base|large)(?!-zh)", "", PASSAGES, 512),
     # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
-    ("qwen3-embedding", Card("", "Instruct: Given a web search query, retrieve relevant passages "
-        "that answer the query\nQuery:", 32768)),
+    ("qwen3-embedding", "", "Instruct: Given a web search query, retrieve relevant passages "
+        "that answer the query\nQuery:", 32768),
     # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
-    ("all-minilm", Card("", "", 256)),
+    ("all-minilm", "", "", 256),
     # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
-    ("granite-embedding", Card("", "", 512)),
+    ("granite-embedding", "", "", 512),
     # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
-    ("paraphrase-multilingual", Card("", "", 512)),
+    ("paraphrase-multilingual", "", "", 512),
 )  # fmt: skip
 
 
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
     name = model.lower().rpartition("/")[2].partition(":")[0].removeprefix("text-embedding-")  # as LM Studio has it
-    return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
+    return next((Card(*card[1:]) for card in CARDS if re.match(card[0], name)), Card())
 
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
@@ -576,14 +576,14 @@ class TooLongFor(str):
 
 
 # Where a text may be split, best first: behind a sentence or a line, and between words.
-BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*"), re.compile(r"\s+"))
+BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def halves(text: str) -> tuple[str, str]:
     """Return the two parts of a text, split at the border nearest to its middle, within the middle half of it."""
     middle, margin = len(text) // 2, len(text) // 4
     for border in BORDERS:
-        ends = [found.end() for found in border.finditer(text, middle - margin, middle + margin)]
+        ends = [found.end() for found in re.compile(border).finditer(text, middle - margin, middle + margin)]
         if ends:
             middle = min(ends, key=lambda end: abs(end - middle))
             break
@@ -942,24 +942,22 @@ def retry_after(value: str) -> float:
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
 # and these, whatever their status, speak of the content (NaN was a 500 before 0.14), or of its length: Ollama,
 # llama-server, vLLM, OpenAI, TEI, and those that word it otherwise.
-DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
-BAD_CONTENT = re.compile(r"\bNaN\b")
-TOO_LONG = re.compile(
-    r"context (?:length|size|window)"
+DEAD_RUNNER = r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed"
+BAD_CONTENT = r"\bNaN\b"
+TOO_LONG = (
+    r"(?i)context (?:length|size|window)"
     r"|(?:input|prompt|text|sequence)s?(?: \([^)]*\))? (?:is |are )?too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
-    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
-    re.IGNORECASE,
+    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)"
 )
 # Of too many texts: TEI, OpenAI, servers with pydantic, and others.
-TOO_MANY = re.compile(
-    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
-    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
-    re.IGNORECASE,
+TOO_MANY = (
+    r"(?i)maximum allowed batch size|array too long|too many (?:inputs|items|texts)"
+    r"|max\w* number of (?:inputs|items|texts)|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)"
 )
-SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
-CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
+SPEAKS_TLS = r"HTTP request (?:was sent )?to (?:an )?HTTPS"
+CANNOT_EMBED = r"(?i)not support (?:the )?embedding"
 
 
 # Cosine above which two vectors of one text are of one model. Measured with all-MiniLM-L6-v2 on llama-server, on 600
@@ -1085,21 +1083,21 @@ class HTTPWire(Wire):
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
         words = words_of(reply.body, self.server.hide)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
-        if SPEAKS_TLS.search(words):
+        if re.search(SPEAKS_TLS, words):
             raise Stop(f"{self.address} speaks TLS ({said}). Give --server https://...")
-        if CANNOT_EMBED.search(words):
+        if re.search(CANNOT_EMBED, words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
         if status in (400, 413, 422, 500):
-            if TOO_LONG.search(words):
+            if re.search(TOO_LONG, words):
                 raise TooLong(words)
-            if BAD_CONTENT.search(words):
+            if re.search(BAD_CONTENT, words):
                 raise Refused(words)
-            if texts > 1 and status != 500 and TOO_MANY.search(words):
+            if texts > 1 and status != 500 and re.search(TOO_MANY, words):
                 # Of the numbers in the words, the largest below what was sent.
                 below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
                 self.most_texts = min(self.most_texts, max(below, default=texts // 2))
                 raise Superseded
-        if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
+        if status in (408, 429) or status >= 500 or re.search(DEAD_RUNNER, words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
         if status in (401, 403):
@@ -1255,10 +1253,7 @@ class NoModel(Stop):
     """The server does not have the model."""
 
 
-NO_MODEL = re.compile(
-    r"\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b",
-    re.IGNORECASE,
-)
+NO_MODEL = r"(?i)\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b"
 
 
 class OpenAIWire(HTTPWire):
@@ -1343,7 +1338,7 @@ class OpenAIWire(HTTPWire):
         return vectors
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        if status in (400, 404) and NO_MODEL.search(words):
+        if status in (400, 404) and re.search(NO_MODEL, words):
             raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
             raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
@@ -1544,7 +1539,7 @@ class Talk:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
                 if single and on_long != "truncate":
                     wire.long_from = max(wire.long_from, longest + 1)
-                return list(vectors)
+                return vectors
             except Superseded:
                 return (yield from self.embed(texts, on_long))
             except Trouble as caught:
@@ -1635,12 +1630,12 @@ class Talk:
         vector = mean(found)
         return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
 
-    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Steps[list[bytes]]:
+    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Conversation:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
         request = self.wire.request(texts, self.timeout, truncate)
         reply: Reply = yield request
         try:
-            vectors = self.wire.read(request.path, reply, texts)
+            vectors: Answers = [*self.wire.read(request.path, reply, texts)]
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
         except Trouble as trouble:
             if isinstance(trouble, Silent):
@@ -1671,7 +1666,7 @@ class Talk:
             raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {known}")
         wire.settle(dimensions)
 
-    def known_good(self) -> Steps[list[bytes]]:
+    def known_good(self) -> Conversation:
         """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
         while True:
             try:
@@ -1689,7 +1684,7 @@ class Talk:
         yield from self.wire.greet()
         yield from self.wire.agree()
         try:
-            return list((yield from self.known_good()))
+            return (yield from self.known_good())
         except Trouble as trouble:
             raise self.away(trouble) from None
 
