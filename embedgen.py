@@ -225,17 +225,16 @@ def create_parser() -> Parser:
     types: dict[str, Callable[[str], Any]] = {
         "limit": functools.partial(number, 0),
         **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
-        **dict.fromkeys(("in_flight", "batch_size"), number_or_auto),
+        **dict.fromkeys(("concurrent", "batch_size"), number_or_auto),
         "timeout": seconds,
         "option": key_value,
         **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
     }
     more: dict[str, dict[str, Any]] = {
-        "--engine": {"action": "store", "choices": sorted(ENGINES)},
-        "--concurrent,--workers": {"dest": "in_flight"},
+        "--engine": {"choices": sorted(ENGINES)},
         "--server": {"action": "append"},
         "--option": {"action": "append"},
-        "--on-long": {"action": "store", "choices": ON_LONG},
+        "--on-long": {"choices": ON_LONG},
         "--version": {"action": "version", "version": f"embedgen {__version__}"},
     }
     for title, flags in FLAGS.items():
@@ -243,9 +242,13 @@ def create_parser() -> Parser:
         actions = group.add_mutually_exclusive_group() if "--search TEXT" in flags else group
         for usage, said in flags.items():
             names, _, value = usage.partition(" ")
-            kind = {"metavar": value} if value else {"action": "store_true"}
+            kind = more.get(names, {})
+            if value:
+                kind = {"metavar": value, **kind}
+            elif not kind:
+                kind = {"action": "store_true"}
             where = actions if names[2:] in ACTION_FLAGS else group
-            flag = where.add_argument(*names.split(","), help=said, **{**kind, **more.get(names, {})})
+            flag = where.add_argument(*names.split(","), help=said, **kind)
             flag.type = types.get(flag.dest)
     parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
@@ -264,14 +267,14 @@ GOES_WITH = {
     "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
-        ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
+        ("limit", "index", "engine", "concurrent", "batch_size", "accept_drift"), ("generate", "dry_run")
     ),
 }  # fmt: skip
 
 
 def flag_of(name: str) -> str:
     """Return the flag that sets an option."""
-    return "--" + {"in_flight": "concurrent"}.get(name, name).replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def choose_action(options: argparse.Namespace) -> None:
@@ -5842,7 +5845,7 @@ class Report:
         say = self.console.line
         for text in (RULE, f"🧠 {self.title}", RULE, f"📊 Total {self.nouns} to process: {counts.total}"):
             say(text)
-        say(f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}")
+        say(f"⚡ Workers/Concurrent: {self.options.concurrent or 'auto'}")
         say(f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}")
         say(f"📝 Detailed logs: {self.log_path}")
         say()
@@ -6651,7 +6654,7 @@ def check_alike(
 
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
-    fixed, many = options.in_flight, len(wires)
+    fixed, many = options.concurrent, len(wires)
     lanes = []
     for place, wire in enumerate(wires):
         in_flight = fixed and max(1, fixed // many + (place < fixed % many))
