@@ -213,6 +213,8 @@ FLAGS: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
+ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
+
 
 def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
@@ -222,6 +224,7 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    # How a value is read, where it is more than a word.
     types: dict[str, Callable[[str], Any]] = {
         "limit": functools.partial(number, 0),
         **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
@@ -230,6 +233,7 @@ def create_parser() -> Parser:
         "option": key_value,
         **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
     }
+    # What else argparse must know. A flag that takes no value and is not here is a switch.
     more: dict[str, dict[str, Any]] = {
         "--engine": {"choices": sorted(ENGINES)},
         "--server": {"action": "append"},
@@ -254,7 +258,6 @@ def create_parser() -> Parser:
     return parser
 
 
-ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
 READING = ("search", "similar", "status", "dry_run")  # actions that write nothing
 # What a flag goes with: the main job, "generate", or what is done instead. One that is not here goes with everything.
 GOES_WITH = {
