@@ -47,7 +47,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union
 
 # Modules that only some runs need (asyncio, multiprocessing, http.client, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
@@ -67,12 +67,11 @@ T = TypeVar("T")
 class Stop(Exception):
     """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
-        super().__init__(message, code)  # both, so that it pickles
-        self.message, self.code = message, code
+    code = EXIT_STOPPED
 
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class Away(Stop):
@@ -89,8 +88,7 @@ class Reported(Stop):
 class UsageError(Stop):
     """The command line, or what it names, is wrong."""
 
-    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
-        super().__init__(message, code)
+    code = EXIT_USAGE
 
 
 # ============================ settings and command line ============================
@@ -121,20 +119,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least` upwards."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
-        return int(text)
-
-    return parse
+def number(least: int, text: str) -> int:
+    """Parse a whole number from `least` upwards."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+    return int(text)
 
 
 def number_or_auto(text: str) -> int | None:
     """Parse a whole number from 1 upwards, or `auto`, which is None."""
-    return None if text == "auto" else number(1)(text)
+    return None if text == "auto" else number(1, text)
 
 
 def seconds(text: str) -> float:
@@ -161,6 +155,68 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def sendable(text: str) -> str:
+    """Return a text without what bytes on the command line may leave in it that is no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# All flags, in groups: their names, what stands for their value if they take one, and what --help says.
+FLAGS: dict[str, dict[str, str]] = {
+    "what is embedded": {
+        "--database URL": "sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, .sqlite or .sqlite3, "
+            "or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)",
+        "--table NAME": "table or view to read (default: movies)",
+        "--id COLUMN": "its key, integer or text (default: the primary key, else id)",
+        "--columns A,B": "columns that make up the text (default: Title, Year, Genres, ...)",
+        "--text TEMPLATE": 'the text itself, such as "{title} ({year}): {overview}"',
+        "--where SQL": "only rows that fulfil this condition",
+        "--target NAME": "table that receives the vectors (default: movie_embeddings for movies)",
+        "--load FILE": "first load a .csv, .tsv, .json or .jsonl file into --table",
+        "--index": "Postgres: build the HNSW index for cosine distance after the run",
+        "--force": "embed every row again, existing or not",
+        "--limit N": "generate at most N embeddings in this run",
+    },
+    "instead of embedding": {
+        "--search TEXT": "list the rows nearest to a text, by cosine similarity",
+        "--similar ID": "list the rows nearest to one of them, given by its key; needs no server",
+        "--status": "say what is embedded, missing or stale; needs no server",
+        "--prune": "remove embeddings whose row is gone",
+        "--top N": "rows to list (default: 10)",
+        "--dry-run": "say what would be done, and write nothing",
+    },
+    "how": {
+        "--engine": "one event loop, or worker processes (default: async)",
+        "--concurrent,--workers N": "requests in flight at most; auto adapts to each server (default: auto)",
+        "--batch-size N": "texts per request (default: auto)",
+    },
+    "the server": {
+        "--server URL": "Ollama; or, if its path ends in /v1, a server of the OpenAI protocol; or hash: for the "
+            "built-in embedder, which finds shared words, not meaning; may be given several times, for servers that "
+            "share the work (default: $OLLAMA_HOST, else http://localhost:11434)",
+        "--model NAME": "(default: $EMBEDGEN_MODEL, else nomic-embed-text)",
+        "--timeout SECONDS": "longest silence of one request (default: 300)",
+        "--ca-file FILE": "certificates of your own authorities, in place of the system's, for https",
+        "--dimensions N": "length of the vectors, for models that offer a choice",
+        "--document-prefix P": "put before every text; empty for none (default: the model's own)",
+        "--query-prefix P": "put before what is searched for; empty for none (default: the model's own)",
+        "--option KEY=VALUE": "model option passed to the server, such as num_ctx=8192; may be given several times",
+        "--on-long": "texts longer than the model takes: embed their beginning, counted and logged; or all parts, to "
+            "store their mean; or fail; or skip them (default: cut)",
+        "--accept-drift": "go on although the server's vectors differ from the stored ones",
+    },
+    "output": {
+        "--noun WORD": "what a row is called in the report (default: from the table's name)",
+        "--quiet": "print nothing when all went well",
+        "--json": "print one JSON object at the end and nothing else",
+        "--log-dir DIR": "where the log goes (default: logs/ beside embedgen.py)",
+        "--verbose": "log every request",
+        "--version": "show program's version number and exit",
+    },
+}  # fmt: skip
+
+ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
+
+
 def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
     parser = Parser(
@@ -169,77 +225,37 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    rows = parser.add_argument_group("what is embedded")
-    add = rows.add_argument
-    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, "
-        ".sqlite or .sqlite3, or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
-    add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
-    add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
-    add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
-    add("--text", metavar="TEMPLATE", help='the text itself, such as "{title} ({year}): {overview}"')
-    add("--where", metavar="SQL", help="only rows that fulfil this condition")
-    add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
-    add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
-    add("--index", action="store_true", help="Postgres: build the HNSW index for cosine distance after the run")
-    add("--force", action="store_true", help="embed every row again, existing or not")
-    add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
-
-    instead = parser.add_argument_group("instead of embedding")
-    add = instead.add_mutually_exclusive_group().add_argument
-    add("--search", metavar="TEXT", help="list the rows nearest to a text, by cosine similarity")
-    add("--similar", metavar="ID", help="list the rows nearest to one of them, given by its key; needs no server")
-    add("--status", action="store_true", help="say what is embedded, missing or stale; needs no server")
-    add("--prune", action="store_true", help="remove embeddings whose row is gone")
-    add = instead.add_argument
-    add("--top", metavar="N", type=number(1), default=10, help="rows to list (default: 10)")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
-
-    way = parser.add_argument_group("how")
-    add = way.add_argument
-    add(
-        "--engine",
-        choices=sorted(ENGINES),
-        default="async",
-        help="one event loop, or worker processes (default: async)",
-    )
-    add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
-        help="requests in flight at most; auto adapts to each server (default: auto)")  # fmt: skip
-    add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
-
-    server = parser.add_argument_group("the server")
-    add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
-        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
-        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
-    add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="longest silence of one request (default: 300)",
-    )
-    add("--ca-file", metavar="FILE", help="certificates of your own authorities, in place of the system's, for https")
-    add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
-    add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
-    add(
-        "--query-prefix", metavar="P", help="put before what is searched for; empty for none (default: the model's own)"
-    )
-    add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
-        help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
-
-    add("--on-long", choices=ON_LONG, default="cut", help="texts longer than the model takes: embed their beginning, "
-        "counted and logged; or all parts, to store their mean; or fail; or skip them (default: cut)")  # fmt: skip
-    add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
-
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--noun", metavar="WORD", help="what a row is called in the report (default: from the table's name)")
-    add("--quiet", action="store_true", help="print nothing when all went well")
-    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
-    add("--log-dir", metavar="DIR", help="where the log goes (default: logs/ beside embedgen.py)")
-    add("--verbose", action="store_true", help="log every request")
-    add("--version", action="version", version=f"embedgen {__version__}")
+    # How a value is read, where it is more than a word.
+    types: dict[str, Callable[[str], Any]] = {
+        "limit": functools.partial(number, 0),
+        **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
+        **dict.fromkeys(("concurrent", "batch_size"), number_or_auto),
+        "timeout": seconds,
+        "option": key_value,
+        **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
+    }
+    # What else argparse must know. A flag that takes no value and is not here is a switch.
+    more: dict[str, dict[str, Any]] = {
+        "--engine": {"choices": sorted(ENGINES)},
+        "--server": {"action": "append"},
+        "--option": {"action": "append"},
+        "--on-long": {"choices": ON_LONG},
+        "--version": {"action": "version", "version": f"embedgen {__version__}"},
+    }
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        actions = group.add_mutually_exclusive_group() if "--search TEXT" in flags else group
+        for usage, said in flags.items():
+            names, _, value = usage.partition(" ")
+            kind = more.get(names, {})
+            if value:
+                kind = {"metavar": value, **kind}
+            elif not kind:
+                kind = {"action": "store_true"}
+            where = actions if names[2:] in ACTION_FLAGS else group
+            flag = where.add_argument(*names.split(","), help=said, **kind)
+            flag.type = types.get(flag.dest)
+    parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
 
 
@@ -255,20 +271,19 @@ GOES_WITH = {
     "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
-        ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
+        ("limit", "index", "engine", "concurrent", "batch_size", "accept_drift"), ("generate", "dry_run")
     ),
 }  # fmt: skip
 
 
 def flag_of(name: str) -> str:
     """Return the flag that sets an option."""
-    return "--" + {"in_flight": "concurrent"}.get(name, name).replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def choose_action(options: argparse.Namespace) -> None:
     """Note what is to be done; raise UsageError for flags that do not go with it."""
-    options.action = next((name for name in ("search", "similar", "status", "prune") if name in options.given), "")
-    options.action = options.action or ("dry_run" if options.dry_run else "generate")
+    options.action = next((name for name in (*ACTION_FLAGS, "dry_run") if name in options.given), "generate")
     options.reads_only = options.action in READING or options.dry_run
     for name in sorted(options.given):
         actions = GOES_WITH.get(name, (options.action,))
@@ -284,13 +299,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_parser()
     options = parser.parse_args(argv)
     options.given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    for name in (
-        "database", "table", "id", "columns", "text", "where", "target", "load", "server", "ca_file", "model", "noun",
-        "search", "similar",
-    ):  # fmt: skip
+    for name in sorted(options.given - {"document_prefix", "query_prefix", "log_dir"}):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
-        given = getattr(options, name)
-        if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+        value = getattr(options, name)
+        if any(isinstance(text, str) and not text.strip() for text in (value if name == "server" else [value])):
             raise UsageError(f"{flag_of(name)} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
@@ -299,9 +311,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    for name in ("search", "similar"):
-        if name in options.given:  # bytes on the command line may be no text
-            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -322,16 +331,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def apply_card(options: argparse.Namespace, model: str) -> None:
     """Set the model, and what its card says and no flag says otherwise."""
     # Ollama's names carry :latest or leave it out; both are one model.
-    options.model = model[: -len(":latest")] if model.endswith(":latest") else model
+    options.model = model.removesuffix(":latest")
     card = card_of(options.model)
     options.context = card.context
-    if "document_prefix" not in options.given:
-        options.document_prefix = card.document
-    if "query_prefix" not in options.given:
-        options.query_prefix = card.query
-    # Of what is sent to the server.
-    for name in ("document_prefix", "query_prefix"):  # bytes on the command line that are no text
-        setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
+    for name, own in (("document_prefix", card.document), ("query_prefix", card.query)):
+        if name not in options.given:
+            setattr(options, name, own)
     options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
@@ -350,69 +355,68 @@ class Card(NamedTuple):
 
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
-# By the beginning of a model's name, in Ollama's library and on Hugging Face; the first that fits.
+# By the beginning of a model's name, in Ollama's library and on Hugging Face, what its Card says; the first that fits.
 CARDS = (
     # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
-    ("nomic-embed-text-v2", Card("search_document: ", "search_query: ", 512)),
+    ("nomic-embed-text-v2", "search_document: ", "search_query: ", 512),
     # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
-    ("nomic-embed-text", Card("search_document: ", "search_query: ", 2048)),
+    ("nomic-embed-text", "search_document: ", "search_query: ", 2048),
     # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
-    ("embeddinggemma", Card("title: none | text: ", "task: search result | query: ", 2048)),
+    ("embeddinggemma", "title: none | text: ", "task: search result | query: ", 2048),
     # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
-    ("(multilingual-)?e5-(?!mistral|.*instruct)", Card("passage: ", "query: ", 512)),
+    ("(multilingual-)?e5-(?!mistral|.*instruct)", "passage: ", "query: ", 512),
     # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
-    ("mxbai-embed-large", Card("", PASSAGES, 512)),
+    ("mxbai-embed-large", "", PASSAGES, 512),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
-    ("snowflake-arctic-embed(2|-[lm]-v2)", Card("", "query: ", 8192)),
+    ("snowflake-arctic-embed(2|-[lm]-v2)", "", "query: ", 8192),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
-    ("snowflake-arctic-embed.*long", Card("", PASSAGES, 2048)),
+    ("snowflake-arctic-embed.*long", "", PASSAGES, 2048),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
-    ("snowflake-arctic-embed", Card("", PASSAGES, 512)),
+    ("snowflake-arctic-embed", "", PASSAGES, 512),
     # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
-    ("bge-m3", Card("", "", 8192)),
+    ("bge-m3", "", "", 8192),
     # https://github.com/FlagOpen/FlagEmbedding, the English models
-    ("bge-(small|base|large)(?!-zh)", Card("", PASSAGES, 512)),
+    ("bge-(small|base|large)(?!-zh)", "", PASSAGES, 512),
     # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
-    ("qwen3-embedding", Card("", "Instruct: Given a web search query, retrieve relevant passages "
-        "that answer the query\nQuery:", 32768)),
+    ("qwen3-embedding", "", "Instruct: Given a web search query, retrieve relevant passages "
+        "that answer the query\nQuery:", 32768),
     # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
-    ("all-minilm", Card("", "", 256)),
+    ("all-minilm", "", "", 256),
     # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
-    ("granite-embedding", Card("", "", 512)),
+    ("granite-embedding", "", "", 512),
     # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
-    ("paraphrase-multilingual", Card("", "", 512)),
+    ("paraphrase-multilingual", "", "", 512),
 )  # fmt: skip
 
 
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
-    name = model.lower().rpartition("/")[2].partition(":")[0]
-    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
-    return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
+    name = model.lower().rpartition("/")[2].partition(":")[0].removeprefix("text-embedding-")  # as LM Studio has it
+    return next((Card(*card[1:]) for card in CARDS if re.match(card[0], name)), Card())
 
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
-    ("Title", ("title", "name")),
-    ("Year", ("year",)),
-    ("Genres", ("genres", "genre")),
-    ("Description", ("overview", "plot", "summary", "description")),
-    ("Cast", ("cast",)),
-    ("Language", ("language",)),
-    ("Rating", ("rating",)),
+    ("Title: ", ("title", "name")),
+    ("Year: ", ("year",)),
+    ("Genres: ", ("genres", "genre")),
+    ("Description: ", ("overview", "plot", "summary", "description")),
+    ("Cast: ", ("cast",)),
+    ("Language: ", ("language",)),
+    ("Rating: ", ("rating",)),
 )
-TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
+TELLING = {"Title: ", "Description: "}  # without one of them there is no text worth embedding
 
 # Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
-IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies", "brownies", "rookies", "hoodies"}
+IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
 
 
 class Recipe(NamedTuple):
     """How a row becomes a text: literals and columns in turn.
 
     `parts` are (literal, columns) pairs, the literal standing before the value: the
-    first of the columns that is not blank; without columns it ends the text. If
-    `labelled`, a part without a value is left out and the others are joined by " | ".
+    first of the columns that is not blank; without columns it ends the text. If the literals
+    are labels, a part without a value is left out, and the others are joined by " | ".
     """
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
@@ -420,10 +424,8 @@ class Recipe(NamedTuple):
 
     def __str__(self) -> str:
         """The recipe for people, in the form of --text."""
-        fields = [(before, "{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
-        if self.labelled:
-            return " | ".join(f"{label}: {field}" for label, field in fields)
-        return "".join(before + field for before, field in fields)
+        fields = [before + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
+        return (" | " if self.labelled else "").join(fields)
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -432,24 +434,19 @@ class Recipe(NamedTuple):
         and `literal(text)` that of a string. Built in the database so that a text can
         be hashed and compared there, without being moved.
         """
-        values = [self.first(list(map(value, columns))) for _, columns in self.parts]
-        known = [f"{one} IS NOT NULL" for one in values if one]
-        pieces = []
-        if self.labelled:
-            for position, ((label, _), one) in enumerate(zip(self.parts, values)):
-                piece = f"{literal(label + ': ')} || {one}"
-                if position:
-                    piece = f"CASE WHEN {' OR '.join(known[:position])} THEN ' | ' ELSE '' END || {piece}"
-                pieces.append(f"COALESCE({piece}, '')")
-            return " || ".join(pieces)
-        for (before, _), one in zip(self.parts, values):
-            pieces.append(f"{literal(before)} || COALESCE({one}, '')" if one else literal(before))
-        return f"CASE WHEN {' OR '.join(known)} THEN {' || '.join(pieces)} ELSE '' END"
-
-    @staticmethod
-    def first(values: list[str]) -> str:
-        """Return the SQL of the first value that is not NULL."""
-        return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
+        pieces: list[str] = []
+        known: list[str] = []
+        for before, columns in self.parts:
+            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
+            if self.labelled:
+                bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
+                pieces.append(f"COALESCE({bar}{literal(before)} || {one}, '')")
+            else:
+                pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
+            if columns:
+                known.append(f"{one} IS NOT NULL")
+        text = " || ".join(pieces)
+        return text if self.labelled else f"CASE WHEN {' OR '.join(known)} THEN {text} ELSE '' END"
 
 
 # White space, and what takes no space at all: a text of these alone is no text.
@@ -481,17 +478,16 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
 
 def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
-    parts = []
+    parts = {}
     for label, candidates in LABELS:
-        found = tuple(column for name in candidates if (column := match(name, columns)))
-        if found:
-            parts.append((label, found))
-    if not TELLING.intersection(label for label, _ in parts):
+        if found := tuple(column for name in candidates if (column := match(name, columns))):
+            parts[label] = found
+    if not TELLING & parts.keys():
         raise UsageError(
             f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
             f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
         )
-    return Recipe(tuple(parts), labelled=True)
+    return Recipe(tuple(parts.items()), labelled=True)
 
 
 def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
@@ -499,16 +495,16 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
     import csv
 
     names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
-    if not all(names) or not names:
+    if not names or "" in names:
         raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
     found = [column_of(name, columns, table) for name in names]
     return Recipe(tuple((label_of(column), (column,)) for column in found), labelled=True)
 
 
 def label_of(column: str) -> str:
-    """Return a column's label in the text: release_year is `Release year`."""
+    """Return a column's label in the text: of release_year `Release year: `."""
     words = column.replace("_", " ").strip() or column
-    return words[:1].upper() + words[1:]
+    return f"{words[:1].upper()}{words[1:]}: "
 
 
 def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe:
@@ -538,11 +534,11 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
 def singular(word: str) -> str:
     """Return the singular of an English noun, by rule: movies, movie; stories, story; boxes, box."""
     low = word.lower()
-    if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
+    if re.search(r"(ss|us|is|series|species|news|[^s])$", low):
         return word
-    if low.endswith("ies") and len(low) > 4 and re.split(r"[^a-z]", low)[-1] not in IE_NOUNS:
+    if re.search(r"(?s)..ies$", low) and not re.search(IE_NOUNS, low):
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses", "viruses")) and low[-6:] != "caches":
+    if re.search(r"(ss|x|ch|sh|zz|tus|bus|virus)es$", low) and not low.endswith("caches"):
         return word[:-2]
     return word[:-1]
 
@@ -587,14 +583,14 @@ class TooLongFor(str):
 
 
 # Where a text may be split, best first: behind a sentence or a line, and between words.
-BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*"), re.compile(r"\s+"))
+BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def halves(text: str) -> tuple[str, str]:
     """Return the two parts of a text, split at the border nearest to its middle, within the middle half of it."""
     middle, margin = len(text) // 2, len(text) // 4
     for border in BORDERS:
-        ends = [found.end() for found in border.finditer(text, middle - margin, middle + margin)]
+        ends = [found.end() for found in re.compile(border).finditer(text, middle - margin, middle + margin)]
         if ends:
             middle = min(ends, key=lambda end: abs(end - middle))
             break
@@ -638,26 +634,47 @@ class Trouble(Exception):
     """A request did not give vectors; the message is for people, the outcome for the pace."""
 
     outcome = "failed"  # as such, no sign that less should be asked for
+    kind = "refusal"  # what is counted together
+    enough = enough_alone = 1  # points, until texts that were sent together are suspected, or a text alone
+    slow = False  # whether less may go through where this did not
+    gone = False  # whether nobody answers, or not to the end
+    crashed = False  # whether the server broke under this request
+    retry_after = 0.0  # seconds that the server asks for
+
+    def points(self, alone: bool) -> int:
+        """Return how much this says against the texts, where `enough` is proof."""
+        return 1
 
 
 class Unavailable(Trouble):
-    """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
+    """The server cannot now, or is not there: worth another try."""
+
+    kind = "crash"
+    # Crashes in a row: some seconds in all for several texts, which are halved then, and most of a minute for one that
+    # would fail. Servers do crash by themselves.
+    enough, enough_alone = 4, 8
 
     def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         """`status` is that of the server's answer, 0 if none came."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
         self.outcome = "overloaded" if status else "failed"
-        self.gone = not status  # nobody answers, or not to the end
+        self.gone = not status
         self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
-        self.busy = status in (429, 503)
-        self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
+        self.slow = status in (408, 504, 524)  # a time-out on the way
+
+    def points(self, alone: bool) -> int:
+        if alone:
+            return int(self.crashed)
+        return self.enough // 2 if self.slow else int(self.status not in (429, 503))  # which are mere load
 
 
 class Silent(Trouble):
     """No answer within the time."""
 
-    outcome = "timeout"
+    outcome = kind = "timeout"
+    enough_alone = 3  # in a request of its own, a text that times out so often has failed
+    slow = True
 
 
 class Refused(Trouble):
@@ -671,13 +688,16 @@ class TooLong(Refused):
 class Garbled(Trouble):
     """The answer is not what was asked for, and must not be stored."""
 
+    kind = "garbled"
+    enough = enough_alone = 2
+
 
 class OtherDimensions(Garbled):
     """The vectors have another length than those already stored."""
 
 
-class Superseded(Trouble):
-    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
+class Superseded(Exception):
+    """The server lacks this path, or takes fewer texts; the wire has changed to what it does, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -719,7 +739,7 @@ class Server(NamedTuple):
         return text
 
 
-def parse_server(text: str) -> Server:
+def parse_server(text: str, ca_file: str = "") -> Server:
     """Return the server for a URL or any of OLLAMA_HOST's forms: host, host:port, :port, scheme://host:port/path.
 
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
@@ -733,34 +753,32 @@ def parse_server(text: str) -> Server:
         raise UsageError(f'--server {hide_password(text)} must begin with http:// or https://, or be "hash:".')
     netloc, slash, path = rest.partition("/")
     userinfo, _, hostport = netloc.rpartition("@")
-    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", hostport)
-    if bracketed:
-        host, port = bracketed[1], bracketed[2] or ""
-    elif hostport.count(":") > 1:  # a bare IPv6 address
-        host, port = hostport, ""
-    else:
-        host, _, port = hostport.partition(":")
+    # In brackets, or with several colons, it is an IPv6 address.
+    [(inner, bare, port)] = re.findall(r"(?s)^(?:\[([^\]]*)\]|(.*:.*:.*|[^:]*))(?::(.*))?\Z", hostport)
+    host = inner or bare
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
         raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
     if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
-    # OpenAI's is none of Ollama's business.
-    tokens = {
-        name: os.environ.get(name, "").strip() for name in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]
-    }
-    setting = next(filter(tokens.get, tokens), "")
-    authorization = f"Bearer {tokens[setting]}" if setting else ""
+    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "", ca_file)
+    return server._replace(authorization=authorization_for(userinfo, server.openai))
+
+
+def authorization_for(userinfo: str, openai: bool) -> str:
+    """Return what goes into a request's header: of an address's user and password, or of a token in the environment."""
     if userinfo:
         import base64
         from urllib.parse import unquote
 
-        authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
-    if not re.fullmatch(r"[\x20-\x7e]*", authorization):
-        raise UsageError(f"{setting} holds characters that a token cannot have.")
-    return server._replace(authorization=authorization)
+        return "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + openai]:  # OpenAI's is none of Ollama's business
+        if token := os.environ.get(setting, "").strip():
+            if not re.fullmatch(r"[\x20-\x7e]*", token):
+                raise UsageError(f"{setting} holds characters that a token cannot have.")
+            return f"Bearer {token}"
+    return ""
 
 
 def hide_password(url: str) -> str:
@@ -820,10 +838,12 @@ def cosine(one: bytes, other: bytes) -> float:
     import math
     from operator import mul
 
+    def dot(x: Sequence[float], y: Sequence[float]) -> float:
+        return math.fsum(map(mul, x, y))
+
     a, b = unpack(one), unpack(other)
     try:
-        squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
-        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        quotient = dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
         return min(max(quotient, -1.0), 1.0)
     except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
         return math.nan
@@ -929,17 +949,22 @@ def retry_after(value: str) -> float:
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
 # and these, whatever their status, speak of the content (NaN was a 500 before 0.14), or of its length: Ollama,
 # llama-server, vLLM, OpenAI, TEI, and those that word it otherwise.
-DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
-BAD_CONTENT = re.compile(r"\bNaN\b")
-TOO_LONG = re.compile(
-    r"context (?:length|size|window)"
+DEAD_RUNNER = r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed"
+BAD_CONTENT = r"\bNaN\b"
+TOO_LONG = (
+    r"(?i)context (?:length|size|window)"
     r"|(?:input|prompt|text|sequence)s?(?: \([^)]*\))? (?:is |are )?too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
-    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
-    re.IGNORECASE,
+    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)"
 )
-SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
-CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
+# Of too many texts: TEI, OpenAI, servers with pydantic, and others.
+TOO_MANY = (
+    r"(?i)maximum allowed batch size|array too long|too many (?:inputs|items|texts)"
+    r"|max\w* number of (?:inputs|items|texts)|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)"
+)
+SPEAKS_TLS = r"HTTP request (?:was sent )?to (?:an )?HTTPS"
+CANNOT_EMBED = r"(?i)not support (?:the )?embedding"
 
 
 # Cosine above which two vectors of one text are of one model. Measured with all-MiniLM-L6-v2 on llama-server, on 600
@@ -948,90 +973,90 @@ CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 ALIKE = 0.99
 
 
-class HTTPWire:
-    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+class Wire:
+    """What turns texts into vectors. As it stands here, there is nobody to greet, and nothing to be learned."""
 
     product = ""  # what the server is called in an error
+    address = ""  # for people
+    model: str
+    server: Server
+    prefix: str  # before every text
+    digest = ""  # of the model, as this server has it; "" if it does not tell
+    dimensions: int | None  # that vectors must have: as asked for, as stored, or as they came; None: not known yet
+    kin: Sequence[Wire] = ()  # the wires to all servers of the run
+
+    def settle(self, dimensions: int) -> None:
+        """Know how long the vectors are: of this server, and so of all."""
+        for wire in self.kin:
+            wire.dimensions = dimensions
+
+    def greet(self) -> Conversation:
+        """Return the conversation that checks, before a row is read, that the server has the model."""
+        return []
+        yield  # makes it a generator
+
+    def agree(self) -> Conversation:
+        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others."""
+        return []
+        yield
+
+    def probe(self) -> Conversation:
+        """Return the conversation that finds out whether a server that was away is back, and still the same."""
+        return []
+        yield
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
+        raise NotImplementedError
+
+
+MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what comes of JSON that is none
+
+
+class HTTPWire(Wire):
+    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+
     unit_length = False  # whether it promises L2-normalised vectors
     cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OLLAMA_API_KEY"  # the setting that carries the token
+    advice = ""  # what to do about a server that cannot be reached
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
-        self.address = server.shown
-        self.prefix: str = options.prefix
+        self.server, self.address, self.prefix = server, server.shown, options.prefix
+        self.model, self.timeout = str(options.model), float(options.timeout)
         self.context: int = options.context  # tokens, as the model's card has it; 0 if it does not
         self.common: dict[str, Any] = {"model": self.model}  # in every request
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
-        # Vectors must have this length: as asked for, as stored, or as the server's model card says.
-        self.dimensions: int | None = options.dimensions
-        self.certain = options.dimensions is not None  # a model card may be wrong
+        self.dimensions = options.dimensions
+        self.expected: int | None = None  # dimensions as the server's model card or first answer has it: may be wrong
         self.on_long: str = options.on_long
         self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
         self.most_texts = sys.maxsize  # that one request can carry
-        self.digest = ""  # of the model, as this server has it; "" if it does not tell
-        self.kin: list[Any] = [self]  # the wires to all servers of the run
+        self.kin = [self]
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
         return Talk(self, movable=movable).embed(texts, self.on_long)
 
     def probe(self) -> Conversation:
-        """Return the conversation that finds out whether a server that was away is back, and still the same."""
         return Talk(self).probe()
 
-    def settle(self, dimensions: int) -> None:
-        """Know for certain how long the vectors are: of this server, and so of all."""
-        for wire in self.kin:
-            wire.dimensions, wire.certain = dimensions, True
-
-    def greet(self) -> Conversation:
-        """Return the conversation that checks, before a row is read, that the server has the model."""
-        raise NotImplementedError
-
-    def agree(self) -> Conversation:
-        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others.
-
-        What tells is the model's digest; a server without one is taken at its word about the model's name.
-        """
-        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if self.digest and other.digest != self.digest:
-            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
-            self.digest = ""  # for others to be compared with
-            raise Stop(
-                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
-                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
-                f'with "ollama pull {self.model}", or leave out one --server.'
-            )
-        return []
-        yield  # makes it a generator
-
-    def call(self, send: Send, patient: bool = False) -> Generator[Send, Reply | None, Reply]:
+    def call(self, send: Send, patient: bool = False) -> Steps[Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
-        reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
-        assert reply is not None
+        reply: Reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         if reply.status == 0 and not (patient and reply.timed_out):
-            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
+            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice}"
             if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
                 advice = " If it speaks TLS, give --server https://..."
-            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}).{advice}")
+            away = Away(f"cannot reach {self.product} at {self.address} ({reply.reason}).{advice}")
             away.reason = reply.reason
             raise away
         return reply
 
-    def advice(self) -> str:
-        """Return what to do about a server that cannot be reached."""
-        raise NotImplementedError
-
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         """Return the request that asks for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
         raise NotImplementedError
-
-    def prefixed(self, texts: list[str]) -> list[str]:
-        """Return texts as they are sent."""
-        return [self.prefix + text for text in texts] if self.prefix else texts
 
     def way(self, path: str) -> str:
         """Return for the log how vectors come over a path."""
@@ -1042,53 +1067,55 @@ class HTTPWire:
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
-        self.check(reply, path)
+        import json
+
+        self.check(reply, path, len(texts))
         try:
-            vectors = self.vectors(path, reply.body)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise self.unreadable(path, self.words(reply)) from None
+            vectors = self.vectors(path, json.loads(reply.body))
+        except MALFORMED:
+            words = words_of(reply.body, self.server.hide)
+            self.explain(path, reply.status, words, "no embeddings")
+            raise Garbled(f"the answer holds no embeddings: {words[:100]!r}") from None
         return gate(vectors, texts, self.unit_length)
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
 
-    def words(self, reply: Reply) -> str:
-        """Return what an error's reply says."""
-        return words_of(reply.body, self.server.hide)
-
-    def unreadable(self, path: str, words: str) -> Trouble:
-        """Return what a 200 without vectors means."""
-        return Garbled(f"the answer holds no embeddings: {words[:100]!r}")
-
-    def check(self, reply: Reply, path: str) -> None:
-        """Raise what the reply's status means, unless it is 200."""
+    def check(self, reply: Reply, path: str, texts: int = 1) -> None:
+        """Raise what the reply's status means, unless it is 200; it is an answer to so many texts."""
         status = reply.status
         if status == 200:
             return
         if status == 0:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
-        words = self.words(reply)
+        words = words_of(reply.body, self.server.hide)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
-        if SPEAKS_TLS.search(words):
-            raise Stop(f"{self.server.shown} speaks TLS ({said}). Give --server https://...")
-        if CANNOT_EMBED.search(words):
+        if re.search(SPEAKS_TLS, words):
+            raise Stop(f"{self.address} speaks TLS ({said}). Give --server https://...")
+        if re.search(CANNOT_EMBED, words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
-        if status in (400, 413, 422, 500) and TOO_LONG.search(words):
-            raise TooLong(words)
-        if status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
-            raise Refused(words)
-        if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
+        if status in (400, 413, 422, 500):
+            if re.search(TOO_LONG, words):
+                raise TooLong(words)
+            if re.search(BAD_CONTENT, words):
+                raise Refused(words)
+            if texts > 1 and status != 500 and re.search(TOO_MANY, words):
+                # Of the numbers in the words, the largest below what was sent.
+                below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
+                self.most_texts = min(self.most_texts, max(below, default=texts // 2))
+                raise Superseded
+        if status in (408, 429) or status >= 500 or re.search(DEAD_RUNNER, words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
         if status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set {self.tokens} to the token.")
+            raise Stop(f"{self.address} refuses access ({said}). Set {self.tokens} to the token.")
         if 300 <= status < 400:
-            raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
+            raise Stop(f"{self.address} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        """Raise what a status of 3xx or 4xx means in this protocol alone."""
+        """Raise what a status of 3xx or 4xx, or a 200 without vectors, means in this protocol alone."""
 
 
 # Ollama's paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to
@@ -1107,6 +1134,7 @@ class OllamaWire(HTTPWire):
     product = "Ollama"
     unit_length = True  # both newer paths promise L2-normalised vectors
     cuts = True
+    advice = 'Start it with "ollama serve", or give --server URL.'
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         super().__init__(server, options)
@@ -1115,7 +1143,6 @@ class OllamaWire(HTTPWire):
         self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
         self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
-        self.card_dimensions: int | None = None  # length of the vectors as the model's card has it
 
     def greet(self) -> Conversation:
         import json
@@ -1128,52 +1155,55 @@ class OllamaWire(HTTPWire):
             # A model may come with a shorter context set than it could have (all-minilm does).
             contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
             figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
-        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (Trouble, *MALFORMED):
             contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
         own = [n for key, n in figures if key.endswith(".context_length")]
         lean = own and "options" not in self.common  # which the lean path does not take
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
-        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
-        self.card_dimensions = lengths[0] if lengths else None
-        self.dimensions = self.dimensions or self.card_dimensions
+        self.expected = next((n for key, n in figures if key.endswith(".embedding_length")), None)
         yield from self.identify()
         return []
 
     def agree(self) -> Conversation:
-        yield from super().agree()
-        known = self.dimensions is not None and "dimensions" not in self.common
-        if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
+        # What tells is the model's digest; a server without one is taken at its word about the model's name.
+        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
+        if self.digest and other.digest != self.digest:
+            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
+            self.digest = ""  # for others to be compared with
+            raise Stop(
+                f'{self.address} has another model "{self.model}" ({mine[:12]}) than {other.address} '
+                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
+                f'with "ollama pull {self.model}", or leave out one --server.'
+            )
+        # Those asked for are chosen, the card's are not.
+        if self.dimensions not in (None, self.expected) and "dimensions" not in self.common:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
-    def identify(self) -> Generator[Send | Wait, Reply | None, None]:
+    def identify(self) -> Steps[None]:
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
         for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
             if wait:
                 yield Wait(wait)
-            reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
-            assert reply is not None
+            reply: Reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
             try:
                 self.check(reply, "/api/tags")
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
             except (Unavailable, Silent):
                 continue
-            except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+            except (Trouble, Stop, *MALFORMED):
                 return
             self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
             return
-
-    def advice(self) -> str:
-        return 'Start it with "ollama serve", or give --server URL.'
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked: dict[str, Any]
-        texts = self.prefixed(texts)
+        texts = [self.prefix + text for text in texts]
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
@@ -1185,10 +1215,7 @@ class OllamaWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        answer = json.loads(body)
+    def vectors(self, path: str, answer: Any) -> list[Any]:
         if path == LEGACY:
             return [normalised(answer["embedding"])]
         if path == USUAL:
@@ -1199,27 +1226,18 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def unreadable(self, path: str, words: str) -> Trouble:
-        if path == LEAN and not self.lean_seen:
-            return self.without_lean("no embeddings")
-        return super().unreadable(path, words)
-
-    def without_lean(self, words: str) -> Superseded:
-        """Leave the lean path for the rest of the run."""
-        self.lean_bytes = 0
-        return Superseded(words)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status == 404 and "model" in words and "not found" in words:
-            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
+            raise Stop(f'{self.address} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if path == LEAN and (status == 404 or not self.lean_seen):
-            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+            self.lean_bytes = 0  # an older server, or one behind a proxy that lets through only /api
+            raise Superseded
         if path == USUAL and status == 404:
             self.legacy, self.most_texts = True, 1
-            raise Superseded(said)
+            raise Superseded
         if path == LEGACY and status == 404:
             raise Stop(
-                f"{self.server.shown} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
+                f"{self.address} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
                 "for one that speaks the OpenAI protocol."
             )
 
@@ -1243,17 +1261,7 @@ class NoModel(Stop):
     """The server does not have the model."""
 
 
-# As TEI has it, OpenAI, servers with pydantic, and others.
-TOO_MANY = re.compile(
-    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
-    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
-    re.IGNORECASE,
-)
-NO_MODEL = re.compile(
-    r"\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b",
-    re.IGNORECASE,
-)
+NO_MODEL = r"(?i)\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b"
 
 
 class OpenAIWire(HTTPWire):
@@ -1264,6 +1272,7 @@ class OpenAIWire(HTTPWire):
 
     product = "a server"
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"
+    advice = "Start it, or give --server URL."
     path = "/embeddings"
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
@@ -1273,13 +1282,14 @@ class OpenAIWire(HTTPWire):
         self.base64 = False  # whether vectors are asked for, and come, in that form
 
     def greet(self) -> Conversation:
+        self.base64 = False  # one that was away may be another now
         try:
             first = yield from self.sample(base64=False)
         except NoModel as missing:
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
         except Refused as refused:
-            raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
+            raise Stop(f"{self.address} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
         second = b""
@@ -1287,15 +1297,14 @@ class OpenAIWire(HTTPWire):
             second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
-        if self.certain and len(first) // 4 != self.dimensions:
+        self.expected = len(first) // 4
+        if self.dimensions is None and len(second) == len(first):  # one answer may be a fault, two are the model
+            self.settle(self.expected)
+        elif self.dimensions not in (None, self.expected):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
-        elif not self.certain:
-            self.dimensions = len(first) // 4
-            if len(second) == len(first):  # one answer may be a fault, two are the model
-                self.settle(self.dimensions)
         return []
 
-    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Steps[bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
         request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
@@ -1306,18 +1315,15 @@ class OpenAIWire(HTTPWire):
         except (Unavailable, Silent, Garbled):
             return b""
 
-    def models(self) -> Generator[Send, Reply | None, list[str]]:
+    def models(self) -> Steps[list[str]]:
         """Return the names of the server's models, if it tells them."""
         import json
 
         reply = yield from self.call(Send("/models", b"", self.timeout), patient=True)
         try:
             return [str(model["id"]) for model in json.loads(reply.body)["data"]]
-        except (ValueError, RecursionError, LookupError, TypeError):
+        except MALFORMED:
             return []
-
-    def advice(self) -> str:
-        return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         return self.request_as(self.base64, texts, timeout)
@@ -1326,7 +1332,7 @@ class OpenAIWire(HTTPWire):
         """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
-        asked = {**self.common, "input": self.prefixed(texts)}
+        asked = {**self.common, "input": [self.prefix + text for text in texts]}
         if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
@@ -1334,31 +1340,20 @@ class OpenAIWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if self.base64 else 'decimals'} over {self.server.path}{path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        vectors = in_order(json.loads(body)["data"])
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        vectors = in_order(answer["data"])
         if not all(isinstance(vector, bytes) for vector in vectors):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
 
-    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = self.words(reply) if reply.status in (400, 413, 422) else ""
-        if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # Of the numbers in the words, the largest below what was sent.
-            below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
-            raise Superseded(words)
-        return super().read(path, reply, texts)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        if status in (400, 404) and NO_MODEL.search(words):
-            raise NoModel(f'{self.server.shown} has no model "{self.model}" ({said}).')
+        if status in (400, 404) and re.search(NO_MODEL, words):
+            raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
-            raise Stop(f"{self.server.shown} has no {path} ({said}). Does it serve embeddings?")
-        if self.base64 and "encoding_format" in words:
+            raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
+        if status != 200 and self.base64 and "encoding_format" in words:
             self.base64 = False
-            raise Superseded(said)
+            raise Superseded
 
 
 def normalised(vector: Any) -> Any:
@@ -1415,7 +1410,7 @@ def plain(text: str) -> str:
     return "".join(character for character in decomposed.casefold() if character.isalnum())
 
 
-class HashWire:
+class HashWire(Wire):
     """No server: signed feature hashing of words and word pairs, computed in this process.
 
     K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
@@ -1423,28 +1418,14 @@ class HashWire:
     """
 
     product = address = "hash:"
-    model = "hash-256"
-    digest = ""  # the name says it all
+    model = "hash-256"  # the name says it all, and there is no digest
     dimensions = 256
-    certain = True
     server = Server("hash", "", 0, "", "")
-    kin: ClassVar[list[Any]] = []
 
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.prefix: str = options.prefix
-
-    def greet(self) -> Conversation:
-        """There is nobody to greet."""
-        return []
-        yield  # makes it a generator
-
-    probe = agree = greet
-
-    def settle(self, dimensions: int) -> None:
-        """There is nothing to be settled."""
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.prefix = options.prefix
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return a conversation that knows the answers without asking anyone."""
         return [hash_embedding(self.prefix, text) or "no words in the text" for text in texts]
         yield  # makes it a generator
 
@@ -1469,27 +1450,18 @@ def hash_embedding(prefix: str, text: str) -> bytes:
     return pack([number / norm for number in vector]) if norm else b""
 
 
-Wire = Union[HTTPWire, HashWire]
-
-
-def wire_for(address: str, options: argparse.Namespace) -> Wire:
-    """Return the wire that speaks to a server."""
-    if address == "hash:":
-        return HashWire(HashWire.server, options)
-    server = parse_server(address)._replace(ca_file=options.ca_file or "")
-    return (OpenAIWire if server.openai else OllamaWire)(server, options)
-
-
 def wires_for(options: argparse.Namespace) -> list[Wire]:
     """Return the wires that speak to the servers of --server."""
-    wires = [wire_for(address, options) for address in options.server]
-    places = [wire.address for wire in wires]
-    for place in places:
-        if places.count(place) > 1:  # rather a slip than a wish, and the server meant would stay idle
-            raise UsageError(f"--server {place} is given twice. Give each server once.")
-    if len(wires) > 1:
-        for wire in wires:
-            wire.kin = wires  # type: ignore[misc]
+    if options.server == ["hash:"]:
+        return [HashWire(options)]
+    wires: list[Wire] = []
+    for text in options.server:
+        server = parse_server(text, options.ca_file or "")
+        wire = (OpenAIWire if server.openai else OllamaWire)(server, options)
+        if wire.address in [other.address for other in wires]:  # rather a slip than a wish: another would stay idle
+            raise UsageError(f"--server {wire.address} is given twice. Give each server once.")
+        wires.append(wire)
+        wire.kin = wires
     return wires
 
 
@@ -1519,17 +1491,14 @@ class Exchange(NamedTuple):
     most: int = sys.maxsize
 
 
+Steps = Generator[Union[Send, Wait, Exchange], Any, T]  # what it is sent back is the Reply to a Send, None otherwise
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
-Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
+Conversation = Steps[Answers]
 
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
 LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
 LEAVE = 5.0  # seconds of trying, where there are other servers, until the texts go there; at once if nobody is there
-SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
-# Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
-# which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
-CRASHES, CRASHES_ALONE = 4, 8
 SUSPICIONS = 3  # of one text, before it fails although the server was not well right after it either
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
@@ -1551,11 +1520,9 @@ class Talk:
 
     def __init__(self, wire: HTTPWire, jitter: Callable[[], float] | None = None, movable: bool = False) -> None:
         """`jitter` gives numbers from 0 to 1 that spread the waits of many clients; `movable` is as in converse()."""
-        if jitter is None:
-            import random
+        import random
 
-            jitter = random.random
-        self.wire, self.jitter, self.timeout, self.movable = wire, jitter, wire.timeout, movable
+        self.wire, self.timeout, self.movable, self.jitter = wire, wire.timeout, movable, jitter or random.random
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
@@ -1568,67 +1535,50 @@ class Talk:
         alone. A single text is failed only when the server embeds a known-good text right after
         it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
-        single = len(texts) == 1
-        if len(texts) > self.wire.most_texts:
+        wire, single, longest = self.wire, len(texts) == 1, max(map(len, texts))
+        if len(texts) > wire.most_texts:
             return (yield from self.apart(texts, on_long, *in_half(texts)))
-        if not single and max(map(len, texts)) >= self.wire.long_from:
-            *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
-            return (yield from self.apart(texts, on_long, [longest], others))
-        garbled = silences = crashes = suspicions = 0
+        if not single and longest >= wire.long_from:
+            *others, last = sorted(texts, key=len)  # if it is taken, so will be the others
+            return (yield from self.apart(texts, on_long, [last], others))
+        points: dict[str, int] = {}  # against the texts, of each kind of trouble
+        suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
-                if single and len(texts[0]) >= self.wire.long_from and on_long != "truncate":
-                    self.wire.long_from = len(texts[0]) + 1
-                return list(vectors)
+                if single and on_long != "truncate":
+                    wire.long_from = max(wire.long_from, longest + 1)
+                return vectors
             except Superseded:
                 return (yield from self.embed(texts, on_long))
-            except TooLong as refused:
-                if single:
-                    # Before it is believed of a text shorter than others, a short one must not be too long.
-                    if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
-                        suspicions += 1
-                        if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                            continue
-                    self.wire.long_from = min(self.wire.long_from, len(texts[0]))
-                    if on_long != "fail":
-                        return [(yield from self.fit(texts[0], on_long, str(refused)))]
-                else:  # by length, so that those at fault are soon among themselves
-                    return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
-                trouble: Trouble = refused
-                suspect = True
-            except Refused as refused:
-                trouble = refused
-                suspect = True
-            except Garbled as unusable:
-                trouble = unusable
-                garbled += 1
-                suspect = garbled > 1
-                if isinstance(unusable, OtherDimensions):
-                    yield from self.until_sane()  # raises Stop if all vectors of this server are like that
-            except Silent as silent:
-                trouble = silent
-                silences += 1
-                suspect = not single or silences >= SILENCES
-                # The server may go on computing what nobody waits for any more: asking again
-                # before it has time for a short text would only lengthen its queue.
+            except Trouble as caught:
+                trouble = caught
+            if isinstance(trouble, (Silent, OtherDimensions)):
+                # After a silence, the server may go on computing what nobody waits for any more: asking again before
+                # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
+                # if all vectors of this server are like that.
                 yield from self.until_sane()
-            except Unavailable as away:
-                trouble = away
-                crashes += away.crashed if single else CRASHES // 2 if away.slow else not away.busy
-                suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
-            if not suspect:
+            points[trouble.kind] = points.get(trouble.kind, 0) + trouble.points(single)
+            if points[trouble.kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
+            too_long = isinstance(trouble, TooLong)
             if not single:
-                if crashes:
+                if points.get("crash") and not too_long:
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
-                return (yield from self.apart(texts, on_long, *in_half(texts)))
-            # Is it the text, or the server? Only the server's word on a known-good text tells.
-            suspicions += 1
-            if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
+                # By length, if that is it, so that those at fault are soon among themselves.
+                return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
+            # Is it the text, or the server? Only the server's word on a known-good text tells; but of the length of
+            # a part, or of a text as long as others that were refused, it is believed.
+            if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
+                suspicions += 1
+                if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                    points["crash"] = 0
+                    continue
+            if not too_long:
                 return [str(trouble)]
-            crashes = 0
+            wire.long_from = min(wire.long_from, longest)
+            return [(yield from self.fit(texts[0], on_long, str(trouble)))]
 
     def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
@@ -1638,28 +1588,24 @@ class Talk:
                 answers.update(zip(group, (yield from self.embed(group, on_long))))
         return [answers[text] for text in texts]
 
-    def fit(self, text: str, on_long: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def fit(self, text: str, on_long: str, refusal: str) -> Steps[bytes | str]:
         """Return the answer for a text that the server does not take as a whole."""
-        if on_long == "split":
-            parts = yield from self.split(text)
-            if isinstance(parts, str):
-                return parts
-            vector = mean(parts)
-            return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
         if on_long == "cut":
-            answer: bytes | str = TooLongFor(refusal)
-            if self.wire.cuts:
-                [answer] = yield from self.embed([text], "truncate")
-            if isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
-                answer = yield from self.cut(text, refusal)
+            answer = yield from self.cut(text, refusal)
             return Cut(answer) if isinstance(answer, bytes) else answer
-        return TooLongFor(refusal)
+        if on_long == "split":
+            return (yield from self.split(text))
+        return refusal if on_long == "fail" else TooLongFor(refusal)
 
-    def cut(self, text: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def cut(self, text: str, refusal: str) -> Steps[bytes | str]:
         """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
 
         Within a sixteenth of its length: each further step costs a request and adds fewer words.
         """
+        if self.wire.cuts:
+            [answer] = yield from self.embed([text], "truncate")
+            if not isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
+                return answer
         best: bytes | str = refusal
         low, high = 0, len(text)
         while high - low > max(low // 16, 1):
@@ -1675,117 +1621,104 @@ class Talk:
                 return answer
         return best
 
-    def split(self, text: str) -> Generator[Any, Reply | None, list[tuple[int, bytes]] | str]:
-        """Return the lengths and vectors of a text's parts, each as the server takes it; or why there is one without.
-
-        The text is known to be too long, and is halved until its parts are not.
-        """
-        found: list[tuple[int, bytes]] = []
-        for part in halves(text):
+    def split(self, text: str) -> Steps[bytes | str]:
+        """Return the mean of the vectors of a text's parts: its halves, or the halves of what is still too long."""
+        found: list[tuple[int, bytes]] = []  # each part's length and vector
+        parts = [*halves(text)]
+        while parts:
+            part = parts.pop(0)
             if not part.strip(BLANKS):
                 continue
             [answer] = yield from self.embed([part], "whole")
             if isinstance(answer, bytes):
                 found.append((len(part), answer))
-            elif isinstance(answer, TooLongFor) and len(part) < len(text):
-                inner = yield from self.split(part)
-                if isinstance(inner, str):
-                    return inner
-                found += inner
+            elif isinstance(answer, TooLongFor) and len(part) > 1:
+                parts[:0] = halves(part)
             else:
                 return str(answer)
-        return found
+        vector = mean(found)
+        return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
 
-    def ask(
-        self, texts: list[str], probe: bool = False, truncate: bool = False
-    ) -> Generator[Any, Reply | None, list[bytes]]:
+    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Conversation:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
         request = self.wire.request(texts, self.timeout, truncate)
-        reply = yield request
-        assert reply is not None
+        reply: Reply = yield request
         try:
-            vectors = self.wire.read(request.path, reply, texts)
+            vectors: Answers = [*self.wire.read(request.path, reply, texts)]
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
-        except Superseded:
-            raise
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
-            # A long silence may mean that much was asked for.
-            if probe or not (isinstance(trouble, Silent) or getattr(trouble, "slow", False)):
+            if probe or not trouble.slow:  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            if probe:
-                yield Exchange(0, reply.seconds, "failed", str(trouble))
-            else:
-                yield Exchange(len(texts), reply.seconds, trouble.outcome, str(trouble))
+            outcome = "failed" if probe else trouble.outcome
+            yield Exchange(0 if probe else len(texts), reply.seconds, outcome, str(trouble))
             raise
         self.trying = self.waits = 0
         if not probe:
             yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path), most=self.wire.most_texts)
         return vectors
 
-    def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
+    def check_dimensions(self, dimensions: int, probe: bool) -> Steps[None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if probe and not wire.certain:
-            return  # nothing is known yet that it could differ from
-        if not wire.certain and dimensions != wire.dimensions:
-            # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            vectors = yield from self.ask([KNOWN_GOOD], probe=True)
-            if not wire.certain and len(vectors[0]) // 4 == dimensions:  # no other conversation has settled it
-                wire.dimensions = dimensions
-        if dimensions != wire.dimensions:
-            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
-        if not wire.certain:
-            wire.settle(dimensions)
+        if wire.dimensions is None:
+            if probe:
+                return  # nothing is known yet that it could differ from
+            if dimensions != wire.expected:
+                # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
+                [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
+                if len(vector) // 4 == dimensions:
+                    wire.expected = dimensions
+        known = wire.dimensions or wire.expected  # another conversation may have settled it meanwhile
+        if dimensions != known:
+            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {known}")
+        wire.settle(dimensions)
+
+    def known_good(self) -> Conversation:
+        """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
+        while True:
+            try:
+                return (yield from self.ask([KNOWN_GOOD], probe=True))
+            except Superseded:
+                continue
+            except OtherDimensions as error:
+                raise Stop(
+                    f"{self.wire.address} does not give what the table holds: {error}. "
+                    "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+                ) from None
 
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
         yield from self.wire.agree()
-        while True:
-            try:
-                return list((yield from self.ask([KNOWN_GOOD], probe=True)))
-            except Superseded:
-                continue
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Trouble as trouble:
-                raise self.away(trouble) from None
+        try:
+            return (yield from self.known_good())
+        except Trouble as trouble:
+            raise self.away(trouble) from None
 
-    def until_sane(self) -> Generator[Any, Reply | None, bool]:
+    def until_sane(self) -> Steps[bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
         at_once = True
         while True:
             try:
-                yield from self.ask([KNOWN_GOOD], probe=True)
+                yield from self.known_good()
                 return at_once
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Superseded:
-                continue
             except Trouble as trouble:
                 at_once = False
                 yield from self.pause(trouble, known_good=True)
 
-    def of_no_use(self, error: OtherDimensions) -> Stop:
-        """Return the end of all work with this server."""
-        return Stop(
-            f"{self.wire.server.shown} does not give what the table holds: {error}. "
-            "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-        )
-
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
         away = Away(
-            f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+            f"{self.wire.product} at {self.wire.address} has given no good answer for "
             f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
         )
         away.reason = str(trouble)
-        away.wait = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        away.wait = min(trouble.retry_after, LONGEST_RETRY_AFTER)
         return away
 
-    def pause(self, trouble: Trouble, known_good: bool = False) -> Generator[Any, Reply | None, None]:
+    def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
         Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
@@ -1793,16 +1726,14 @@ class Talk:
         the server may have broken, unless it cannot bear the known-good text either: they would break the others.
         """
         away = self.away(trouble)
-        asked_for = away.wait
-        if self.trying >= PATIENCE:
-            raise away
-        blameless = known_good or not getattr(trouble, "crashed", False)
-        if self.movable and blameless and (self.trying + asked_for >= LEAVE or getattr(trouble, "gone", False)):
+        blameless = known_good or not trouble.crashed
+        leave = self.movable and blameless and (trouble.gone or self.trying + away.wait >= LEAVE)
+        if leave or self.trying >= PATIENCE:
             raise away
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
-        yield Wait(max(wait, asked_for))
+        yield Wait(max(wait, away.wait))
 
 
 # =============================== pace ===============================
@@ -2228,7 +2159,7 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+        if self.dimensions and wire.dimensions != self.dimensions:
             wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
@@ -2633,7 +2564,7 @@ class Engine:
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
         lane = self.present()[0]
-        if lane.wire.dimensions is None or not lane.wire.certain:
+        if lane.wire.dimensions is None:
             lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
@@ -4655,10 +4586,8 @@ class PostgresStore(Store):
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
             for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
-            usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
-            raise Stop(
-                f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
-            ) from None
+            kind = UsageError if isinstance(error, psycopg.ProgrammingError) else Stop  # the first if the URL is wrong
+            raise kind(f"cannot connect to Postgres ({reason}). Check --database URL.") from None
 
     def close(self) -> None:
         if self.fleet:
@@ -5918,7 +5847,7 @@ class Report:
                 f"🧠 {self.title} Generator",
                 RULE,
                 f"📊 Total {self.nouns} to process: {counts.total}",
-                f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}",
+                f"⚡ Workers/Concurrent: {self.options.concurrent or 'auto'}",
                 f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}",
                 f"📝 Detailed logs: {self.log.shown}",
                 "",
@@ -6598,7 +6527,9 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
         code = interrupt.code or stop.code
         report.finish(counts, code, message)
-        raise Reported(message, code) from stop
+        reported = Reported(message)
+        reported.code = code
+        raise reported from stop
     finally:
         engine.close()
 
@@ -6638,14 +6569,14 @@ def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], 
 
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
-    fixed, many = options.in_flight, len(wires)
+    fixed, many = options.concurrent, len(wires)
     lanes = []
     for place, wire in enumerate(wires):
         in_flight = fixed and max(1, fixed // many + (place < fixed % many))
         pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
         lanes.append(Lane(place, wire, pace))
     servers = Servers(lanes, fixed)
-    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    servers.dimensions = wires[0].dimensions
     return servers
 
 
