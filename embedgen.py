@@ -3043,6 +3043,8 @@ def read_file(path: str) -> Iterator[Record]:
         # Bytes that are no UTF-8 become lone surrogates, which `clean` finds in their line.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for line, row in reader(file, path):
+                if not isinstance(row, dict) or not all(row):
+                    raise UsageError(f"{path}, line {line}: an object with a name for every value was expected.")
                 try:
                     yield line, {column: clean(value) for column, value in row.items()}
                 except UnicodeEncodeError:
@@ -3053,20 +3055,19 @@ def read_file(path: str) -> Iterator[Record]:
 
 def clean(value: Any) -> Any:
     """Return a value as a database can hold it; UnicodeEncodeError for text that is no Unicode."""
-    import json
+    if isinstance(value, (list, dict)):
+        import json
 
-    if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
-        value = ", ".join(map(str, value))
-    elif isinstance(value, (list, dict)):
-        value = json.dumps(value, ensure_ascii=False)
+        is_plain = isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value)
+        value = ", ".join(map(str, value)) if is_plain else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        value = str(value)
     if isinstance(value, str):
         value.encode("utf-8")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return str(value)
-    return value if value != "" else None
+    return None if value == "" else value
 
 
-def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
+def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
     """Yield the rows of a CSV file (RFC 4180) with a header line."""
     import csv
 
@@ -3084,10 +3085,10 @@ def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
                     )
                 if not all(header) or len(set(header)) < len(header):
                     raise UsageError(f"{path}, line {line}: the header must name every column, each once.")
-            elif fields and len(fields) != len(header):
-                raise UsageError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}.")
             elif fields:
-                yield line, {name: field if field else None for name, field in zip(header, fields)}
+                if len(fields) != len(header):
+                    raise UsageError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}.")
+                yield line, dict(zip(header, fields))
             line = reader.line_num + 1  # where the next row begins; one with quoted newlines has several lines
     except csv.Error as error:
         raise UsageError(f"{path}, line {line}: {error}.") from None
@@ -3095,78 +3096,62 @@ def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
         raise UsageError(f"--load {path}: the file is empty.")
 
 
-def read_tsv(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the rows of a file with tabs between its fields."""
-    return read_csv(file, path, delimiter="\t")
-
-
-def read_jsonl(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the objects of a file with one to a line."""
+def read_jsonl(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a file with one to a line."""
     import json
 
     for line, text in enumerate(file, 1):
         if text.strip():
             try:
-                yield line, an_object(json.loads(text), path, line)
+                yield line, json.loads(text)
             except json.JSONDecodeError as error:
                 raise UsageError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}.") from None
 
 
-def read_json(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the objects of one JSON array, read piece by piece: the file may be larger than memory."""
+def read_json(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of one JSON array, read piece by piece: the file may be larger than memory."""
     import json
 
-    decoder = json.JSONDecoder()
-    text, position, line = "", 0, 1
-    expected, ended = "[", False  # what must come next: the bracket, a comma (or the end), an object
+    decoder, blanks = json.JSONDecoder(), re.compile(r"\s*")
+    text, position, line = "", 0, 1  # what has been read, and the place and line in it up to which it is dealt with
+    before, ended = "[", False  # what stands before the next value: the bracket, then commas
 
-    def fail(problem: str) -> UsageError:
-        return UsageError(f"{path}, line {line}: {problem}. The file must hold one array of objects.")
+    def after_blanks(place: int) -> int:
+        return blanks.match(text, place).end()  # type: ignore[union-attr] # it always matches
+
+    def fail(problem: str, place: int) -> UsageError:
+        at = line + text.count("\n", position, place)
+        return UsageError(f"{path}, line {at}: {problem}. The file must hold one array of objects.")
 
     while True:
-        blank = re.compile(r"\s*").match(text, position)
-        assert blank is not None
-        line += text.count("\n", position, blank.end())
-        position = blank.end()
-        if position < len(text) and expected in "[,":
-            if text[position] == "]" and expected == ",":
-                if text[position + 1 :].strip() or file.read().strip():
-                    raise fail("something follows the array")
-                return
-            if text[position] != expected:
-                raise fail(f"{text[position]!r} stands where {expected!r} should")
-            expected, position = ("object or ]" if expected == "[" else "object"), position + 1
+        head = after_blanks(position)
+        sign, start = text[head : head + 1], after_blanks(head + 1)
+        if sign == before == "[" and text[start : start + 1] == "]":  # an array of nothing
+            head, sign, before = start, "]", ","
+        if sign == "]" and before == ",":
+            if text[head + 1 :].strip() or file.read().strip():
+                raise fail("something follows the array", head)
+            return
+        if sign not in ("", before):
+            raise fail(f"{sign!r} stands where {before!r} should", head)
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            if ended or len(text) - start > JSON_MOST:
+                problem = f"not JSON: {error.msg}" if start < len(text) else "the file ends too early"
+                raise fail(problem, error.pos) from None
+            piece = file.read(JSON_PIECE)
+            text, position, ended = text[position:] + piece, 0, not piece
             continue
-        if position < len(text) and expected == "object or ]" and text[position] == "]":
-            expected = ","
-            continue
-        if position < len(text):
-            try:
-                value, end = decoder.raw_decode(text, position)
-                yield line, an_object(value, path, line)
-                line += text.count("\n", position, end)
-                expected, position = ",", end
-                continue
-            except json.JSONDecodeError as error:
-                if ended or len(text) - position > JSON_MOST:
-                    line += text.count("\n", position, error.pos)
-                    raise fail(f"not JSON: {error.msg}") from None
-        if ended:
-            raise fail("the file ends too early")
-        piece = file.read(JSON_PIECE)
-        text, position, ended = text[position:] + piece, 0, not piece
+        line += text.count("\n", position, start)
+        yield line, value
+        line += text.count("\n", start, end)
+        before, position = ",", end
 
 
-def an_object(value: Any, path: str, line: int) -> dict[str, Any]:
-    """Return the value if it is a JSON object."""
-    if not isinstance(value, dict) or not all(value):
-        raise UsageError(f"{path}, line {line}: an object with a name for every value was expected.")
-    return value
-
-
-READERS: dict[str, Callable[[TextIO, str], Iterator[Record]]] = {
+READERS: dict[str, Callable[[TextIO, str], Iterator[tuple[int, Any]]]] = {
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": functools.partial(read_csv, delimiter="\t"),
     ".json": read_json,
     ".jsonl": read_jsonl,
 }
@@ -3175,17 +3160,17 @@ TYPES = ("INTEGER", "REAL", "TEXT")  # each can hold the ones before it
 
 
 def type_of(value: Any, typed: bool) -> int:
-    """Return the index in TYPES of the narrowest type for a value; a string is a number only if `typed` is false."""
-    if isinstance(value, int):
-        return 0
-    if isinstance(value, float):
-        return 1
-    # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
-    if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
-        return 0
-    if not typed and re.fullmatch(r"-?\d+\.\d+", value, re.ASCII) and repr(float(value)) == value:
-        return 1  # and not 1.10, which is more likely a version
-    return 2
+    """Return the index in TYPES of the narrowest type for a value, -1 for None; if `typed`, a string is no number."""
+    if value is None:
+        return -1
+    if isinstance(value, str):
+        # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
+        if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
+            return 0
+        # And so is a number with trailing ones: 1.10 is more likely a version.
+        is_real = not typed and re.fullmatch(r"-?\d+\.\d+", value, re.ASCII) and repr(float(value)) == value
+        return 1 if is_real else 2
+    return 1 if isinstance(value, float) else 0
 
 
 def column_types(path: str) -> dict[str, str]:
@@ -3194,8 +3179,8 @@ def column_types(path: str) -> dict[str, str]:
     found: dict[str, int] = {}
     for _, row in read_file(path):
         for column, value in row.items():
-            found[column] = max(found.get(column, -1), type_of(value, typed) if value is not None else -1)
-    return {column: TYPES[index] if index >= 0 else "TEXT" for column, index in found.items()}
+            found[column] = max(found.get(column, -1), type_of(value, typed))
+    return {column: TYPES[index] for column, index in found.items()}  # TEXT, by -1, if all are empty
 
 
 def records(path: str, columns: list[str], key: int) -> Iterator[list[Any]]:
