@@ -3230,6 +3230,12 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def replacing(key: str, columns: Iterable[str]) -> str:
+    """Return the clause of an INSERT of columns by which a row takes the place of the one with the same key."""
+    news = ", ".join(f"{quoted(column)} = excluded.{quoted(column)}" for column in columns if column != key)
+    return f"ON CONFLICT ({quoted(key)}) DO UPDATE SET {news}" if news else f"ON CONFLICT ({quoted(key)}) DO NOTHING"
+
+
 def primary_key(columns: dict[str, Column]) -> list[str]:
     """Return the columns of the primary key."""
     return [name for name, column in columns.items() if column.place]
@@ -3253,6 +3259,7 @@ class Store:
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
     identity = ""  # the type of a table's own number
+    type_names: ClassVar[dict[str, str]] = {}  # of TYPES, where the database has others
     other_dimensions = ", or --force for all rows to replace them"  # a way out where vectors have another length
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -3286,9 +3293,13 @@ class Store:
         """Return what the action returns, in a transaction that no other embedgen has at the same time."""
         raise NotImplementedError
 
+    def transaction(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, done as a whole or not at all."""
+        raise NotImplementedError
+
     def is_there(self, relation: Relation) -> bool:
         """Whether a table exists; within a transaction."""
-        raise NotImplementedError
+        return self.find_exactly(relation) is not None
 
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
@@ -3306,8 +3317,12 @@ class Store:
         """Return the table or view that is meant by name or schema.name."""
         raise NotImplementedError
 
-    def place(self, name: str, beside: str) -> Relation:
-        """Return where a table of that name, possibly schema.name, is to be created, by default in a schema."""
+    def find_exactly(self, relation: Relation) -> Relation | None:
+        """Return the table or view of that schema and name, if it exists."""
+        raise NotImplementedError
+
+    def place(self, name: str, beside: str = "") -> Relation:
+        """Return where a table of that name, possibly schema.name, is to be created; if not said, in that schema."""
         raise NotImplementedError
 
     def tables(self) -> list[str]:
@@ -3378,8 +3393,13 @@ class Store:
         """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
         raise NotImplementedError
 
-    def load(self, path: str) -> int:
-        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+    def insert(
+        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
+    ) -> int:
+        """Insert the rows of --load, their values in the order of `columns`, and return how many; in a transaction.
+
+        A row replaces the one of the same key. `kinds` are the declared types of the columns.
+        """
         raise NotImplementedError
 
     # What a store says that can be filled by several machines at once; another has nothing to say:
@@ -3499,14 +3519,11 @@ class Store:
 
     def find_target(self) -> None:
         """Find the table that receives the vectors, and what can be stored in it."""
-        noun = singular(self.relation.name)
-        found = self.find(self.options.target) if self.options.target else None
-        wanted = self.place(self.options.target or f"{noun}_embeddings", self.relation.schema)
-        found = found or self.find_exactly(wanted)
-        self.has_target = found is not None
-        self.target = found or wanted
-        self.is_default_target = self.target[:2] == self.place(f"{noun}_embeddings", self.relation.schema)[:2]
-        self.target_key = f"{noun}_id"
+        given = self.options.target
+        wanted = self.place(given or self.usual_target, self.relation.schema)
+        found = (self.find(given) if given else None) or self.find_exactly(wanted)
+        self.has_target, self.target = found is not None, found or wanted
+        self.target_key = f"{singular(self.relation.name)}_id"
         self.target_columns = {name: name for name in self.own_columns}
         if found:
             if found == self.relation or not found.is_table:
@@ -3518,51 +3535,53 @@ class Store:
             else:
                 self.changing_model = "model" in self.target_columns
 
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        """Return the table or view of that schema and name, if it exists."""
-        raise NotImplementedError
+    @property
+    def usual_target(self) -> str:
+        """The name of the target unless --target says another."""
+        return f"{singular(self.relation.name)}_embeddings"
 
     def use_target(self) -> None:
         """Take an existing target as it is: its own names for the key and for what it has of our columns."""
         described = self.readable(self.target)
-        columns = list(described)
+        columns, name = list(described), self.target.name
         self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
-        theirs = self.target_columns.get("provenance", "")
-        if theirs and not (described[theirs].type.upper().startswith("INT") and "text_sha256" in self.target_columns):
-            del self.target_columns["provenance"]  # somebody else's, for something else
         if "embedding" not in self.target_columns:
             raise UsageError(
-                f'"{self.target.name}" has no column "embedding" to fill. It has: {listed(columns)}. '
-                "Give --target NAME."
+                f'"{name}" has no column "embedding" to fill. It has: {listed(columns)}. Give --target NAME.'
             )
+        maker = self.target_columns.get("provenance")
+        if maker and not (described[maker].type.upper().startswith("INT") and "text_sha256" in self.target_columns):
+            del self.target_columns["provenance"]  # somebody else's, for something else
         others = [column for column in columns if column not in self.target_columns.values()]
         primary, named = primary_key(described), match(self.target_key, others)
         # A column that is named for it is the key, even beside a primary key of the target's own.
         candidates = [named] if named else primary if len(primary) == 1 else others
         if len(candidates) != 1 or not self.is_unique(self.target, candidates[0]):
             raise UsageError(
-                f'"{self.target.name}" has no key to store vectors under: one column with a primary key or unique '
+                f'"{name}" has no key to store vectors under: one column with a primary key or unique '
                 f"index is needed. It has: {listed(columns)}. Give --target NAME."
             )
         self.target_key = candidates[0]
-        other = self.referenced(self.target, self.target_key)
-        if self.relation.is_table and other and other[0] != self.relation.name:
-            raise UsageError(f'"{self.target.name}" belongs to the table "{other[0]}". Give --target NAME.')
-        if self.relation.is_table and other and other[1] != self.key:
+        other = self.referenced(self.target, self.target_key) if self.relation.is_table else None
+        table, column = other or (self.relation.name, self.key)
+        if table != self.relation.name:
+            raise UsageError(f'"{name}" belongs to the table "{table}". Give --target NAME.')
+        if column != self.key:
             raise UsageError(
-                f'"{self.target.name}" has its vectors under the column "{other[1]}" of "{other[0]}", '
-                f'not "{self.key}". Give --id {other[1]}, or --target NAME.'
+                f'"{name}" has its vectors under the column "{column}" of "{table}", '
+                f'not "{self.key}". Give --id {column}, or --target NAME.'
             )
 
     def check_model(self) -> None:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
         if "model" not in self.target_columns:
             return
-        column = quoted(self.target_columns["model"])
-        # Of rows that exist: what is left of deleted ones is in nobody's way.
-        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
-        tables = f"{self.target.sql} AS e JOIN {self.relation.sql} AS s ON {on}"
-        other = self.value(f"SELECT e.{column} FROM {tables} WHERE e.{column} <> {self.mark(1)}", self.model)
+        model = self.stored("model")
+        # Of rows that exist: what is left of deleted ones is in nobody's way. Most tables hold one model, which shows
+        # without a look at the rows.
+        other = self.value(
+            f"SELECT {model} FROM {self.target.sql} AS e WHERE {model} <> {literal(self.model)} AND NOT {self.orphaned}"
+        )
         if other is None:
             return
         name = f'"{self.target.name}" holds vectors of the model "{other}"'
@@ -3571,7 +3590,7 @@ class Store:
                 f'{name}, which do not compare with those of "{self.model}". '
                 "Give --target NAME for a second table, or --force to replace them."
             )
-        if self.partial:
+        if not self.replaces_all:
             raise UsageError(
                 f'{name}, and some of them would be left beside those of "{self.model}". '
                 "Leave out --limit and --where, or give --target NAME."
@@ -3579,26 +3598,20 @@ class Store:
         self.changing_model = True
 
     def end_change(self) -> None:
-        """After --force has changed the model, remove what the new one gave no vector for: it compares with nothing."""
+        """After --force, remove what there is no new vector for, since it compares with none; and all word of it."""
+        target, model, digest = self.target.sql, literal(self.model), literal(self.digest)
         if self.changing_model:
-            column = quoted(self.target_columns["model"])
-            self.rows(f"DELETE FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
-        if self.force and not self.partial and self.has_provenance:
-            with contextlib.suppress(Forbidden):
-                self.forget_versions()
-
-    def forget_versions(self) -> None:
-        """Remove what is left of other versions of the model, and all word of what made no vector that is there."""
-        column, target = quoted(self.target_columns["provenance"]), self.target.sql
-        others = [number for number, model, digest, _ in self.records() if (model, digest) != (self.model, self.digest)]
-        if not others:
+            self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('model')} <> {model}")
+        if not self.replaces_all or not self.has_provenance:
             return
-        ids = f"({', '.join(map(str, others))})"
-        if self.digest:
-            unlike = f"SELECT id FROM {self.provenance.sql} WHERE id IN {ids} AND digest <> ''"
-            self.rows(f"DELETE FROM {target} WHERE {column} IN ({unlike})")
-        used = f"EXISTS (SELECT 1 FROM {target} AS e WHERE e.{column} = p.id)"
-        self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE p.id IN {ids} AND NOT {used}")
+        others = f"target = {literal(self.target.name)} AND NOT (model = {model} AND digest = {digest})"
+        with contextlib.suppress(Forbidden):
+            if self.value(f"SELECT 1 FROM {self.provenance.sql} WHERE {others}") is None:
+                return
+            if self.digest:
+                ids = f"(SELECT id FROM {self.provenance.sql} WHERE {others} AND digest <> '')"
+                self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('provenance')} IN {ids}")
+            self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE {others} AND NOT {self.is_used}")
 
     @property
     def provenance(self) -> Relation:
@@ -3610,27 +3623,22 @@ class Store:
         """Whether the provenance of what is in the target can be read."""
         return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
 
-    def records(self) -> list[tuple[int, str, str, int]]:
-        """Return what is on record for the target: ids, models, digests, and 1 where a mixture was accepted."""
-        sql = f"SELECT id, model, digest, accepted FROM {self.provenance.sql} WHERE target = {self.mark(1)} ORDER BY id"
-        return [tuple(row) for row in self.rows(sql, self.target.name)]
+    @property
+    def is_used(self) -> str:
+        """The condition that a record of provenance, p, is that of a vector."""
+        return f"EXISTS (SELECT 1 FROM {self.target.sql} AS e WHERE {self.stored('provenance')} = p.id)"
 
-    def version_there(self, ours: bool) -> str:
-        """Return a digest of this run's model of which a vector is in the target, `self.digest` or another; "" if none.
+    def version(self, condition: str) -> str:
+        """Return a digest of this run's model that is on record for the target and fulfils a condition, "" if none.
 
-        A run that was refused, or whose vectors have been replaced, may be on record, too.
+        It may be that of a run that was refused, or whose vectors have been replaced: see `is_used`.
         """
-        known = {number: digest for number, model, digest, _ in self.records() if digest and model == self.model}
-        sought = {number: digest for number, digest in known.items() if (digest == self.digest) == ours}
-        if not sought:
-            return ""
-        column = quoted(self.target_columns["provenance"])
-        of_those = f"{column} IN ({', '.join(map(str, sought))})"
-        return sought.get(self.value(f"SELECT {column} FROM {self.target.sql} WHERE {of_those}"), "")
+        ours = f"target = {literal(self.target.name)} AND model = {literal(self.model)} AND digest <> ''"
+        return self.value(f"SELECT digest FROM {self.provenance.sql} AS p WHERE {ours} AND {condition}") or ""
 
-    def other_version(self, ways: str) -> Stop:
+    def other_version(self, theirs: str, ways: str) -> Stop:
         """Return the end for a run or a search whose version of the model did not make the target's vectors."""
-        theirs, ours = (digest.rpartition(":")[2][:12] for digest in (self.version_there(ours=False), self.digest))
+        theirs, ours = (digest.rpartition(":")[2][:12] for digest in (theirs, self.digest))
         return Stop(
             f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
             f"server has now ({ours}), and the two may not compare. {ways}"
@@ -3638,15 +3646,14 @@ class Store:
 
     def check_version(self) -> None:
         """Raise Stop if another version of the model than that of `self.digest` has made vectors that would stay."""
-        if not self.digest or not self.has_provenance or self.options.accept_drift:
+        if not self.digest or not self.has_provenance or self.options.accept_drift or self.replaces_all:
             return
-        if self.force and not self.partial:
-            return  # all are replaced
-        accepted = {(model, digest) for _, model, digest, accepted in self.records() if accepted}
-        if (self.model, self.digest) not in accepted and self.version_there(ours=False):
+        accepted = self.version(f"digest = {literal(self.digest)} AND accepted = 1")
+        if not accepted and (other := self.version(f"digest <> {literal(self.digest)} AND {self.is_used}")):
             raise self.other_version(
+                other,
                 "Give --force, without --limit and --where, for all rows again, --target NAME for a second table, or "
-                "--accept-drift to mix them."
+                "--accept-drift to mix them.",
             )
 
     def maker(self, vector: bytes) -> int | None:
@@ -3662,52 +3669,60 @@ class Store:
     def record(self, fit: str) -> int:
         """Put on record what this run makes, and return its id in PROVENANCE; within a transaction."""
         name, accepted = self.provenance.sql, int(self.options.accept_drift)
-        if not self.is_there(self.provenance):
-            self.execute(
-                f"CREATE TABLE {name} (id {self.identity}, target text NOT NULL, model text NOT NULL, "
-                "digest text NOT NULL, prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
-                "UNIQUE (target, model, digest, prefix, fit))"
-            )
-        names = ("target", "model", "digest", "prefix", "fit")
-        values = (self.target.name, self.model, self.digest, self.prefix, fit)
-        same = " AND ".join(f"{column} = {self.mark(place)}" for place, column in enumerate(names, 1))
-        if not (found := self.execute(f"SELECT id FROM {name} WHERE {same}", *values)):
-            marks = ", ".join(self.mark(place) for place in range(1, 6))
-            self.execute(f"INSERT INTO {name} ({', '.join(names)}, accepted) VALUES ({marks}, {accepted})", *values)
-            found = self.execute(f"SELECT id FROM {name} WHERE {same}", *values)
+        self.create(
+            self.provenance,
+            f"id {self.identity}, target text NOT NULL, model text NOT NULL, digest text NOT NULL, "
+            "prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
+            "UNIQUE (target, model, digest, prefix, fit)",
+        )
+        made = {
+            "target": self.target.name,
+            "model": self.model,
+            "digest": self.digest,
+            "prefix": self.prefix,
+            "fit": fit,
+        }
+        values = {column: literal(value) for column, value in made.items()}
+        find = f"SELECT id FROM {name} WHERE {' AND '.join(f'{column} = {value}' for column, value in values.items())}"
+        if not self.execute(find):
+            columns = f"{', '.join(values)}, accepted"
+            self.execute(f"INSERT INTO {name} ({columns}) VALUES ({', '.join(values.values())}, {accepted})")
         if accepted:  # and so all that are mixed there
-            both = f"target = {self.mark(1)} AND model = {self.mark(2)}"
-            self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0", self.target.name, self.model)
-        number: int = found[0][0]
-        return number
+            both = f"target = {values['target']} AND model = {values['model']}"
+            self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0")
+        return int(self.execute(find)[0][0])
+
+    def create(self, relation: Relation, columns: str) -> None:
+        """Create a table unless it is there, as it is where another machine was quicker; within a transaction."""
+        if not self.is_there(relation):
+            self.execute(f"CREATE TABLE {relation.sql} ({columns})")
 
     def samples(self) -> list[tuple[str, bytes]]:
         """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same.
 
         Of whole texts, and, where versions of the model are mixed, of this one.
         """
-        if (self.force and not self.partial) or not self.has_target or "text_sha256" not in self.target_columns:
+        if self.replaces_all or not self.has_target or "text_sha256" not in self.target_columns:
             return []  # all are replaced, or may be of another text
-        ours = f"{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        ours = self.has_vector
         if self.has_provenance:
-            of_target = f"SELECT id FROM {self.provenance.sql} WHERE target = {literal(self.target.name)}"
-            column = quoted(self.target_columns["provenance"])
-            ours += f" AND COALESCE({column} NOT IN ({of_target} AND fit <> 'whole'), 1 = 1)"
-            if self.digest in (digest for _, _, digest, _ in self.records() if digest):
-                ours += f" AND {column} IN ({of_target} AND digest = {literal(self.digest)})"
-        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+            ids = f"SELECT id FROM {self.provenance.sql} WHERE target = {literal(self.target.name)}"
+            maker, this_version = self.stored("provenance"), f"digest = {literal(self.digest)}"
+            ours += f" AND COALESCE({maker} NOT IN ({ids} AND fit <> 'whole'), 1 = 1)"
+            if self.version(this_version):
+                ours += f" AND {maker} IN ({ids} AND {this_version})"
         found: list[tuple[str, bytes]] = []
         for most in (f"LIMIT {SAMPLED}", ""):  # nearly always the first will do; else all is looked through
             found = found or self.known_texts(
-                f"FROM (SELECT * FROM {self.target.sql} WHERE {ours} {most}) AS e JOIN {self.source} AS s ON {on} "
-                f"WHERE {self.existing} LIMIT {SAMPLES}"
+                f"FROM (SELECT * FROM {self.target.sql} AS e WHERE {ours} {most}) AS e "
+                f"JOIN {self.source} AS s ON {self.on} WHERE {self.existing} LIMIT {SAMPLES}"
             )
         return found
 
     @property
-    def partial(self) -> bool:
-        """Whether some rows of the table are none of this run's business."""
-        return self.options.limit is not None or bool(self.options.where)
+    def replaces_all(self) -> bool:
+        """Whether every vector in the target is to be replaced."""
+        return self.force and self.options.limit is None and not self.options.where
 
     def check_dimensions(self) -> None:
         """Raise UsageError if the vectors asked for have another length than those that stay."""
@@ -3724,18 +3739,28 @@ class Store:
             return
         references = self.references_sql() if self.referable else ""  # only a declared key can be referred to
         key = f"{quoted(self.target_key)} {self.key_type(self.key_declared)} PRIMARY KEY{references}"
-        columns = f"({key}, {self.create_sql(measure)})"
-
-        def create() -> None:
-            if not self.is_there(self.target):  # another machine may have been quicker
-                self.execute(f"CREATE TABLE {self.target.sql} {columns}")
-
-        self.alone(create)
+        columns = f"{key}, {self.create_sql(measure)}"
+        self.alone(lambda: self.create(self.target, columns))
         self.has_target = True
 
-    def beside(self, on: str, page: bool) -> str:
+    def stored(self, name: str) -> str:
+        """Return the SQL of what is stored with a row, by our own name for the column; NULL where nothing is."""
+        column = self.target_columns.get(name) if self.has_target else None
+        return f"e.{quoted(column)}" if column else "NULL"
+
+    @property
+    def key_sql(self) -> str:
+        """The SQL of a row's key."""
+        return f"s.{quoted(self.key)}"
+
+    @property
+    def on(self) -> str:
+        """The condition that an embedding is that of a row."""
+        return f"e.{quoted(self.target_key)} = {self.key_sql}"
+
+    def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
-        return f"LEFT JOIN {self.target.sql} AS e ON e.{on}"
+        return f"LEFT JOIN {self.target.sql} AS e ON {self.on}" if self.has_target else ""
 
     def joined(self, page: bool = False) -> tuple[str, str]:
         """Return the FROM clause of the rows with their embeddings, and the condition that one exists.
@@ -3745,18 +3770,16 @@ class Store:
         """
         if not self.has_target or (self.force and not self.changing_model):
             return f"{self.source} AS s", "1 = 0"
-        on = f"{quoted(self.target_key)} = s.{quoted(self.key)}"
-        return f"{self.source} AS s {self.beside(on, page)}", self.existing
+        return f"{self.source} AS s {self.beside(page)}", self.existing
 
     @property
     def existing(self) -> str:
         """The condition that there is an embedding of the row's text as it is now."""
         exists = self.has_vector
         if self.changing_model:
-            exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
+            exists += f" AND {self.is_by(self.model)}"
         if "text_sha256" in self.target_columns and not self.unchanged:
-            stored = f"e.{quoted(self.target_columns['text_sha256'])}"
-            exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
+            exists += f" AND COALESCE({self.stored('text_sha256')} = {self.digest_sql()}, 1 = 0)"
         return exists
 
     def count(self) -> tuple[int, int]:
@@ -3765,23 +3788,20 @@ class Store:
         total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
         return total, existing
 
-    def tally(self, having: str) -> tuple[int, int, int, int]:
+    def tally(self, having: str) -> tuple[int, ...]:
         """Return how many rows there are, with a vector, with one that fulfils a condition, and of these the fresh."""
         tables, exists = self.joined()
-        stored, having = (self.has_vector, having) if self.has_target else ("1 = 0", "1 = 0")
-        conditions = (stored, having, f"{having} AND {exists}")
+        conditions = (self.has_vector, having, f"{having} AND {exists}")
         cases = ", ".join(f"count(CASE WHEN {condition} THEN 1 END)" for condition in conditions)
-        total, present, found, existing = self.rows(f"SELECT count(*), {cases} FROM {tables}")[0]
-        return total, present, found, existing
+        return tuple(self.rows(f"SELECT count(*), {cases} FROM {tables}")[0])
 
     def comparable(self, dimensions: int, model: str) -> str:
         """Return the condition that a stored vector can be compared with one of that length and model."""
-        return self.has_length(dimensions) + self.is_by(model)
+        return f"{self.has_length(dimensions)} AND {self.is_by(model)}"
 
     def is_by(self, model: str) -> str:
-        """Return the further condition that a model has made a vector, where the target tells; "" for any model."""
-        named = self.target_columns.get("model")
-        return f" AND e.{quoted(named)} = {literal(model)}" if named and model else ""
+        """Return the condition that a model has made a vector, as far as the target tells; "" is any model."""
+        return f"{self.stored('model')} = {literal(model)}" if "model" in self.target_columns and model else "1 = 1"
 
     @property
     def common_dimensions(self) -> int | None:
@@ -3795,12 +3815,12 @@ class Store:
     @property
     def has_vector(self) -> str:
         """The condition that there is a vector."""
-        return f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        return f"{self.stored('embedding')} IS NOT NULL"
 
     @property
     def pairs(self) -> str:
         """The rows that have an embedding beside it, for a FROM clause."""
-        return f"{self.source} AS s JOIN {self.target.sql} AS e ON e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+        return f"{self.source} AS s JOIN {self.target.sql} AS e ON {self.on}"
 
     def check_searchable(self, model: str) -> None:
         """Raise Stop if there is nothing to compare a vector with, UsageError if there is only another model's."""
@@ -3808,10 +3828,9 @@ class Store:
         again = "Run the same command without --search or --similar first, which fills it."
         if not self.has_target:
             raise Stop(f"there are no embeddings yet: no table {name}. {again}")
-        column = self.target_columns.get("model")
-        if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE 1 = 1{self.is_by(model)}") is not None:
+        if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE {self.is_by(model)}") is not None:
             return
-        other = self.value(f"SELECT {quoted(column)} FROM {self.target.sql}") if column else None
+        other = self.value(f"SELECT {self.stored('model')} FROM {self.target.sql} AS e")
         if other is None:
             raise Stop(f"there are no embeddings yet: {name} is empty. {again}")
         raise UsageError(
@@ -3828,54 +3847,52 @@ class Store:
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
         self.digest = digest
-        if digest and self.has_provenance and self.version_there(ours=False) and not self.version_there(ours=True):
-            raise self.other_version("Give another --server, or run with --force first.")
+        if not digest or not self.has_provenance or self.version(f"digest = {literal(digest)} AND {self.is_used}"):
+            return
+        if other := self.version(self.is_used):
+            raise self.other_version(other, "Give another --server, or run with --force first.")
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
-        named = f"e.{quoted(self.target_columns['model'])}" if "model" in self.target_columns else "NULL"
-        vector = f"{self.vector_sql()}, {named}" if self.has_target else "NULL, NULL"
-        key, on = f"s.{quoted(self.key)}", f"{quoted(self.target_key)} = s.{quoted(self.key)}"
-        tables = f"{self.relation.sql} AS s {self.beside(on, False) if self.has_target else ''}"
-        found = self.with_key(f"SELECT {key}, {vector} FROM {tables} WHERE {key} = {self.mark(1)}", text)
+        shown = f"{self.key_sql}, {self.vector_sql()}, {self.stored('model')}"
+        tables = f"{self.relation.sql} AS s {self.beside(page=False)}"
+        found = self.with_key(f"SELECT {shown} FROM {tables} WHERE {self.key_sql} = {self.mark(1)}", text)
         if not found:
             raise UsageError(
                 f'"{self.relation.name}" has no row with the {self.key} {text}. Give another --similar {self.key}.'
             )
-        value, stored, model = found[0]
-        return value, self.vector_of(stored), model or ""
+        key, vector, model = found[0]
+        return key, self.vector_of(vector), model or ""
 
     def columns_of(self, keys: list[Any]) -> dict[Any, dict[str, Any]]:
         """Return the columns that make up the text, by name and as they are, of the rows with these keys, by key."""
-        names = list(dict.fromkeys(column for _, columns in self.how.parts for column in columns))
+        names = dict.fromkeys(column for _, columns in self.how.parts for column in columns)
         shown = ", ".join(f"s.{quoted(name)}" for name in [self.key, *names])
         found = {}
-        for start in range(0, len(keys), PAGE_ROWS):
-            some = keys[start : start + PAGE_ROWS]
-            marks = ", ".join(self.mark(place) for place in range(1, len(some) + 1))
-            sql = f"SELECT {shown} FROM {self.source} AS s WHERE s.{quoted(self.key)} IN ({marks})"
+        while keys:
+            some, keys = keys[:PAGE_ROWS], keys[PAGE_ROWS:]
+            marks = ", ".join(map(self.mark, range(1, len(some) + 1)))
+            sql = f"SELECT {shown} FROM {self.source} AS s WHERE {self.key_sql} IN ({marks})"
             found.update({key: dict(zip(names, values)) for key, *values in self.rows(sql, *some)})
         return found
 
     def origins(self) -> list[tuple[str, str, str, str, int]]:
         """Return what made the vectors of rows that exist: model, its digest, prefix, fit, and how many; most first."""
-        names = self.target_columns
-        if not self.has_target or "model" not in names:
+        if not self.has_target or "model" not in self.target_columns:
             return []
         tables, made = self.pairs, "'', '', ''"
         if self.has_provenance:
-            tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
+            tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = {self.stored('provenance')}"
             made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
-        model = f"COALESCE(e.{quoted(names['model'])}, '')"
         return self.rows(
-            f"SELECT {model}, {made}, count(*) FROM {tables} GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
+            f"SELECT COALESCE({self.stored('model')}, ''), {made}, count(*) FROM {tables} "
+            "GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
         )
 
     @property
     def orphaned(self) -> str:
         """The condition that an embedding's row is gone from the table, whatever --where says."""
-        row = f"SELECT 1 FROM {self.relation.sql} AS s WHERE s.{quoted(self.key)} = e.{quoted(self.target_key)}"
-        return f"NOT EXISTS ({row})"
+        return f"NOT EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.on})"
 
     def check_belonging(self) -> None:
         """Raise UsageError unless a row that is missing in this very table is what its embedding was made of.
@@ -3883,7 +3900,8 @@ class Store:
         Through a view, or another table of the same keys, rows are missing that are there.
         """
         other = self.referenced(self.target, self.target_key)
-        if not self.force and not (other == (self.relation.name, self.key) if other else self.is_default_target):
+        usual = self.place(self.usual_target, self.relation.schema)
+        if not self.force and not (other == (self.relation.name, self.key) if other else self.target[:2] == usual[:2]):
             why = (
                 f'belongs to the table "{other[0]}"' if other else "does not say by a foreign key that it belongs to it"
             )
@@ -3906,8 +3924,7 @@ class Store:
 
     def prune(self) -> int:
         """Remove the embeddings whose row is gone, unless that would be all of them; with --force all the same."""
-        stays = f"SELECT 1 FROM {self.target.sql} AS k JOIN {self.relation.sql} AS s ON "
-        stays += f"s.{quoted(self.key)} = k.{quoted(self.target_key)}"
+        stays = f"SELECT 1 FROM {self.target.sql} AS e JOIN {self.relation.sql} AS s ON {self.on}"
         unless = "" if self.force else f" AND EXISTS ({stays})"
         return self.delete(f"DELETE FROM {self.target.sql} AS e WHERE {self.orphaned}{unless}")
 
@@ -3917,14 +3934,8 @@ class Store:
 
     def updated_at(self) -> Any:
         """Return when the target was last written to, as stored, None if it does not tell."""
-        column = self.target_columns.get("updated_at") if self.has_target else None
-        return self.value(f"SELECT max({quoted(column)}) FROM {self.target.sql}") if column else None
-
-    def page_sql(self, key: str, text: str, above: bool) -> str:
-        """Return the query of one page: the key and text of pending rows."""
-        tables, exists = self.joined()
-        after = f"{key} > {self.mark(1)} AND" if above else ""
-        return f"SELECT {key}, {text} FROM {tables} WHERE {after} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
+        last = f"SELECT max({self.stored('updated_at')}) FROM {self.target.sql} AS e"
+        return self.value(last) if self.has_target else None
 
     def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force.
@@ -3939,20 +3950,35 @@ class Store:
             yield from page
             after = page[-1].key if page else after
 
-    def load_columns(self, path: str, columns: list[str], relation: Relation | None) -> tuple[str, list[str]]:
-        """Return the key and the columns that a file's columns go to, in the table if there is one."""
-        if relation is None:
-            if not columns:
-                raise UsageError(f"--load {path}: the file has no rows.")
-            return self.key_name(columns, [], path), columns
-        described = self.columns(relation)
-        columns = [column_of(column, list(described), relation.name) for column in columns]
+    def load(self, path: str) -> int:
+        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+        types = column_types(path)
+        columns = list(types)
+        found = self.find(self.options.table)
+        table = found or self.place(self.options.table)
+        described = self.columns(table) if found else {}
+        if found:
+            columns = [column_of(column, list(described), found.name) for column in types]
+        elif not types:
+            raise UsageError(f"--load {path}: the file has no rows.")
         key = self.key_name(columns, [name for name in primary_key(described) if name in columns], path)
-        if not self.is_unique(relation, key):
+        if found and not self.is_unique(found, key):
             raise UsageError(
-                f'"{relation.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
+                f'"{found.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
-        return key, columns
+        if found:
+            kinds = [described[name].type for name in columns]
+        else:
+            kinds = [self.type_names.get(kind, kind) for kind in types.values()]
+        new = (f"{quoted(c)} {kind}{' PRIMARY KEY NOT NULL' * (c == key)}" for c, kind in zip(columns, kinds))
+        create = f"CREATE TABLE {table.sql} ({', '.join(new)})"
+
+        def insert_all() -> int:
+            if not found:
+                self.execute(create)
+            return self.insert(table, columns, kinds, key, records(path, list(types), columns.index(key)))
+
+        return self.transaction(insert_all)
 
 
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # of a path that is taken for a database
@@ -4154,55 +4180,41 @@ class SQLiteStore(Store):
         return "?"
 
     def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        sql = 'SELECT "table", "to" FROM pragma_foreign_key_list(?, ?) WHERE "from" = ?'
-        found = self.rows(sql, relation.name, relation.schema, column)
-        target = self.find_exactly(Relation(relation.schema, found[0][0], True)) if found else None
-        if target is None:
-            return None
-        columns = self.columns(target)
-        to = match(found[0][1], columns) if found[0][1] else next(iter(primary_key(columns)), None)
-        return (target.name, to) if to else None
+        sql = (
+            "SELECT t.name, c.name FROM pragma_foreign_key_list(?) AS f "
+            "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
+            "JOIN pragma_table_xinfo(t.name) AS c "
+            'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
+            'WHERE f."from" = ?'
+        )
+        return next((tuple(row) for row in self.rows(sql, relation.name, column)), None)
 
     def find(self, name: str) -> Relation | None:
-        schema, _, rest = name.partition(".")
-        return self.find_exactly(Relation("main", name, True)) or self.find_exactly(Relation(schema, rest, True))
+        return self.find_exactly(Relation("main", name, True)) or self.find_exactly(self.place(name))
 
     def find_exactly(self, relation: Relation) -> Relation | None:
-        if not relation.name or relation.schema not in self.schemas():
-            return None
-        found = self.rows(
-            f"SELECT name, type FROM {quoted(relation.schema)}.sqlite_master "
-            "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE",
-            relation.name,
+        sql = (
+            "SELECT name, type = 'table' FROM sqlite_master WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
         )
-        return Relation(relation.schema, found[0][0], found[0][1] == "table") if found else None
+        return next((Relation("main", name, bool(is_table)) for name, is_table in self.rows(sql, relation.name)), None)
 
-    def place(self, name: str, beside: str) -> Relation:
-        schema, _, rest = name.partition(".")
-        return Relation(schema, rest, True) if rest and schema in self.schemas() else Relation(beside, name, True)
-
-    def schemas(self) -> set[str]:
-        """Return main and temp; there are no others without ATTACH."""
-        return {row[1] for row in self.rows("PRAGMA database_list")}
+    def place(self, name: str, beside: str = "") -> Relation:
+        return Relation("main", name.removeprefix("main.") or name, True)  # without ATTACH there is no other schema
 
     def tables(self) -> list[str]:
         found = self.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'")
         return [name for (name,) in found]
 
     def columns(self, relation: Relation) -> dict[str, Column]:
-        sql = "SELECT name, type, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1"
-        return {
-            name: Column(declared, place) for name, declared, place in self.rows(sql, relation.name, relation.schema)
-        }
+        found = self.rows("SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden <> 1", relation.name)
+        return {name: Column(declared, place) for name, declared, place in found}
 
     def is_unique(self, relation: Relation, column: str) -> bool:
-        if primary_key(self.columns(relation)) == [column]:
-            return True
-        indexes = self.rows(
-            'SELECT name FROM pragma_index_list(?, ?) WHERE "unique" AND NOT partial', relation.name, relation.schema
+        sql = (
+            "SELECT max(c.name) FROM pragma_index_list(?) AS i JOIN pragma_index_info(i.name) AS c "
+            'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1'
         )
-        sql = "SELECT name FROM pragma_index_info(?, ?)"
-        return any(self.rows(sql, index, relation.schema) == [(column,)] for (index,) in indexes)
+        return primary_key(self.columns(relation)) == [column] or (column,) in self.rows(sql, relation.name)
 
     def value_sql(self, column: str, declared: str) -> str:
         name, blanks = f"s.{quoted(column)}", ", ".join(str(ord(blank)) for blank in BLANKS)
@@ -4225,9 +4237,7 @@ class SQLiteStore(Store):
         return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
 
     def references_sql(self) -> str:
-        # References cannot reach into another schema.
-        same = self.relation.schema == self.target.schema
-        return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE" if same else ""
+        return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE"
 
     def create_sql(self, measure: Callable[[], int]) -> str:
         return (
@@ -4240,12 +4250,11 @@ class SQLiteStore(Store):
         super().create_target(measure)
 
     def stored_dimensions(self, model: str = "") -> int | None:
-        if not self.has_target or (self.force and not self.partial):
+        if not self.has_target or self.replaces_all:
             return None
-        vector, is_meant = self.vector_sql(), self.is_by(model)
-        size = self.value(
-            f"SELECT length({vector}) FROM {self.target.sql} AS e WHERE typeof({vector}) = 'blob'{is_meant}"
-        )
+        vector = self.stored("embedding")
+        are_meant = f"typeof({vector}) = 'blob' AND {self.is_by(model)}"
+        size = self.value(f"SELECT length({vector}) FROM {self.target.sql} AS e WHERE {are_meant}")
         return size // 4 if size and size % 4 == 0 else None
 
     def prepare(self) -> None:
@@ -4382,12 +4391,17 @@ class SQLiteStore(Store):
         execute(f"REPLACE INTO {NOTES} VALUES (?, ?, ?, ?)", (self.target.name, self.claim, state, now))
 
     def page(self, after: Any) -> tuple[list[Row], bool]:
-        sql = self.page_sql(f"s.{quoted(self.key)}", as_bytes(self.text), above=after is not None)
+        tables, exists = self.joined()
+        above, parameters = ("1 = 1", ()) if after is None else (f"{self.key_sql} > ?", (after,))
+        sql = (
+            f"SELECT {self.key_sql}, {as_bytes(self.text)} FROM {tables} WHERE {above} AND NOT ({exists}) "
+            f"ORDER BY {self.key_sql} LIMIT {PAGE_ROWS}"
+        )
 
         def read() -> tuple[list[Row], bool]:
             page: list[Row] = []
             size = 0
-            with contextlib.closing(self.connection.execute(sql, () if after is None else (after,))) as cursor:
+            with contextlib.closing(self.connection.execute(sql, parameters)) as cursor:
                 for key, raw in cursor:
                     text = raw.decode(self.encoding, "replace")
                     page.append(Row(key, text, digest_of(self.prefix + text)))
@@ -4399,26 +4413,19 @@ class SQLiteStore(Store):
         return self.patiently(read)
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
-        import itertools
-
-        names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        columns = [quoted(self.target_columns[name]) for name in names]
-        key = quoted(self.target_key)
+        columns = {quoted(theirs): f":{ours}" for ours, theirs in self.target_columns.items()}
         sql = (
-            f"INSERT INTO {self.target.sql} ({', '.join([key, *columns])}) SELECT ?{', ?' * len(columns)} "
-            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?) "
-            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
+            f"INSERT INTO {self.target.sql} ({quoted(self.target_key)}, {', '.join(columns)}) "
+            f"SELECT :key, {', '.join(columns.values())} "
+            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.key_sql} = :key) "
+            f"{replacing(self.target_key, self.target_columns.values())}"
         )
-        keys = [row.key for row, _ in vectors]
-        known: dict[str, Iterable[Any]] = {
-            "embedding": [vector for _, vector in vectors],
-            "model": itertools.repeat(self.model),
-            "text_sha256": [row.digest for row, _ in vectors],
-            "updated_at": itertools.repeat(now),
-            "provenance": [self.maker(vector) for _, vector in vectors],
-        }
-        parameters = list(zip(keys, *(known[name] for name in names), keys))
-        return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        rows = [
+            {"key": row.key, "embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now,
+             "provenance": self.maker(vector)} for row, vector in vectors
+        ]  # fmt: skip
+        return self.transaction(lambda: int(self.connection.executemany(sql, rows).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all; wait for a locked database."""
@@ -4426,12 +4433,8 @@ class SQLiteStore(Store):
 
     alone = transaction  # nobody else has one meanwhile
 
-    def is_there(self, relation: Relation) -> bool:
-        sql = f"SELECT 1 FROM {quoted(relation.schema)}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
-        return bool(self.execute(sql, relation.name))
-
     def vector_sql(self) -> str:
-        return f"e.{quoted(self.target_columns['embedding'])}"
+        return self.stored("embedding")
 
     def vector_of(self, value: Any) -> bytes | None:
         return value if isinstance(value, bytes) and value and len(value) % 4 == 0 else None
@@ -4445,7 +4448,7 @@ class SQLiteStore(Store):
         vector = self.vector_sql()
         return f"typeof({vector}) = 'blob' AND length({vector}) = {dimensions * 4}"
 
-    def tally(self, having: str) -> tuple[int, int, int, int]:
+    def tally(self, having: str) -> tuple[int, ...]:
         with self.snapshot():
             self.unchanged = self.note_holds()
             return super().tally(having)
@@ -4454,7 +4457,7 @@ class SQLiteStore(Store):
         return self.transaction(lambda: int(self.connection.execute(sql).rowcount))
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        key, stored = f"s.{quoted(self.key)}", self.vector_sql()
+        key, stored = self.key_sql, self.vector_sql()
         sql = f"SELECT {key}, {stored} FROM {self.pairs} WHERE {self.comparable(len(vector) // 4, model)}"
         if self.has_sqlite_vec():
             order = f"COALESCE(round(vec_distance_cosine({stored}, ?), 5), 3)"  # NULL is a vector's without a direction
@@ -4473,7 +4476,7 @@ class SQLiteStore(Store):
         return True
 
     def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
-        found = self.rows(f"SELECT {as_bytes(self.text)}, e.{quoted(self.target_columns['embedding'])} {tables}")
+        found = self.rows(f"SELECT {as_bytes(self.text)}, {self.vector_sql()} {tables}")
         return [(raw.decode(self.encoding, "replace"), vector) for raw, vector in found if isinstance(vector, bytes)]
 
     def whole(self, action: Callable[[], T]) -> T:
@@ -4490,43 +4493,30 @@ class SQLiteStore(Store):
         self.commits += self.connection.total_changes > changes
         return result
 
-    def load(self, path: str) -> int:
-        types = column_types(path)
-        relation = self.find(self.options.table)
-        key, columns = self.load_columns(path, list(types), relation)
-        table = (relation or self.place(self.options.table, "main")).sql
-        declared = (f"{quoted(c)} {types[c]}{' PRIMARY KEY NOT NULL' if c == key else ''}" for c in types)
-        create = f"CREATE TABLE {table} ({', '.join(declared)})"
-        others = [quoted(column) for column in columns if column != key]
-        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
-        insert = (
-            f"INSERT INTO {table} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))}) "
-            f"ON CONFLICT ({quoted(key)}) DO {update}"
-        )
-
-        def insert_all() -> int:
-            if relation is None:
-                self.connection.execute(create)
-            values = records(path, list(types), columns.index(key))
-            return max(int(self.connection.executemany(insert, values).rowcount), 0)
-
-        return self.transaction(insert_all)
+    def insert(
+        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
+    ) -> int:
+        names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
+        sql = f"INSERT INTO {table.sql} ({names}) VALUES ({marks}) {replacing(key, columns)}"
+        return max(int(self.connection.executemany(sql, records).rowcount), 0)
 
 
 def place_of(key: Any) -> tuple[int, Any]:
     """Return what keys of any types sort by: numbers, texts, blobs (https://sqlite.org/datatype3.html#sort_order)."""
-    for place, is_meant in enumerate((hasattr(key, "__float__"), isinstance(key, str), isinstance(key, bytes))):
-        if is_meant:
-            return place, key
+    if hasattr(key, "__float__"):
+        return 0, key
+    if isinstance(key, (str, bytes)):
+        return 1 + isinstance(key, bytes), key
     return 3, str(key)  # such as a UUID or a date
 
 
 def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> list[tuple[Any, bytes]]:
     """Return those of many keys with vectors that are nearest to one of the same length, as Store.nearest does.
 
-    One pass, and never more than twice as many in memory. The cosine is that of the law of cosines, since Python
+    One pass, and never more of them in memory than are wanted. The cosine is that of the law of cosines, since Python
     has a function in C for the distance of two points, which takes half the time of a sum of products.
     """
+    import heapq
     import math
     import struct
 
@@ -4534,23 +4524,20 @@ def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> l
     norm = math.hypot(*numbers)
     unit = tuple(number / norm for number in numbers)
     unpacked, dist, hypot = struct.Struct(f"<{len(unit)}f").unpack, math.dist, math.hypot
-    best: list[tuple[float, tuple[int, Any], bytes]] = []
-    least = -math.inf
-    for key, stored in rows:
-        numbers = unpacked(stored)
-        length = hypot(*numbers)
-        if 1e-3 < length < 1e3:
-            distance = dist(unit, numbers)
-            likeness = round((length * length + 1 - distance * distance) / (length + length), NEAR_DIGITS)
-        else:  # where the difference of squares has no digits left
-            likeness = round(cosine(vector, stored), NEAR_DIGITS)
-        if likeness >= least:  # NaN is not
-            best.append((-likeness, place_of(key), stored))
-            if len(best) == 2 * most:
-                best.sort()
-                del best[most:]
-                least = -best[-1][0]
-    return [(key, stored) for _, (_, key), stored in sorted(best)[:most]]
+
+    def ranked() -> Iterator[tuple[float, tuple[int, Any], bytes]]:
+        for key, stored in rows:
+            numbers = unpacked(stored)
+            length = hypot(*numbers)
+            if 1e-3 < length < 1e3:
+                distance = dist(unit, numbers)
+                likeness = (length * length + 1 - distance * distance) / (length + length)
+            else:  # where the difference of squares has no digits left
+                likeness = cosine(vector, stored)
+            if likeness == likeness:  # NaN is not
+                yield -round(likeness, NEAR_DIGITS), place_of(key), stored
+
+    return [(key, stored) for _, (_, key), stored in heapq.nsmallest(most, ranked())]
 
 
 NEAR_DIGITS = 9  # of a cosine by which candidates are chosen: fewer than multiples of one vector differ in
@@ -4568,7 +4555,6 @@ def is_locked(error: Exception) -> bool:
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
-PG_TYPES = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}  # of the columns of a loaded file
 EF_SEARCH = 400  # candidates in an HNSW index: ten times pgvector's default misses less, and costs milliseconds
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
 
@@ -4577,6 +4563,7 @@ class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
 
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
 
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
@@ -4748,10 +4735,11 @@ class PostgresStore(Store):
     def find_exactly(self, relation: Relation) -> Relation | None:
         return self.relation_of(relation.sql)
 
-    def place(self, name: str, beside: str) -> Relation:
+    def place(self, name: str, beside: str = "") -> Relation:
         schema, _, rest = name.partition(".")
-        known = rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema)
-        return Relation(schema, rest, True) if known else Relation(beside, name, True)
+        if rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema):
+            return Relation(schema, rest, True)
+        return Relation(beside or self.value("SELECT current_schema()") or "public", name, True)
 
     def tables(self) -> list[str]:
         sql = (
@@ -4889,19 +4877,12 @@ class PostgresStore(Store):
         declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
         if declared:
             return int(declared[1])
-        if self.force and not self.partial:
+        if self.replaces_all:
             return None
         # As text, which both types have in the same form.
-        is_meant = self.is_by(model)
-        text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {self.has_vector}{is_meant}")
+        are_meant = f"{self.has_vector} AND {self.is_by(model)}"
+        text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {are_meant}")
         return text.count(",") + 1 if text else None
-
-    def check_model(self) -> None:
-        # Most tables hold one model, which shows without a look at the source.
-        if column := self.target_columns.get("model"):
-            sql = f"SELECT 1 FROM {self.target.sql} WHERE {quoted(column)} <> $1"
-            if self.value(sql, self.model):
-                super().check_model()
 
     def count(self) -> tuple[int, int]:
         if self.reads_only:
@@ -4934,11 +4915,12 @@ class PostgresStore(Store):
     def elsewhere(self) -> tuple[int, int]:
         return self.fleet.others if self.fleet else (0, 0)
 
-    def beside(self, on: str, page: bool) -> str:
+    def beside(self, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
         # Postgres from turning this into one: it is a look at the index for each row, whatever the statistics say.
-        probe = f"LEFT JOIN LATERAL (SELECT * FROM {self.target.sql} AS t WHERE t.{on} OFFSET 0) AS e ON true"
-        return probe if page else super().beside(on, page)
+        key = quoted(self.target_key)
+        probe = f"(SELECT * FROM {self.target.sql} AS t WHERE t.{key} = {self.key_sql} OFFSET 0)"
+        return f"LEFT JOIN LATERAL {probe} AS e ON true" if page else super().beside(page)
 
     def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
         """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
@@ -5001,7 +4983,7 @@ class PostgresStore(Store):
             f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
             "FROM patience, unnest($1::text[], $2, $4::int[]) WITH ORDINALITY AS b(key, embedding, provenance, place) "
             f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
-            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
+            f"{replacing(self.target_key, self.target_columns.values())} RETURNING 1"
             f"){share} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
@@ -5014,7 +4996,7 @@ class PostgresStore(Store):
         return saved
 
     def vector_sql(self) -> str:
-        return f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
+        return f"{self.stored('embedding')}::text"  # vector and halfvec alike: a JSON array
 
     def vector_of(self, value: Any) -> bytes | None:
         import json
@@ -5036,10 +5018,9 @@ class PostgresStore(Store):
         return kind, bool(length)
 
     def has_length(self, dimensions: int) -> str:
-        vector = f"e.{quoted(self.target_columns['embedding'])}"
         if self.vector_type()[1]:
-            return f"{vector} IS NOT NULL"
-        return f"{self.find_vector()[0]}.vector_dims({vector}) = {dimensions}"
+            return self.has_vector
+        return f"{self.find_vector()[0]}.vector_dims({self.stored('embedding')}) = {dimensions}"
 
     def seeing_all(self, sql: str) -> list[Any]:
         def look() -> list[Any]:
@@ -5052,8 +5033,8 @@ class PostgresStore(Store):
         return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        schema, kind, key = self.find_vector()[0], self.vector_type()[0], f"s.{quoted(self.key)}"
-        stored = f"e.{quoted(self.target_columns['embedding'])}"
+        schema, kind, key = self.find_vector()[0], self.vector_type()[0], self.key_sql
+        stored = self.stored("embedding")
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
@@ -5087,43 +5068,27 @@ class PostgresStore(Store):
         found = self.rows(f"SELECT {self.text}, {self.vector_sql()} {tables}")
         return [(text, vector) for text, stored in found if (vector := self.vector_of(stored))]
 
-    def load(self, path: str) -> int:
-        types = column_types(path)
-        relation = self.find(self.options.table)
-        key, columns = self.load_columns(path, list(types), relation)
-        table = (relation or self.place(self.options.table, self.value("SELECT current_schema()") or "public")).sql
-        declared = {name: PG_TYPES[kind] for name, kind in types.items()}
-        create = ", ".join(f"{quoted(c)} {kind}{' PRIMARY KEY' * (c == key)}" for c, kind in declared.items())
-        if relation:
-            described = self.columns(relation)
-            declared = {name: described[name].type for name in columns}
+    def insert(
+        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
+    ) -> int:
+        execute, line = self.connection.execute, 0
         names = ", ".join(map(quoted, columns))
-        others = [quoted(column) for column in columns if column != key]
-        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
-        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in declared.items())
-        # The last row of a key counts; one statement must not change a row twice.
-        insert = (
-            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
-            f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
-            f"ON CONFLICT ({quoted(key)}) DO {update}"
-        )
-
-        def insert_all() -> int:
-            execute, line = self.connection.execute, 0
-            if relation is None:
-                execute(f"CREATE TABLE {table} ({create})")
-            texts = "".join(f", {quoted(name)} text" for name in columns)
-            execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
-            try:
-                with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
-                    for line, values in enumerate(records(path, list(types), columns.index(key)), 1):
-                        copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
-                execute(insert)
-            except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
-                raise UsageError(f"--load {path}: Postgres says: {one_line(str(error).strip())}.") from None
-            return line
-
-        return self.transaction(insert_all)
+        texts = "".join(f", {quoted(name)} text" for name in columns)
+        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in zip(columns, kinds))
+        execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
+        try:
+            with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
+                for line, values in enumerate(records, 1):
+                    copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
+            # The last row of a key counts; one statement must not change a row twice.
+            execute(
+                f"INSERT INTO {table.sql} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
+                f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
+                f"{replacing(key, columns)}"
+            )
+        except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
+            raise UsageError(f"--load {self.options.load}: Postgres says: {one_line(str(error).strip())}.") from None
+        return line
 
     def indexes(self) -> list[tuple[bool, str]]:
         """Return the HNSW indexes for cosine distance, whether each is valid and its name; valid ones last."""
@@ -6259,7 +6224,7 @@ def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, con
     models = {model for model, *_ in origins}
     if len(models) == 1 and not options.model_is_named:
         speak_of(max(models), options, store)
-    total, _, found, fresh = store.tally(store.has_vector if store.has_target else "")
+    total, _, found, fresh = store.tally(store.has_vector)
     unknown = found and not any(models) and not options.model_is_named
     _, gone = store.orphans()
     fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
