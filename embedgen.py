@@ -3258,6 +3258,8 @@ class Store:
     """
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
+    connection: Any
+    mark = "?"  # the place of a statement's parameter; with {} in it, of the one of a number, counted from 1
     identity = ""  # the type of a table's own number
     type_names: ClassVar[dict[str, str]] = {}  # of TYPES, where the database has others
     other_dimensions = ", or --force for all rows to replace them"  # a way out where vectors have another length
@@ -3287,11 +3289,12 @@ class Store:
 
     def execute(self, sql: str, *parameters: Any) -> list[Any]:
         """Return all rows of a statement, tried once, as within a transaction."""
-        raise NotImplementedError
+        cursor = self.connection.execute(sql, parameters)
+        return list(cursor.fetchall()) if cursor.description else []
 
     def alone(self, action: Callable[[], T]) -> T:
         """Return what the action returns, in a transaction that no other embedgen has at the same time."""
-        raise NotImplementedError
+        return self.transaction(action)
 
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
@@ -3303,10 +3306,6 @@ class Store:
 
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
-        raise NotImplementedError
-
-    def mark(self, number: int) -> str:
-        """Return the place of a statement's parameter, counted from 1."""
         raise NotImplementedError
 
     def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
@@ -3367,7 +3366,7 @@ class Store:
 
     def vector_sql(self) -> str:
         """Return the SQL of a stored vector, for `vector_of`."""
-        raise NotImplementedError
+        return self.stored("embedding")
 
     def vector_of(self, value: Any) -> bytes | None:
         """Return a stored vector as the database gave it, None if there is none or it is of no use."""
@@ -3447,7 +3446,7 @@ class Store:
         described = self.readable(relation)
         columns = list(described)
         self.key = self.key_name(columns, primary_key(described), relation.name)
-        self.key_declared = described[self.key].type
+        self.key_sql, self.key_declared = f"s.{quoted(self.key)}", described[self.key].type
         self.how = self.recipe(columns, relation.name)
         self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
@@ -3519,26 +3518,24 @@ class Store:
 
     def find_target(self) -> None:
         """Find the table that receives the vectors, and what can be stored in it."""
-        given = self.options.target
-        wanted = self.place(given or self.usual_target, self.relation.schema)
+        noun, given = singular(self.relation.name), self.options.target
+        self.usual_target = self.place(f"{noun}_embeddings", self.relation.schema)
+        wanted = self.place(given, self.relation.schema) if given else self.usual_target
         found = (self.find(given) if given else None) or self.find_exactly(wanted)
         self.has_target, self.target = found is not None, found or wanted
-        self.target_key = f"{singular(self.relation.name)}_id"
+        self.provenance = Relation(self.target.schema, PROVENANCE, True)
+        self.target_key = f"{noun}_id"
         self.target_columns = {name: name for name in self.own_columns}
         if found:
             if found == self.relation or not found.is_table:
                 what = "the table to read" if found == self.relation else "a view"
                 raise UsageError(f'--target "{found.name}" is {what}. Give another name.')
             self.use_target()
-            if self.options.action in ("generate", "dry_run"):
-                self.check_model()
-            else:
-                self.changing_model = "model" in self.target_columns
-
-    @property
-    def usual_target(self) -> str:
-        """The name of the target unless --target says another."""
-        return f"{singular(self.relation.name)}_embeddings"
+        self.on = f"e.{quoted(self.target_key)} = {self.key_sql}"  # the condition that an embedding is that of a row
+        if self.options.action in ("generate", "dry_run"):
+            self.check_model()
+        else:
+            self.changing_model = "model" in self.target_columns
 
     def use_target(self) -> None:
         """Take an existing target as it is: its own names for the key and for what it has of our columns."""
@@ -3574,7 +3571,7 @@ class Store:
 
     def check_model(self) -> None:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
-        if "model" not in self.target_columns:
+        if not self.has_target or "model" not in self.target_columns:
             return
         model = self.stored("model")
         # Of rows that exist: what is left of deleted ones is in nobody's way. Most tables hold one model, which shows
@@ -3612,11 +3609,6 @@ class Store:
                 ids = f"(SELECT id FROM {self.provenance.sql} WHERE {others} AND digest <> '')"
                 self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('provenance')} IN {ids}")
             self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE {others} AND NOT {self.is_used}")
-
-    @property
-    def provenance(self) -> Relation:
-        """The table of provenance."""
-        return Relation(self.target.schema, PROVENANCE, True)
 
     @property
     def has_provenance(self) -> bool:
@@ -3748,16 +3740,6 @@ class Store:
         column = self.target_columns.get(name) if self.has_target else None
         return f"e.{quoted(column)}" if column else "NULL"
 
-    @property
-    def key_sql(self) -> str:
-        """The SQL of a row's key."""
-        return f"s.{quoted(self.key)}"
-
-    @property
-    def on(self) -> str:
-        """The condition that an embedding is that of a row."""
-        return f"e.{quoted(self.target_key)} = {self.key_sql}"
-
     def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
         return f"LEFT JOIN {self.target.sql} AS e ON {self.on}" if self.has_target else ""
@@ -3856,7 +3838,7 @@ class Store:
         """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
         shown = f"{self.key_sql}, {self.vector_sql()}, {self.stored('model')}"
         tables = f"{self.relation.sql} AS s {self.beside(page=False)}"
-        found = self.with_key(f"SELECT {shown} FROM {tables} WHERE {self.key_sql} = {self.mark(1)}", text)
+        found = self.with_key(f"SELECT {shown} FROM {tables} WHERE {self.key_sql} = {self.mark.format(1)}", text)
         if not found:
             raise UsageError(
                 f'"{self.relation.name}" has no row with the {self.key} {text}. Give another --similar {self.key}.'
@@ -3871,7 +3853,7 @@ class Store:
         found = {}
         while keys:
             some, keys = keys[:PAGE_ROWS], keys[PAGE_ROWS:]
-            marks = ", ".join(map(self.mark, range(1, len(some) + 1)))
+            marks = ", ".join(map(self.mark.format, range(1, len(some) + 1)))
             sql = f"SELECT {shown} FROM {self.source} AS s WHERE {self.key_sql} IN ({marks})"
             found.update({key: dict(zip(names, values)) for key, *values in self.rows(sql, *some)})
         return found
@@ -3900,8 +3882,8 @@ class Store:
         Through a view, or another table of the same keys, rows are missing that are there.
         """
         other = self.referenced(self.target, self.target_key)
-        usual = self.place(self.usual_target, self.relation.schema)
-        if not self.force and not (other == (self.relation.name, self.key) if other else self.target[:2] == usual[:2]):
+        belongs = other == (self.relation.name, self.key) if other else self.target[:2] == self.usual_target[:2]
+        if not belongs and not self.force:
             why = (
                 f'belongs to the table "{other[0]}"' if other else "does not say by a foreign key that it belongs to it"
             )
@@ -3930,7 +3912,7 @@ class Store:
 
     def delete(self, sql: str) -> int:
         """Carry out a deletion, in a transaction of its own, and return how many rows are gone."""
-        raise NotImplementedError
+        return int(self.transaction(lambda: self.connection.execute(sql).rowcount))
 
     def updated_at(self) -> Any:
         """Return when the target was last written to, as stored, None if it does not tell."""
@@ -3953,29 +3935,25 @@ class Store:
     def load(self, path: str) -> int:
         """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
         types = column_types(path)
-        columns = list(types)
         found = self.find(self.options.table)
-        table = found or self.place(self.options.table)
-        described = self.columns(table) if found else {}
-        if found:
-            columns = [column_of(column, list(described), found.name) for column in types]
-        elif not types:
+        if not found and not types:
             raise UsageError(f"--load {path}: the file has no rows.")
+        table = found or self.place(self.options.table)
+        new = {name: Column(self.type_names.get(kind, kind), 0) for name, kind in types.items()}
+        described = self.columns(table) if found else new
+        columns = [column_of(name, list(described), table.name) for name in types]
         key = self.key_name(columns, [name for name in primary_key(described) if name in columns], path)
         if found and not self.is_unique(found, key):
             raise UsageError(
                 f'"{found.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
-        if found:
-            kinds = [described[name].type for name in columns]
-        else:
-            kinds = [self.type_names.get(kind, kind) for kind in types.values()]
-        new = (f"{quoted(c)} {kind}{' PRIMARY KEY NOT NULL' * (c == key)}" for c, kind in zip(columns, kinds))
-        create = f"CREATE TABLE {table.sql} ({', '.join(new)})"
 
         def insert_all() -> int:
             if not found:
-                self.execute(create)
+                marks = {key: " PRIMARY KEY NOT NULL"}
+                definitions = (f"{quoted(name)} {kind}{marks.get(name, '')}" for name, (kind, _) in new.items())
+                self.execute(f"CREATE TABLE {table.sql} ({', '.join(definitions)})")
+            kinds = [described[name].type for name in columns]
             return self.insert(table, columns, kinds, key, records(path, list(types), columns.index(key)))
 
         return self.transaction(insert_all)
@@ -4033,20 +4011,17 @@ class SQLiteStore(Store):
         from urllib.parse import quote
 
         real, how = os.path.realpath(self.path), ""
-        try:
-            with open(real, "rb") as file:
-                is_wal = (
-                    file.read(20)[18:] == b"\2\2"
-                )  # https://sqlite.org/fileformat2.html#file_format_version_numbers
-            if is_wal and os.path.exists(real + "-wal") and os.path.exists(real + "-shm"):
+        wal = real + "-wal"
+        with contextlib.suppress(OSError):  # SQLite will say it
+            with open(real, "rb") as file:  # https://sqlite.org/fileformat2.html#file_format_version_numbers
+                is_wal = file.read(20)[18:] == b"\2\2"
+            if is_wal and os.path.exists(wal) and os.path.exists(real + "-shm"):
                 how = "&readonly_shm=1"
-            elif is_wal and os.path.exists(real + "-wal") and os.path.getsize(real + "-wal"):
+            elif is_wal and os.path.exists(wal) and os.path.getsize(wal):
                 raise self.unfinished()
             elif is_wal:
                 how = "&immutable=1"
                 self.frozen = self.file_state()
-        except OSError:
-            pass  # SQLite will say it
         path = real.replace(os.sep, "/")
         uri = f"file://{'' if path.startswith('/') else '/'}{quote(os.fsencode(path), safe='/:')}?mode=ro{how}"
         connection = self.connect(uri, timeout=0.5, uri=True)
@@ -4075,16 +4050,14 @@ class SQLiteStore(Store):
     def check_file(self) -> None:
         """Raise Stop for a database that is not there; only --load makes a new one."""
         folder = os.path.dirname(self.path) or "."
-        if os.path.exists(self.path) or (self.options.load and os.path.isdir(folder)):
-            return
         if not os.path.isdir(folder):
             raise Stop(f"there is no folder {folder} for the database {self.path}. Give --database URL.")
-        names = sorted(os.listdir(folder))
-        raise Stop(
-            f"there is no database {self.path} (databases in {folder}: "
-            f"{listed(name for name in names if name.endswith(SQLITE_ENDINGS))}). "
-            "Give --database URL, or --load FILE to make one."
-        )
+        if not os.path.exists(self.path) and not self.options.load:
+            names = sorted(name for name in os.listdir(folder) if name.endswith(SQLITE_ENDINGS))
+            raise Stop(
+                f"there is no database {self.path} (databases in {folder}: {listed(names)}). "
+                "Give --database URL, or --load FILE to make one."
+            )
 
     def take_lock(self) -> Any:
         """Refuse a second run on the same database.
@@ -4127,7 +4100,7 @@ class SQLiteStore(Store):
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what the action returns; try for a minute while the database is locked by somebody else."""
-        deadline, hurried = time.monotonic() + LOCK_PATIENCE, False
+        deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
                 result = action()
@@ -4135,8 +4108,8 @@ class SQLiteStore(Store):
                     raise Stop(f"{self.path} was written to while it was read. Run the same command again.")
                 return result
             except self.sqlite3.Error as error:
-                if self.stopping() and not hurried:
-                    deadline, hurried = min(deadline, time.monotonic() + GRACE / 2), True
+                if self.stopping():
+                    deadline = min(deadline, time.monotonic() + GRACE / 2)
                 if not is_locked(error) or time.monotonic() >= deadline:
                     raise self.translated(error) from error
 
@@ -4166,18 +4139,12 @@ class SQLiteStore(Store):
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         return self.patiently(lambda: self.execute(sql, *parameters))
 
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        return list(self.connection.execute(sql, parameters).fetchall())
-
     def complaint(self, sql: str) -> str:
         try:
             self.connection.execute(sql)
         except (self.sqlite3.Error, self.sqlite3.Warning) as error:
             return str(error)
         return ""
-
-    def mark(self, number: int) -> str:
-        return "?"
 
     def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
         sql = (
@@ -4431,18 +4398,14 @@ class SQLiteStore(Store):
         """Return what the action returns, done as a whole or not at all; wait for a locked database."""
         return self.patiently(lambda: self.whole(action))
 
-    alone = transaction  # nobody else has one meanwhile
-
-    def vector_sql(self) -> str:
-        return self.stored("embedding")
-
     def vector_of(self, value: Any) -> bytes | None:
         return value if isinstance(value, bytes) and value and len(value) % 4 == 0 else None
 
     def with_key(self, sql: str, text: str) -> list[Any]:
-        # A column of no type takes 7 and '7' for two values.
-        values: list[Any] = [text, int(text)] if re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII) else [text]
-        return next((found for value in values if (found := self.rows(sql, value))), [])
+        found = self.rows(sql, text)
+        if not found and re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII):
+            found = self.rows(sql, int(text))  # a column of no type takes 7 and '7' for two values
+        return found
 
     def has_length(self, dimensions: int) -> str:
         vector = self.vector_sql()
@@ -4452,9 +4415,6 @@ class SQLiteStore(Store):
         with self.snapshot():
             self.unchanged = self.note_holds()
             return super().tally(having)
-
-    def delete(self, sql: str) -> int:
-        return self.transaction(lambda: int(self.connection.execute(sql).rowcount))
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
         key, stored = self.key_sql, self.vector_sql()
@@ -4562,6 +4522,7 @@ MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's H
 class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
 
+    mark = "${}"
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
 
@@ -4676,10 +4637,6 @@ class PostgresStore(Store):
         run = self.transaction if self.reads_only else self.patiently
         return run(lambda: self.execute(sql, *parameters))
 
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        cursor = self.connection.execute(sql, parameters)
-        return list(cursor.fetchall()) if cursor.description else []
-
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
 
@@ -4710,9 +4667,6 @@ class PostgresStore(Store):
         except self.psycopg.Error as error:
             return one_line(str(error).partition("\n")[0])
         return ""
-
-    def mark(self, number: int) -> str:
-        return f"${number}"
 
     def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
