@@ -3258,6 +3258,13 @@ class Store:
     """
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
+    # What the database is asked about its tables and views:
+    TABLES: str  # the names of those that can be read
+    RELATION: str  # of an address: schema and name, and whether it is a table
+    COLUMNS: str  # of an address: those that can be read, their types, and their places in the primary key or 0
+    UNIQUE: str  # of an address: the columns of which each alone is declared to tell rows apart
+    REFERENCES: str  # of an address and a column: the table and the column that it refers to by a foreign key
+
     connection: Any
     mark = "?"  # the place of a statement's parameter; with {} in it, of the one of a number, counted from 1
     identity = ""  # the type of a table's own number
@@ -3302,7 +3309,7 @@ class Store:
 
     def is_there(self, relation: Relation) -> bool:
         """Whether a table exists; within a transaction."""
-        return self.find_exactly(relation) is not None
+        return self.relation_at(self.address(relation)) is not None
 
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
@@ -3310,15 +3317,20 @@ class Store:
 
     def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
         """Return the table and the column that a column refers to by a foreign key."""
-        raise NotImplementedError
+        return next((tuple(row) for row in self.rows(self.REFERENCES, self.address(relation), column)), None)
 
     def find(self, name: str) -> Relation | None:
         """Return the table or view that is meant by name or schema.name."""
         raise NotImplementedError
 
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        """Return the table or view of that schema and name, if it exists."""
-        raise NotImplementedError
+    def address(self, relation: Relation) -> str:
+        """Return how the questions above speak of a table or view."""
+        return relation.sql
+
+    def relation_at(self, address: str) -> Relation | None:
+        """Return the table or view of an address."""
+        found = self.rows(self.RELATION, address)
+        return next((Relation(schema, name, bool(is_table)) for schema, name, is_table in found), None)
 
     def place(self, name: str, beside: str = "") -> Relation:
         """Return where a table of that name, possibly schema.name, is to be created; if not said, in that schema."""
@@ -3326,15 +3338,16 @@ class Store:
 
     def tables(self) -> list[str]:
         """Return the names of all tables and views that can be read."""
-        raise NotImplementedError
+        return [name for (name,) in self.rows(self.TABLES)]
 
     def columns(self, relation: Relation) -> dict[str, Column]:
         """Return the columns that can be read, by name."""
-        raise NotImplementedError
+        found = self.rows(self.COLUMNS, self.address(relation))
+        return {name: Column(declared, place) for name, declared, place in found}
 
     def is_unique(self, relation: Relation, column: str) -> bool:
         """Whether the column alone is declared to tell rows apart."""
-        raise NotImplementedError
+        return (column,) in self.rows(self.UNIQUE, self.address(relation))
 
     def value_sql(self, column: str, declared: str) -> str:
         """Return the SQL of a column's value as text, NULL where it is blank."""
@@ -3521,7 +3534,7 @@ class Store:
         noun, given = singular(self.relation.name), self.options.target
         self.usual_target = self.place(f"{noun}_embeddings", self.relation.schema)
         wanted = self.place(given, self.relation.schema) if given else self.usual_target
-        found = (self.find(given) if given else None) or self.find_exactly(wanted)
+        found = (self.find(given) if given else None) or self.relation_at(self.address(wanted))
         self.has_target, self.target = found is not None, found or wanted
         self.provenance = Relation(self.target.schema, PROVENANCE, True)
         self.target_key = f"{noun}_id"
@@ -3970,6 +3983,26 @@ NOTE_SECONDS = 2.0  # between a note and the file's time of change, at most; FAT
 class SQLiteStore(Store):
     """A table in an SQLite file."""
 
+    TABLES = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'"
+    RELATION = (
+        "SELECT 'main', name, type = 'table' FROM sqlite_master "
+        "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
+    )
+    COLUMNS = "SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden <> 1"
+    UNIQUE = (  # those with an index, and what is another name of the rowid, which has none
+        "WITH given(address) AS (VALUES (?)) "
+        "SELECT max(c.name) FROM given JOIN pragma_index_list(address) AS i JOIN pragma_index_info(i.name) AS c "
+        'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1 '
+        "UNION ALL "
+        "SELECT max(name) FROM given JOIN pragma_table_xinfo(address) WHERE pk GROUP BY '' HAVING count(*) = 1"
+    )
+    REFERENCES = (
+        "SELECT t.name, c.name FROM pragma_foreign_key_list(?) AS f "
+        "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
+        "JOIN pragma_table_xinfo(t.name) AS c "
+        'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
+        'WHERE f."from" = ?'
+    )
     identity = "INTEGER PRIMARY KEY"
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -4146,42 +4179,14 @@ class SQLiteStore(Store):
             return str(error)
         return ""
 
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        sql = (
-            "SELECT t.name, c.name FROM pragma_foreign_key_list(?) AS f "
-            "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
-            "JOIN pragma_table_xinfo(t.name) AS c "
-            'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
-            'WHERE f."from" = ?'
-        )
-        return next((tuple(row) for row in self.rows(sql, relation.name, column)), None)
+    def address(self, relation: Relation) -> str:
+        return relation.name
 
     def find(self, name: str) -> Relation | None:
-        return self.find_exactly(Relation("main", name, True)) or self.find_exactly(self.place(name))
-
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        sql = (
-            "SELECT name, type = 'table' FROM sqlite_master WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
-        )
-        return next((Relation("main", name, bool(is_table)) for name, is_table in self.rows(sql, relation.name)), None)
+        return self.relation_at(name) or self.relation_at(self.place(name).name)
 
     def place(self, name: str, beside: str = "") -> Relation:
         return Relation("main", name.removeprefix("main.") or name, True)  # without ATTACH there is no other schema
-
-    def tables(self) -> list[str]:
-        found = self.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'")
-        return [name for (name,) in found]
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        found = self.rows("SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden <> 1", relation.name)
-        return {name: Column(declared, place) for name, declared, place in found}
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        sql = (
-            "SELECT max(c.name) FROM pragma_index_list(?) AS i JOIN pragma_index_info(i.name) AS c "
-            'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1'
-        )
-        return primary_key(self.columns(relation)) == [column] or (column,) in self.rows(sql, relation.name)
 
     def value_sql(self, column: str, declared: str) -> str:
         name, blanks = f"s.{quoted(column)}", ", ".join(str(ord(blank)) for blank in BLANKS)
@@ -4522,6 +4527,35 @@ MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's H
 class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
 
+    TABLES = (
+        "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
+        "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
+        "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
+    )
+    RELATION = (
+        "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
+    )
+    COLUMNS = (
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), "
+        "COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0) FROM pg_attribute a "
+        "LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
+        "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
+        "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
+    )
+    UNIQUE = (
+        "SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
+        "WHERE i.indrelid = to_regclass($1) AND i.indnkeyatts = 1 "
+        "AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
+    )
+    REFERENCES = (
+        "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
+        "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
+        "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
+        "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
+    )
     mark = "${}"
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
@@ -4673,63 +4707,15 @@ class PostgresStore(Store):
         for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
             # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
             for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
-                if path and (found := self.relation_of(path)):
+                if path and (found := self.relation_at(path)):
                     return found
         return None
-
-    def relation_of(self, path: str) -> Relation | None:
-        """Return the table or view of a quoted name."""
-        sql = (
-            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
-            "JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
-        )
-        return next((Relation(*row) for row in self.rows(sql, path)), None)
-
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        return self.relation_of(relation.sql)
 
     def place(self, name: str, beside: str = "") -> Relation:
         schema, _, rest = name.partition(".")
         if rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema):
             return Relation(schema, rest, True)
         return Relation(beside or self.value("SELECT current_schema()") or "public", name, True)
-
-    def tables(self) -> list[str]:
-        sql = (
-            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
-            "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
-            "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
-        )
-        return [name for (name,) in self.rows(sql)]
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        sql = (
-            "SELECT a.attname, format_type(a.atttypid, a.atttypmod), "
-            "COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0) FROM pg_attribute a "
-            "LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
-            "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
-            "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
-        )
-        return {name: Column(declared, place) for name, declared, place in self.rows(sql, relation.sql)}
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        sql = (
-            "SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
-            "WHERE i.indrelid = to_regclass($1) AND a.attname = $2 AND i.indnkeyatts = 1 "
-            "AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
-        )
-        return bool(self.rows(sql, relation.sql, column))
-
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        sql = (
-            "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
-            "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
-            "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
-            "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
-        )
-        return next((tuple(row) for row in self.rows(sql, relation.sql, column)), None)
 
     def check_key(self) -> None:
         if self.key_declared.endswith("[]") or self.key_declared in ("bytea", "json", "jsonb"):
