@@ -3457,10 +3457,9 @@ class Store:
             )
         self.relation = relation
         described = self.readable(relation)
-        columns = list(described)
-        self.key = self.key_name(columns, primary_key(described), relation.name)
+        self.key = self.key_name(described, relation.name)
         self.key_sql, self.key_declared = f"s.{quoted(self.key)}", described[self.key].type
-        self.how = self.recipe(columns, relation.name)
+        self.how = self.recipe(list(described), relation.name)
         self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
@@ -3491,17 +3490,18 @@ class Store:
             return columns_recipe(self.options.columns, columns, table)
         return default_recipe(columns, table)
 
-    def key_name(self, columns: list[str], primary: list[str], table: str) -> str:
+    def key_name(self, described: dict[str, Column], table: str) -> str:
         """Return the key column: as given, the primary key, or the column id."""
         if self.options.id:
-            return column_of(self.options.id, columns, table)
+            return column_of(self.options.id, list(described), table)
+        primary = primary_key(described)
         if len(primary) == 1:
             return primary[0]
-        key = match("id", columns) if not primary else None
+        key = match("id", described) if not primary else None
         if key is None:
             has = f"the key {listed(primary)}, more than one column" if primary else "no primary key and no column id"
             raise UsageError(
-                f'"{table}" has {has}. Say which column tells its rows apart, with --id COLUMN: {listed(columns)}.'
+                f'"{table}" has {has}. Say which column tells its rows apart, with --id COLUMN: {listed(described)}.'
             )
         return key
 
@@ -3584,7 +3584,7 @@ class Store:
 
     def check_model(self) -> None:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
-        if not self.has_target or "model" not in self.target_columns:
+        if not self.has("model"):
             return
         model = self.stored("model")
         # Of rows that exist: what is left of deleted ones is in nobody's way. Most tables hold one model, which shows
@@ -3626,7 +3626,7 @@ class Store:
     @property
     def has_provenance(self) -> bool:
         """Whether the provenance of what is in the target can be read."""
-        return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
+        return self.has("provenance") and bool(self.columns(self.provenance))
 
     @property
     def is_used(self) -> str:
@@ -3680,14 +3680,8 @@ class Store:
             "prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
             "UNIQUE (target, model, digest, prefix, fit)",
         )
-        made = {
-            "target": self.target.name,
-            "model": self.model,
-            "digest": self.digest,
-            "prefix": self.prefix,
-            "fit": fit,
-        }
-        values = {column: literal(value) for column, value in made.items()}
+        made = self.target.name, self.model, self.digest, self.prefix, fit
+        values = dict(zip(("target", "model", "digest", "prefix", "fit"), map(literal, made)))
         find = f"SELECT id FROM {name} WHERE {' AND '.join(f'{column} = {value}' for column, value in values.items())}"
         if not self.execute(find):
             columns = f"{', '.join(values)}, accepted"
@@ -3707,7 +3701,7 @@ class Store:
 
         Of whole texts, and, where versions of the model are mixed, of this one.
         """
-        if self.replaces_all or not self.has_target or "text_sha256" not in self.target_columns:
+        if self.replaces_all or not self.has("text_sha256"):
             return []  # all are replaced, or may be of another text
         ours = self.has_vector
         if self.has_provenance:
@@ -3748,10 +3742,13 @@ class Store:
         self.alone(lambda: self.create(self.target, columns))
         self.has_target = True
 
+    def has(self, name: str) -> bool:
+        """Whether there is a target, with a column for what we call by a name."""
+        return self.has_target and name in self.target_columns
+
     def stored(self, name: str) -> str:
         """Return the SQL of what is stored with a row, by our own name for the column; NULL where nothing is."""
-        column = self.target_columns.get(name) if self.has_target else None
-        return f"e.{quoted(column)}" if column else "NULL"
+        return f"e.{quoted(self.target_columns[name])}" if self.has(name) else "NULL"
 
     def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
@@ -3773,7 +3770,7 @@ class Store:
         exists = self.has_vector
         if self.changing_model:
             exists += f" AND {self.is_by(self.model)}"
-        if "text_sha256" in self.target_columns and not self.unchanged:
+        if self.has("text_sha256") and not self.unchanged:
             exists += f" AND COALESCE({self.stored('text_sha256')} = {self.digest_sql()}, 1 = 0)"
         return exists
 
@@ -3796,7 +3793,7 @@ class Store:
 
     def is_by(self, model: str) -> str:
         """Return the condition that a model has made a vector, as far as the target tells; "" is any model."""
-        return f"{self.stored('model')} = {literal(model)}" if "model" in self.target_columns and model else "1 = 1"
+        return f"{self.stored('model')} = {literal(model)}" if model and self.has("model") else "1 = 1"
 
     @property
     def common_dimensions(self) -> int | None:
@@ -3864,16 +3861,17 @@ class Store:
         names = dict.fromkeys(column for _, columns in self.how.parts for column in columns)
         shown = ", ".join(f"s.{quoted(name)}" for name in [self.key, *names])
         found = {}
-        while keys:
-            some, keys = keys[:PAGE_ROWS], keys[PAGE_ROWS:]
-            marks = ", ".join(map(self.mark.format, range(1, len(some) + 1)))
+        for start in range(0, len(keys), PAGE_ROWS):
+            some = keys[start : start + PAGE_ROWS]
+            marks = ", ".join(self.mark.format(place + 1) for place in range(len(some)))
             sql = f"SELECT {shown} FROM {self.source} AS s WHERE {self.key_sql} IN ({marks})"
-            found.update({key: dict(zip(names, values)) for key, *values in self.rows(sql, *some)})
+            for key, *values in self.rows(sql, *some):
+                found[key] = dict(zip(names, values))
         return found
 
     def origins(self) -> list[tuple[str, str, str, str, int]]:
         """Return what made the vectors of rows that exist: model, its digest, prefix, fit, and how many; most first."""
-        if not self.has_target or "model" not in self.target_columns:
+        if not self.has("model"):
             return []
         tables, made = self.pairs, "'', '', ''"
         if self.has_provenance:
@@ -3955,16 +3953,16 @@ class Store:
         new = {name: Column(self.type_names.get(kind, kind), 0) for name, kind in types.items()}
         described = self.columns(table) if found else new
         columns = [column_of(name, list(described), table.name) for name in types]
-        key = self.key_name(columns, [name for name in primary_key(described) if name in columns], path)
-        if found and not self.is_unique(found, key):
+        key = self.key_name({name: described[name] for name in columns}, path)
+        if found and not self.is_unique(table, key):
             raise UsageError(
-                f'"{found.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
+                f'"{table.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
 
         def insert_all() -> int:
             if not found:
-                marks = {key: " PRIMARY KEY NOT NULL"}
-                definitions = (f"{quoted(name)} {kind}{marks.get(name, '')}" for name, (kind, _) in new.items())
+                primary = {key: " PRIMARY KEY NOT NULL"}
+                definitions = (f"{quoted(name)} {kind}{primary.get(name, '')}" for name, (kind, _) in new.items())
                 self.execute(f"CREATE TABLE {table.sql} ({', '.join(definitions)})")
             kinds = [described[name].type for name in columns]
             return self.insert(table, columns, kinds, key, records(path, list(types), columns.index(key)))
