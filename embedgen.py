@@ -3055,16 +3055,17 @@ def read_file(path: str) -> Iterator[Record]:
 
 def clean(value: Any) -> Any:
     """Return a value as a database can hold it; UnicodeEncodeError for text that is no Unicode."""
-    if isinstance(value, (list, dict)):
-        import json
+    import json
 
-        is_plain = isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value)
-        value = ", ".join(map(str, value)) if is_plain else json.dumps(value, ensure_ascii=False)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        value = str(value)
+    if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+        value = ", ".join(map(str, value))
+    elif isinstance(value, (list, dict)):
+        value = json.dumps(value, ensure_ascii=False)
     if isinstance(value, str):
         value.encode("utf-8")
-    return None if value == "" else value
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
+    return value if value != "" else None
 
 
 def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
@@ -3112,41 +3113,45 @@ def read_json(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of one JSON array, read piece by piece: the file may be larger than memory."""
     import json
 
-    decoder, blanks = json.JSONDecoder(), re.compile(r"\s*")
-    text, position, line = "", 0, 1  # what has been read, and the place and line in it up to which it is dealt with
-    before, ended = "[", False  # what stands before the next value: the bracket, then commas
+    decoder = json.JSONDecoder()
+    text, position, line = "", 0, 1
+    expected, ended = "[", False  # what must come next: the bracket, a comma (or the end), an object
 
-    def after_blanks(place: int) -> int:
-        return blanks.match(text, place).end()  # type: ignore[union-attr] # it always matches
-
-    def fail(problem: str, place: int) -> UsageError:
-        at = line + text.count("\n", position, place)
-        return UsageError(f"{path}, line {at}: {problem}. The file must hold one array of objects.")
+    def fail(problem: str) -> UsageError:
+        return UsageError(f"{path}, line {line}: {problem}. The file must hold one array of objects.")
 
     while True:
-        head = after_blanks(position)
-        sign, start = text[head : head + 1], after_blanks(head + 1)
-        if sign == before == "[" and text[start : start + 1] == "]":  # an array of nothing
-            head, sign, before = start, "]", ","
-        if sign == "]" and before == ",":
-            if text[head + 1 :].strip() or file.read().strip():
-                raise fail("something follows the array", head)
-            return
-        if sign not in ("", before):
-            raise fail(f"{sign!r} stands where {before!r} should", head)
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            if ended or len(text) - start > JSON_MOST:
-                problem = f"not JSON: {error.msg}" if start < len(text) else "the file ends too early"
-                raise fail(problem, error.pos) from None
-            piece = file.read(JSON_PIECE)
-            text, position, ended = text[position:] + piece, 0, not piece
+        blank = re.compile(r"\s*").match(text, position)
+        assert blank is not None
+        line += text.count("\n", position, blank.end())
+        position = blank.end()
+        if position < len(text) and expected in "[,":
+            if text[position] == "]" and expected == ",":
+                if text[position + 1 :].strip() or file.read().strip():
+                    raise fail("something follows the array")
+                return
+            if text[position] != expected:
+                raise fail(f"{text[position]!r} stands where {expected!r} should")
+            expected, position = ("object or ]" if expected == "[" else "object"), position + 1
             continue
-        line += text.count("\n", position, start)
-        yield line, value
-        line += text.count("\n", start, end)
-        before, position = ",", end
+        if position < len(text) and expected == "object or ]" and text[position] == "]":
+            expected = ","
+            continue
+        if position < len(text):
+            try:
+                value, end = decoder.raw_decode(text, position)
+                yield line, value
+                line += text.count("\n", position, end)
+                expected, position = ",", end
+                continue
+            except json.JSONDecodeError as error:
+                if ended or len(text) - position > JSON_MOST:
+                    line += text.count("\n", position, error.pos)
+                    raise fail(f"not JSON: {error.msg}") from None
+        if ended:
+            raise fail("the file ends too early")
+        piece = file.read(JSON_PIECE)
+        text, position, ended = text[position:] + piece, 0, not piece
 
 
 READERS: dict[str, Callable[[TextIO, str], Iterator[tuple[int, Any]]]] = {
@@ -3336,10 +3341,6 @@ class Store:
         """Return where a table of that name, possibly schema.name, is to be created; if not said, in that schema."""
         raise NotImplementedError
 
-    def tables(self) -> list[str]:
-        """Return the names of all tables and views that can be read."""
-        return [name for (name,) in self.rows(self.TABLES)]
-
     def columns(self, relation: Relation) -> dict[str, Column]:
         """Return the columns that can be read, by name."""
         found = self.rows(self.COLUMNS, self.address(relation))
@@ -3405,12 +3406,10 @@ class Store:
         """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
         raise NotImplementedError
 
-    def insert(
-        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
-    ) -> int:
-        """Insert the rows of --load, their values in the order of `columns`, and return how many; in a transaction.
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+        """Insert the rows of --load, each in the place of the one of the same key, and return how many.
 
-        A row replaces the one of the same key. `kinds` are the declared types of the columns.
+        The records are in the order of the columns. Within a transaction.
         """
         raise NotImplementedError
 
@@ -3452,9 +3451,8 @@ class Store:
         options = self.options
         relation = self.find(options.table)
         if relation is None:
-            raise UsageError(
-                f'the database has no table "{options.table}". It has: {listed(self.tables())}. Give --table NAME.'
-            )
+            tables = listed(name for (name,) in self.rows(self.TABLES))
+            raise UsageError(f'the database has no table "{options.table}". It has: {tables}. Give --table NAME.')
         self.relation = relation
         described = self.readable(relation)
         self.key = self.key_name(described, relation.name)
@@ -3631,7 +3629,8 @@ class Store:
     @property
     def is_used(self) -> str:
         """The condition that a record of provenance, p, is that of a vector."""
-        return f"EXISTS (SELECT 1 FROM {self.target.sql} AS e WHERE {self.stored('provenance')} = p.id)"
+        # No EXISTS, for which Postgres may look through all of the target where the first vector will do.
+        return f"(SELECT 1 FROM {self.target.sql} AS e WHERE {self.stored('provenance')} = p.id LIMIT 1) IS NOT NULL"
 
     def version(self, condition: str) -> str:
         """Return a digest of this run's model that is on record for the target and fulfils a condition, "" if none.
@@ -3950,8 +3949,7 @@ class Store:
         if not found and not types:
             raise UsageError(f"--load {path}: the file has no rows.")
         table = found or self.place(self.options.table)
-        new = {name: Column(self.type_names.get(kind, kind), 0) for name, kind in types.items()}
-        described = self.columns(table) if found else new
+        described = self.columns(table) if found else {name: Column(kind, 0) for name, kind in types.items()}
         columns = [column_of(name, list(described), table.name) for name in types]
         key = self.key_name({name: described[name] for name in columns}, path)
         if found and not self.is_unique(table, key):
@@ -3961,11 +3959,11 @@ class Store:
 
         def insert_all() -> int:
             if not found:
-                primary = {key: " PRIMARY KEY NOT NULL"}
-                definitions = (f"{quoted(name)} {kind}{primary.get(name, '')}" for name, (kind, _) in new.items())
-                self.execute(f"CREATE TABLE {table.sql} ({', '.join(definitions)})")
-            kinds = [described[name].type for name in columns]
-            return self.insert(table, columns, kinds, key, records(path, list(types), columns.index(key)))
+                declared = {name: self.type_names.get(kind, kind) for name, kind in types.items()}
+                declared[key] += " PRIMARY KEY NOT NULL"
+                definitions = ", ".join(f"{quoted(name)} {kind}" for name, kind in declared.items())
+                self.execute(f"CREATE TABLE {table.sql} ({definitions})")
+            return self.insert(table, columns, key, records(path, list(types), columns.index(key)))
 
         return self.transaction(insert_all)
 
@@ -4010,7 +4008,7 @@ class SQLiteStore(Store):
         import sqlite3
 
         self.sqlite3 = sqlite3
-        self.path = options.database[len("sqlite:///") :] if "://" in options.database else options.database
+        self.path = options.database.removeprefix("sqlite:///")
         self.check_file()
         self.is_new = not os.path.exists(self.path)
         self.frozen: Any = None  # the file's state, if it is read as one that does not change
@@ -4042,13 +4040,13 @@ class SQLiteStore(Store):
         from urllib.parse import quote
 
         real, how = os.path.realpath(self.path), ""
-        wal = real + "-wal"
+        log, index = real + "-wal", real + "-shm"
         with contextlib.suppress(OSError):  # SQLite will say it
             with open(real, "rb") as file:  # https://sqlite.org/fileformat2.html#file_format_version_numbers
                 is_wal = file.read(20)[18:] == b"\2\2"
-            if is_wal and os.path.exists(wal) and os.path.exists(real + "-shm"):
+            if is_wal and os.path.exists(log) and os.path.exists(index):
                 how = "&readonly_shm=1"
-            elif is_wal and os.path.exists(wal) and os.path.getsize(wal):
+            elif is_wal and os.path.exists(log) and os.path.getsize(log):
                 raise self.unfinished()
             elif is_wal:
                 how = "&immutable=1"
@@ -4370,15 +4368,15 @@ class SQLiteStore(Store):
 
         def read() -> tuple[list[Row], bool]:
             page: list[Row] = []
-            size = 0
+            room = PAGE_BYTES
             with contextlib.closing(self.connection.execute(sql, parameters)) as cursor:
                 for key, raw in cursor:
                     text = raw.decode(self.encoding, "replace")
                     page.append(Row(key, text, digest_of(self.prefix + text)))
-                    size += len(raw)
-                    if size >= PAGE_BYTES:
-                        return page, True
-            return page, len(page) == PAGE_ROWS
+                    room -= len(raw)
+                    if room <= 0:
+                        break
+            return page, room <= 0 or len(page) == PAGE_ROWS
 
         return self.patiently(read)
 
@@ -4456,9 +4454,7 @@ class SQLiteStore(Store):
         self.commits += self.connection.total_changes > changes
         return result
 
-    def insert(
-        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
-    ) -> int:
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
         names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table.sql} ({names}) VALUES ({marks}) {replacing(key, columns)}"
         return max(int(self.connection.executemany(sql, records).rowcount), 0)
@@ -5006,13 +5002,12 @@ class PostgresStore(Store):
         found = self.rows(f"SELECT {self.text}, {self.vector_sql()} {tables}")
         return [(text, vector) for text, stored in found if (vector := self.vector_of(stored))]
 
-    def insert(
-        self, table: Relation, columns: list[str], kinds: list[str], key: str, records: Iterable[list[Any]]
-    ) -> int:
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
         execute, line = self.connection.execute, 0
         names = ", ".join(map(quoted, columns))
         texts = "".join(f", {quoted(name)} text" for name in columns)
-        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in zip(columns, kinds))
+        kinds = {name: kind for name, kind, _ in self.execute(self.COLUMNS, table.sql)}
+        casts = ", ".join(f"{quoted(name)}::{kinds[name]}" for name in columns)
         execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
         try:
             with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
