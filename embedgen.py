@@ -4034,9 +4034,8 @@ class SQLiteStore(Store):
         are missing, and writes to -shm where they are not: unless that is said to be read-only, or the database to be
         immutable, which is then watched.
         """
-        # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
         if not self.reads_only:
-            return self.connect(self.path, timeout=0.5)
+            return self.connect(self.path)
         from urllib.parse import quote
 
         real, how = os.path.realpath(self.path), ""
@@ -4053,7 +4052,7 @@ class SQLiteStore(Store):
                 self.frozen = self.file_state()
         path = real.replace(os.sep, "/")
         uri = f"file://{'' if path.startswith('/') else '/'}{quote(os.fsencode(path), safe='/:')}?mode=ro{how}"
-        connection = self.connect(uri, timeout=0.5, uri=True)
+        connection = self.connect(uri, uri=True)
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # what is shown may be no text
         return connection
 
@@ -4069,8 +4068,11 @@ class SQLiteStore(Store):
             "change it. Run embedgen, or open it once with any other program that may write to it."
         )
 
-    def connect(self, path: str, timeout: float, uri: bool = False) -> Any:
-        """Return a connection to an SQLite file, without Python's own transactions."""
+    def connect(self, path: str, timeout: float = 0.5, uri: bool = False) -> Any:
+        """Return a connection to an SQLite file, without Python's own transactions.
+
+        Waiting is done in `patiently`, where signals are seen; the `timeout` in seconds keeps that from spinning.
+        """
         try:
             return self.sqlite3.connect(path, timeout=timeout, isolation_level=None, uri=uri)
         except self.sqlite3.Error as error:
@@ -4159,9 +4161,7 @@ class SQLiteStore(Store):
             if self.reads_only:
                 return self.unfinished()
             return Stop(f"{path} cannot be written ({text}). Check its permissions and those of its folder.")
-        if text == "file is not a database" or text.startswith(
-            ("database disk image is malformed", "malformed database")
-        ):
+        if text.startswith(("file is not a database", "database disk image is malformed", "malformed database")):
             return Stop(f"{path} is not a sound SQLite database ({text}). Give --database URL.")
         return Stop(f"SQLite says of {path}: {text}.")
 
@@ -4200,7 +4200,7 @@ class SQLiteStore(Store):
             # Only INTEGER PRIMARY KEY keeps texts out of the source; the target's own would refuse them.
             other = f"SELECT 1 FROM {self.relation.sql} WHERE typeof({quoted(self.key)}) <> 'integer'"
             return "INTEGER" if self.value(other) is None else "BLOB"
-        if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+        if re.search("CHAR|CLOB|TEXT", upper):
             return "TEXT"
         return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
 
@@ -4422,7 +4422,7 @@ class SQLiteStore(Store):
         sql = f"SELECT {key}, {stored} FROM {self.pairs} WHERE {self.comparable(len(vector) // 4, model)}"
         if self.has_sqlite_vec():
             order = f"COALESCE(round(vec_distance_cosine({stored}, ?), 5), 3)"  # NULL is a vector's without a direction
-            return [tuple(row) for row in self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)]
+            return self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)
         return self.patiently(lambda: nearest_of(self.connection.execute(sql), vector, most))
 
     def has_sqlite_vec(self) -> bool:
