@@ -3299,30 +3299,13 @@ class Store:
         """Return all rows of a statement that gives few; raise Stop where the database fails."""
         raise NotImplementedError
 
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement, tried once, as within a transaction."""
-        cursor = self.connection.execute(sql, parameters)
-        return list(cursor.fetchall()) if cursor.description else []
-
-    def alone(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
-        return self.transaction(action)
-
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
         raise NotImplementedError
 
-    def is_there(self, relation: Relation) -> bool:
-        """Whether a table exists; within a transaction."""
-        return self.relation_at(self.address(relation)) is not None
-
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
         raise NotImplementedError
-
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        """Return the table and the column that a column refers to by a foreign key."""
-        return next((tuple(row) for row in self.rows(self.REFERENCES, self.address(relation), column)), None)
 
     def find(self, name: str) -> Relation | None:
         """Return the table or view that is meant by name or schema.name."""
@@ -3332,23 +3315,9 @@ class Store:
         """Return how the questions above speak of a table or view."""
         return relation.sql
 
-    def relation_at(self, address: str) -> Relation | None:
-        """Return the table or view of an address."""
-        found = self.rows(self.RELATION, address)
-        return next((Relation(schema, name, bool(is_table)) for schema, name, is_table in found), None)
-
     def place(self, name: str, beside: str = "") -> Relation:
         """Return where a table of that name, possibly schema.name, is to be created; if not said, in that schema."""
         raise NotImplementedError
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        """Return the columns that can be read, by name."""
-        found = self.rows(self.COLUMNS, self.address(relation))
-        return {name: Column(declared, place) for name, declared, place in found}
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        """Whether the column alone is declared to tell rows apart."""
-        return (column,) in self.rows(self.UNIQUE, self.address(relation))
 
     def value_sql(self, column: str, declared: str) -> str:
         """Return the SQL of a column's value as text, NULL where it is blank."""
@@ -3440,11 +3409,49 @@ class Store:
         of every write leaves none.
         """
 
-    # What is the same for all:
+    # What is the same for all: statements, and what is asked about tables.
 
     def value(self, sql: str, *parameters: Any) -> Any:
         """Return the first column of a query's first row, None if there is none."""
         return next((row[0] for row in self.rows(f"{sql} LIMIT 1", *parameters)), None)
+
+    def execute(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement, tried once, as within a transaction."""
+        cursor = self.connection.execute(sql, parameters)
+        return list(cursor.fetchall()) if cursor.description else []
+
+    def alone(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
+        return self.transaction(action)
+
+    def relation_at(self, address: str) -> Relation | None:
+        """Return the table or view of an address."""
+        found = self.rows(self.RELATION, address)
+        return next((Relation(schema, name, bool(is_table)) for schema, name, is_table in found), None)
+
+    def is_there(self, relation: Relation) -> bool:
+        """Whether a table exists; within a transaction."""
+        return self.relation_at(self.address(relation)) is not None
+
+    def create(self, relation: Relation, columns: str) -> None:
+        """Create a table unless it is there, as it is where another machine was quicker; within a transaction."""
+        if not self.is_there(relation):
+            self.execute(f"CREATE TABLE {relation.sql} ({columns})")
+
+    def columns(self, relation: Relation) -> dict[str, Column]:
+        """Return the columns that can be read, by name."""
+        found = self.rows(self.COLUMNS, self.address(relation))
+        return {name: Column(declared, place) for name, declared, place in found}
+
+    def is_unique(self, relation: Relation, column: str) -> bool:
+        """Whether the column alone is declared to tell rows apart."""
+        return (column,) in self.rows(self.UNIQUE, self.address(relation))
+
+    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
+        """Return the table and the column that a column refers to by a foreign key."""
+        return next((tuple(row) for row in self.rows(self.REFERENCES, self.address(relation), column)), None)
+
+    # The table to read, and the one to fill.
 
     def prepare(self) -> None:
         """Find the tables and columns, and check everything that can be checked without a server."""
@@ -3605,21 +3612,12 @@ class Store:
             )
         self.changing_model = True
 
-    def end_change(self) -> None:
-        """After --force, remove what there is no new vector for, since it compares with none; and all word of it."""
-        target, model, digest = self.target.sql, literal(self.model), literal(self.digest)
-        if self.changing_model:
-            self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('model')} <> {model}")
-        if not self.replaces_all or not self.has_provenance:
-            return
-        others = f"target = {literal(self.target.name)} AND NOT (model = {model} AND digest = {digest})"
-        with contextlib.suppress(Forbidden):
-            if self.value(f"SELECT 1 FROM {self.provenance.sql} WHERE {others}") is None:
-                return
-            if self.digest:
-                ids = f"(SELECT id FROM {self.provenance.sql} WHERE {others} AND digest <> '')"
-                self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('provenance')} IN {ids}")
-            self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE {others} AND NOT {self.is_used}")
+    @property
+    def replaces_all(self) -> bool:
+        """Whether every vector in the target is to be replaced."""
+        return self.force and self.options.limit is None and not self.options.where
+
+    # What made the vectors.
 
     @property
     def has_provenance(self) -> bool:
@@ -3690,11 +3688,6 @@ class Store:
             self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0")
         return int(self.execute(find)[0][0])
 
-    def create(self, relation: Relation, columns: str) -> None:
-        """Create a table unless it is there, as it is where another machine was quicker; within a transaction."""
-        if not self.is_there(relation):
-            self.execute(f"CREATE TABLE {relation.sql} ({columns})")
-
     def samples(self) -> list[tuple[str, bytes]]:
         """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same.
 
@@ -3717,10 +3710,23 @@ class Store:
             )
         return found
 
-    @property
-    def replaces_all(self) -> bool:
-        """Whether every vector in the target is to be replaced."""
-        return self.force and self.options.limit is None and not self.options.where
+    def end_change(self) -> None:
+        """After --force, remove what there is no new vector for, since it compares with none; and all word of it."""
+        target, model, digest = self.target.sql, literal(self.model), literal(self.digest)
+        if self.changing_model:
+            self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('model')} <> {model}")
+        if not self.replaces_all or not self.has_provenance:
+            return
+        others = f"target = {literal(self.target.name)} AND NOT (model = {model} AND digest = {digest})"
+        with contextlib.suppress(Forbidden):
+            if self.value(f"SELECT 1 FROM {self.provenance.sql} WHERE {others}") is None:
+                return
+            if self.digest:
+                ids = f"(SELECT id FROM {self.provenance.sql} WHERE {others} AND digest <> '')"
+                self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('provenance')} IN {ids}")
+            self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE {others} AND NOT {self.is_used}")
+
+    # The rows, and what is stored with them.
 
     def check_dimensions(self) -> None:
         """Raise UsageError if the vectors asked for have another length than those that stay."""
@@ -3748,6 +3754,25 @@ class Store:
     def stored(self, name: str) -> str:
         """Return the SQL of what is stored with a row, by our own name for the column; NULL where nothing is."""
         return f"e.{quoted(self.target_columns[name])}" if self.has(name) else "NULL"
+
+    @property
+    def has_vector(self) -> str:
+        """The condition that there is a vector."""
+        return f"{self.stored('embedding')} IS NOT NULL"
+
+    def is_by(self, model: str) -> str:
+        """Return the condition that a model has made a vector, as far as the target tells; "" is any model."""
+        return f"{self.stored('model')} = {literal(model)}" if model and self.has("model") else "1 = 1"
+
+    @property
+    def pairs(self) -> str:
+        """The rows that have an embedding beside it, for a FROM clause."""
+        return f"{self.source} AS s JOIN {self.target.sql} AS e ON {self.on}"
+
+    @property
+    def orphaned(self) -> str:
+        """The condition that an embedding's row is gone from the table, whatever --where says."""
+        return f"NOT EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.on})"
 
     def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
@@ -3790,10 +3815,6 @@ class Store:
         """Return the condition that a stored vector can be compared with one of that length and model."""
         return f"{self.has_length(dimensions)} AND {self.is_by(model)}"
 
-    def is_by(self, model: str) -> str:
-        """Return the condition that a model has made a vector, as far as the target tells; "" is any model."""
-        return f"{self.stored('model')} = {literal(model)}" if model and self.has("model") else "1 = 1"
-
     @property
     def common_dimensions(self) -> int | None:
         """The length of all vectors in the target, None if there are several."""
@@ -3803,15 +3824,7 @@ class Store:
                 return None
         return stored
 
-    @property
-    def has_vector(self) -> str:
-        """The condition that there is a vector."""
-        return f"{self.stored('embedding')} IS NOT NULL"
-
-    @property
-    def pairs(self) -> str:
-        """The rows that have an embedding beside it, for a FROM clause."""
-        return f"{self.source} AS s JOIN {self.target.sql} AS e ON {self.on}"
+    # What --search and --similar, --status, and --prune ask for.
 
     def check_searchable(self, model: str) -> None:
         """Raise Stop if there is nothing to compare a vector with, UsageError if there is only another model's."""
@@ -3881,11 +3894,6 @@ class Store:
             "GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
         )
 
-    @property
-    def orphaned(self) -> str:
-        """The condition that an embedding's row is gone from the table, whatever --where says."""
-        return f"NOT EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.on})"
-
     def check_belonging(self) -> None:
         """Raise UsageError unless a row that is missing in this very table is what its embedding was made of.
 
@@ -3928,6 +3936,8 @@ class Store:
         """Return when the target was last written to, as stored, None if it does not tell."""
         last = f"SELECT max({self.stored('updated_at')}) FROM {self.target.sql} AS e"
         return self.value(last) if self.has_target else None
+
+    # What a run reads, and what it loads before.
 
     def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force.
@@ -4034,8 +4044,9 @@ class SQLiteStore(Store):
         are missing, and writes to -shm where they are not: unless that is said to be read-only, or the database to be
         immutable, which is then watched.
         """
+        # Waiting is done in `patiently`, where signals are seen; half a second here keeps it from spinning.
         if not self.reads_only:
-            return self.connect(self.path)
+            return self.connect(self.path, timeout=0.5)
         from urllib.parse import quote
 
         real, how = os.path.realpath(self.path), ""
@@ -4052,7 +4063,7 @@ class SQLiteStore(Store):
                 self.frozen = self.file_state()
         path = real.replace(os.sep, "/")
         uri = f"file://{'' if path.startswith('/') else '/'}{quote(os.fsencode(path), safe='/:')}?mode=ro{how}"
-        connection = self.connect(uri, uri=True)
+        connection = self.connect(uri, timeout=0.5, uri=True)
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # what is shown may be no text
         return connection
 
@@ -4068,11 +4079,8 @@ class SQLiteStore(Store):
             "change it. Run embedgen, or open it once with any other program that may write to it."
         )
 
-    def connect(self, path: str, timeout: float = 0.5, uri: bool = False) -> Any:
-        """Return a connection to an SQLite file, without Python's own transactions.
-
-        Waiting is done in `patiently`, where signals are seen; the `timeout` in seconds keeps that from spinning.
-        """
+    def connect(self, path: str, timeout: float, uri: bool = False) -> Any:
+        """Return a connection to an SQLite file, without Python's own transactions."""
         try:
             return self.sqlite3.connect(path, timeout=timeout, isolation_level=None, uri=uri)
         except self.sqlite3.Error as error:
