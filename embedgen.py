@@ -3670,7 +3670,7 @@ class Store:
 
     def record(self, fit: str) -> int:
         """Put on record what this run makes, and return its id in PROVENANCE; within a transaction."""
-        name, accepted = self.provenance.sql, int(self.options.accept_drift)
+        name = self.provenance.sql
         self.create(
             self.provenance,
             f"id {self.identity}, target text NOT NULL, model text NOT NULL, digest text NOT NULL, "
@@ -3681,9 +3681,8 @@ class Store:
         values = dict(zip(("target", "model", "digest", "prefix", "fit"), map(literal, made)))
         find = f"SELECT id FROM {name} WHERE {' AND '.join(f'{column} = {value}' for column, value in values.items())}"
         if not self.execute(find):
-            columns = f"{', '.join(values)}, accepted"
-            self.execute(f"INSERT INTO {name} ({columns}) VALUES ({', '.join(values.values())}, {accepted})")
-        if accepted:  # and so all that are mixed there
+            self.execute(f"INSERT INTO {name} ({', '.join(values)}, accepted) VALUES ({', '.join(values.values())}, 0)")
+        if self.options.accept_drift:  # and so are all that are mixed there
             both = f"target = {values['target']} AND model = {values['model']}"
             self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0")
         return int(self.execute(find)[0][0])
