@@ -45,6 +45,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
 
@@ -792,6 +793,18 @@ def length_of(vector: bytes) -> float:
     return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
+# The highest bytes of a float32 of 2 or more, infinity and NaN among them, of either sign (IEEE 754).
+FROM_TWO_UP = bytes([*range(0x40, 0x80), *range(0xC0, 0x100)])
+
+
+def looks_sound(vector: bytes) -> bool:
+    """Whether each number of a stored vector is below 2, and not NaN, and some are not 0: as those of length 1 are.
+
+    By its bytes alone: to make numbers of them would take ten times as long.
+    """
+    return len(vector[3::4].translate(None, FROM_TWO_UP)) == len(vector) // 4 and vector.strip(b"\0\x80") != b""
+
+
 def unpack(vector: bytes) -> Sequence[float]:
     """Return the numbers of a stored vector."""
     import struct
@@ -1363,21 +1376,21 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
     """Return vectors, lists of numbers or packed already, packed if each is sound, or raise Garbled: 200 is no proof.
 
     Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
-    for every text. `unit_length`: the server promises L2 norm 1.
+    for every text. `unit_length`: the server promises L2 norm 1; one that does not keep this shows it in each vector.
     """
     import math
     import struct
 
     if len(vectors) != len(texts):
         raise Garbled(f"{len(vectors)} vectors came for {len(texts)} texts")
-    packed = []
-    for vector in vectors:
-        try:
-            ready = isinstance(vector, bytes)
-            norm = length_of(vector) if ready else math.hypot(*vector)
-            packed.append(vector if ready else pack(vector))
-        except (TypeError, OverflowError, struct.error):
-            raise Garbled("a vector holds something that is no number") from None
+    try:
+        packed = [vector if isinstance(vector, bytes) else pack(vector) for vector in vectors]
+    except (TypeError, OverflowError, struct.error):
+        raise Garbled("a vector holds something that is no number") from None
+    for place, vector in enumerate(packed):
+        if looks_sound(vector) and not (unit_length and place == 0):
+            continue
+        norm = length_of(vector)
         if not 0 < norm < math.inf:
             raise Garbled("a vector is all zero" if norm == 0 else "a vector holds NaN or infinity")
         # float32 and a server's printing of it are good to 1e-4; what is off by more was not normalised.
@@ -1385,7 +1398,8 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
             raise Garbled(f"a vector has length {norm:.3g} instead of 1")
     if len({len(vector) for vector in packed}) > 1:
         raise Garbled("vectors of different dimensions came in one answer")
-    if len(set(packed)) < len(packed) and len(set(packed)) < len(set(map(plain, texts))):
+    # Different beginnings tell that nearly always, and sooner.
+    if len({vector[:64] for vector in packed}) < len(packed) and len(set(packed)) < len(set(map(plain, texts))):
         raise Garbled("different texts were given one vector")
     return packed
 
@@ -1825,7 +1839,7 @@ class Pace:
         self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
         self.reason = "start"
         self._auto_in_flight, self._auto_batch, self._most = in_flight is None, batch_size is None, most
-        self._largest = self.LARGEST_BATCH if batch_size is None else batch_size
+        self._largest = batch_size or self.LARGEST_BATCH
         self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
         self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
         self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
@@ -1836,47 +1850,53 @@ class Pace:
         self._rested, self._pause = 0.0, self.PAUSE
         self._trouble = 0.0  # from 0, all is well, to 1, nothing is
         self._first = self.in_flight  # answers that may have waited for the model to load
-        self._count = self._texts = self._load = 0  # the measurement so far
-        self._seconds = 0.0
+        self._measure_anew()
 
-    def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
+    def __str__(self) -> str:
+        """The settings, and why they are so."""
+        return f"{self.in_flight} in flight, batches of {self.batch_size}: {self.reason}"
+
+    def observe(self, texts: int, seconds: float, outcome: str, load: int) -> None:
         """Learn that an exchange ended: ok, overloaded, timeout, or failed for another reason.
 
-        `under_way` are the texts that were in flight when it was sent, its own included.
+        `load` are the texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
-        load = full if under_way is None else under_way
         self._first -= 1
         if load > full or outcome == "failed" or not (self._auto_in_flight or self._auto_batch):
             return  # sent before the last reduction; or no sign of too much; or nothing to decide
-        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT.get(outcome, 0.0)
+        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT[outcome]
         if outcome != "ok":
             if self._trouble > 0.5:
                 self._back_off(outcome)
         elif self._first >= 0 and seconds > self._target:
             return
         elif load >= 0.75 * full and abs(texts - self.batch_size) <= 0.2 * self.batch_size:  # sent as things are now
-            self._count, self._texts = self._count + 1, self._texts + texts
-            self._load, self._seconds = self._load + load, self._seconds + max(seconds, 0.001)
-            if self._count >= self._enough(self._load / self._seconds):
-                self._decide(self._load / self._seconds)
+            self._count += 1
+            self._texts += texts
+            self._load += load
+            self._seconds += max(seconds, 0.001)
+            rate = self._load / self._seconds
+            if self._count >= self._enough(rate):
+                self._decide(rate)
 
     def limit(self, most: int) -> None:
         """Learn that a request can carry no more texts than that."""
         if most < self._largest:
-            self._largest = most
+            self._largest, self._before = most, (self._before[0], min(self._before[1], most))
             if most < self.batch_size:
-                self._move, self._needed, self._rate = "", 0.0, 0.0
+                self._move, self._rate = "", 0.0
                 self._change(self.in_flight, most, f"no more than {most} texts are taken")
 
     def _measure_anew(self) -> None:
-        self._count, self._texts, self._load, self._seconds = 0, 0, 0, 0.0
+        self._count = self._texts = self._load = 0
+        self._seconds = 0.0
 
     def _enough(self, rate: float) -> int:
         """Return how many answers settle the matter: few if the difference is far beyond noise."""
         import math
 
-        if self._moves[:1] == ["more of both"] or self._move == "more of both":
+        if "more of both" in (self._move, *self._moves[:1]):
             return 2
         if not self._rate:
             return max(8, self.in_flight)
@@ -1887,27 +1907,31 @@ class Pace:
 
     def _decide(self, rate: float) -> None:
         """A measurement is complete: judge the experiment, then start the next one or rest."""
-        ratio, took, elapsed = rate / (self._rate or rate), self._seconds / self._count, self._texts / rate
+        ratio = rate / (self._rate or rate)
         move, self._move = self._move, ""
-        self._measure_anew()
-        if move and ratio < self._needed:
+        needed = self._needed if move else 0.0
+        if ratio < needed:
             self._undo(move, rate, ratio)
-        elif (ratio > self.LEAP and self._needed < 1) or (not move and ratio < 1 / self.LEAP):
+        elif (ratio > self.LEAP and needed < 1) or (not move and ratio < 1 / self.LEAP):
             self._pause, self._rate = self.PAUSE, 0.0  # no experiment explains that: the server has changed
             self._start_round()
         else:
-            self._rate, self._took = rate, took
+            self._rate, self._took = rate, self._seconds / self._count
             if move:  # it worked: once more, but short requests come first, unless throughput soars
-                self._step = 4 if ratio > 1.7 else 2
-                self._put_first(*((move, "more in flight") if self._step == 4 else ("smaller requests", move)))
+                if ratio > 1.7:
+                    self._step = 4
+                    self._put_first(move, "more in flight")
+                else:
+                    self._step = 2
+                    self._put_first("smaller requests", move)
             elif not self._moves:
-                self._rested += elapsed
+                self._rested += self._texts / rate
                 if self._rested >= self._pause:
                     self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
                     self._start_round()
             while self._moves and not self._move:
                 self._try(self._moves.pop(0))
-        self._needed = self._needed if self._move else 0.0
+        self._measure_anew()
 
     def _undo(self, move: str, rate: float, ratio: float) -> None:
         """Back to the settings before; measured anew, as the server may have changed meanwhile."""
@@ -1948,8 +1972,8 @@ class Pace:
             self._change(in_flight, batch, f"trying {move}: {self._rate:.1f} texts/s, {took:.1f} s per request")
 
     def _change(self, in_flight: int, batch: int, reason: str) -> None:
-        was = f" with {self.in_flight} x {self.batch_size}"
-        self.in_flight, self.batch_size, self.reason = in_flight, batch, reason + was
+        self.reason = f"{reason} with {self.in_flight} x {self.batch_size}"
+        self.in_flight, self.batch_size = in_flight, batch
         self._measure_anew()
 
     def _back_off(self, outcome: str) -> None:
@@ -1962,7 +1986,7 @@ class Pace:
             if self._auto_batch and (outcome == "timeout" or in_flight == self.in_flight):
                 batch = max(1, batch // 2)
             self._pause = self.RECOVERY
-        self._move, self._needed, self._moves, self._step = "", 0.0, [], 2
+        self._move, self._moves, self._step = "", [], 2
         self._rate = self._rested = self._trouble = 0.0
         self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
@@ -1974,6 +1998,9 @@ class Result(NamedTuple):
     answers: Answers
 
 
+NEVER = float("inf")  # a moment that does not come
+
+
 class Lane:
     """One server of a run: its wire, its pace, and what is under way to it. Moments are seconds of any one clock."""
 
@@ -1982,6 +2009,7 @@ class Lane:
     def __init__(self, place: int, wire: Wire, pace: Pace) -> None:
         """`place` is its number among the servers."""
         self.place, self.wire, self.pace = place, wire, pace
+        self.logged = pace.reason  # the last one that the log has
         self.flying = self.texts = 0  # batches and texts under way
         self.rate = 0.0  # texts/s; 0: not known
         self.free = 0.0  # the moment at which all that is under way should be done
@@ -1990,7 +2018,7 @@ class Lane:
         self.barred = False  # whether it is of no use for the rest of the run
         self.since = self.absent = 0.0  # when it went away, and seconds that it was away before
         self.trying = 0.0  # since when it has been tried in vain
-        self.next_probe: float | None = None  # None: one is under way, or none is needed
+        self.next_probe = NEVER  # where one is under way, or none is needed
         # Answers that came after it went: it may have been started again with another model, which a probe will tell.
         self.held: list[Result] = []
 
@@ -2003,10 +2031,6 @@ class Lane:
             rate = under_way / max(exchange.seconds, 0.001)
             self.rate += (rate - self.rate) * (self.WEIGHT if self.rate else 1.0)
 
-    def away_for(self, now: float) -> float:
-        """Return the seconds that it has been away in all."""
-        return self.absent + (now - self.since if self.trouble else 0.0)
-
 
 class Batch(NamedTuple):
     """Rows whose texts go to a server together; `under_way` texts were in flight to it when they did, these included.
@@ -2018,11 +2042,6 @@ class Batch(NamedTuple):
     under_way: int
     lane: Lane
     moves: int = 0
-
-    @property
-    def texts(self) -> list[str]:
-        """What is to be embedded."""
-        return [row.text for row in self.rows]
 
 
 class Servers:
@@ -2057,11 +2076,9 @@ class Servers:
 
         `left` gives how many rows are not under way yet, as far as that is known.
         """
-        if sum(lane.flying for lane in self.lanes) >= self.most:
-            return None
         there = [lane for lane in self.lanes if not lane.trouble]
         roomy = [lane for lane in there if lane.flying < lane.pace.in_flight]
-        if not roomy:
+        if not roomy or sum(lane.flying for lane in self.lanes) >= self.most:
             return None
         if len(there) == 1:
             return there[0], there[0].pace.batch_size
@@ -2075,24 +2092,23 @@ class Servers:
             return now + abs(lane.free - now) if lane.flying else now
 
         # When would all be done together? A server that is busy for longer than that gets nothing more.
-        rows = left() if left() > 0 else sys.maxsize
-        sharing = sorted(there, key=begin)
-        while True:
-            end = (rows + sum(rate(lane) * begin(lane) for lane in sharing)) / sum(map(rate, sharing))
-            if begin(sharing[-1]) < end or len(sharing) == 1:
-                break
-            sharing.pop()
+        rows, end, begins, rates = max(left(), 0) or sys.maxsize, NEVER, 0.0, 0.0
+        for lane in sorted(there, key=begin):
+            if begin(lane) < end:
+                begins += rate(lane) * begin(lane)
+                rates += rate(lane)
+                end = (rows + begins) / rates
         found = []
         for lane in there:
-            least = -(-lane.pace.batch_size // self.SMALLEST)
+            usual_size = lane.pace.batch_size
             share = (end - begin(lane)) * rate(lane)
             # The soonest first; before all others those not known yet, with little, since they may be slow.
-            most = lane.pace.batch_size if lane.rate else -(-lane.pace.batch_size // self.UNKNOWN)
-            size = int(min(most, max(least, share / 2)))
-            found.append((begin(lane) + size / rate(lane) if lane.rate else 0.0, lane.place, lane, size, share))
-        first = min(found)[2]
-        for _, _, lane, size, share in sorted(found):
-            if lane in roomy and (share >= size / 2 or lane is first):
+            most = usual_size if lane.rate else -(-usual_size // self.UNKNOWN)
+            size = int(min(most, max(-(-usual_size // self.SMALLEST), share / 2)))
+            found.append((begin(lane) + size / lane.rate if lane.rate else 0.0, lane.place, lane, size, share))
+        found.sort()
+        for _, _, lane, size, share in found:
+            if lane in roomy and (share >= size / 2 or lane is found[0][2]):
                 return lane, size
         return None
 
@@ -2100,14 +2116,16 @@ class Servers:
         """Note that a batch is on its way, and return it."""
         begin = max(lane.free, now) if lane.flying else now
         lane.free = begin + len(rows) / lane.rate if lane.rate else now
-        lane.flying, lane.texts = lane.flying + 1, lane.texts + len(rows)
+        lane.flying += 1
+        lane.texts += len(rows)
         return Batch(rows, lane.texts, lane, moves)
 
     def land(self, batch: Batch, now: float) -> None:
         """Note that a batch is no longer under way."""
         lane = batch.lane
         if batch.rows:
-            lane.flying, lane.texts = lane.flying - 1, lane.texts - len(batch.rows)
+            lane.flying -= 1
+            lane.texts -= len(batch.rows)
             lane.free = now + lane.texts / lane.rate if lane.rate else now
 
     def take_returned(self, size: int) -> tuple[list[Row], int]:
@@ -2131,7 +2149,7 @@ class Servers:
         if not known:
             lane.since = lane.trying = now
         if not isinstance(stop, Away):
-            lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
+            lane.trouble, lane.barred, lane.next_probe = stop.message, True, NEVER
             self.redo(lane)
             return f"{stop.message} The other servers do its work."
         lane.trouble = stop.reason or stop.message
@@ -2148,9 +2166,9 @@ class Servers:
 
     def to_probe(self, now: float) -> list[Batch]:
         """Return the questions that are due to servers that are away."""
-        due = [lane for lane in self.lanes if lane.next_probe is not None and lane.next_probe <= now]
+        due = [lane for lane in self.lanes if lane.next_probe <= now]
         for lane in due:
-            lane.next_probe = None
+            lane.next_probe = NEVER
         return [Batch([], 0, lane) for lane in due]
 
     def welcome(self, lane: Lane, now: float) -> str:
@@ -2181,16 +2199,15 @@ class Servers:
 
     def shares(self, elapsed: float, now: float) -> list[str]:
         """Return for the log what each server has done in that many seconds."""
+        if self.alone:
+            return [f"at the end {self.lanes[0].pace}"]
         lines = []
         for lane in self.lanes:
-            pace, away = lane.pace, lane.away_for(now)
-            state = f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}"
-            if self.alone:
-                return [f"at the end {state}"]
+            away = lane.absent + (now - lane.since if lane.trouble else 0.0)
             speed = lane.embedded / max(elapsed - away, 0.001)
             lines.append(
                 f"{lane.wire.address}: {lane.embedded} texts, {speed:.1f} texts/s, away for {away:.1f} s; "
-                f"at the end {state}"
+                f"at the end {lane.pace}"
             )
         return lines
 
@@ -2628,7 +2645,7 @@ class Engine:
         """Return what is to be done for a batch."""
         servers = self.servers
         movable = not servers.alone and batch.moves < servers.MOVES
-        return Task(batch.lane.place, batch.texts, movable, servers.dimensions)
+        return Task(batch.lane.place, [row.text for row in batch.rows], movable, servers.dimensions)
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -5562,7 +5579,7 @@ class Counts:
         self.to_do, self.limit = rows - existing, limit
         self.generated = self.failed = 0
         self.cut = 0  # of those generated
-        self.reasons: dict[str, int] = {}
+        self.reasons: Counter[str] = Counter()
 
     @property
     def skipped(self) -> int:
@@ -5603,7 +5620,7 @@ class Counts:
     def fail(self, reason: str) -> None:
         """Count a failed row."""
         self.failed += 1
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.reasons[reason] += 1
 
 
 RULE = "=" * 60
@@ -5650,19 +5667,19 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
     eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
     tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
     figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
-    percent = f"{percent_of(share):3}%"
-    head = "Generating embeddings: "
+    percent = f"{percent_of(share)}%"
+    head = f"Generating embeddings: {percent:>4}"
     if columns is None:
-        return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
+        return f"{head}|{bar(share, PIPE_BAR)}| {figures}"
     room = max(columns - 3, 1)  # a terminal's own ^C, of two cells, must not make the line wrap
-    for before in (f"{head}{percent}", percent.strip()):
+    for before in (head, percent):
         cells = room - len(f"{before}|| {figures}")
         if cells >= 4:
             return f"{before}|{bar(share, cells)}| {figures}"
-    for line in (f"{percent.strip()} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
+    for line in (f"{percent} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
         if len(line) <= room:
             return line
-    return percent.strip()[:room]
+    return percent[:room]
 
 
 class Console:
@@ -5693,13 +5710,11 @@ class Console:
     @property
     def columns(self) -> int | None:
         """The terminal's width now, None where there is no terminal."""
-        if not self.is_terminal:
+        if self.out is None or not self.is_terminal:
             return None
-        try:
-            assert self.out is not None
+        with contextlib.suppress(OSError):
             return os.get_terminal_size(self.out.fileno()).columns or 80
-        except OSError:
-            return 80
+        return 80
 
     def write(self, text: str) -> None:
         """Write at once, or lose it: what happens to the output must not touch the work, except that a
@@ -5709,49 +5724,34 @@ class Console:
         try:
             self.out.write(text)
             self.out.flush()
-        except BrokenPipeError:
-            self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
-            self.abandon()
         except (OSError, ValueError) as error:
-            self.abandon()
-            self.is_lost = True
-            complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
+            out, self.out = self.out, None
+            with contextlib.suppress(OSError, ValueError):  # or it was no file to begin with
+                # Where Python's own flush at the exit goes, too.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, out.fileno())
+                os.close(nowhere)
+            if isinstance(error, BrokenPipeError):
+                self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
+            else:
+                self.is_lost = True
+                complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
-    def abandon(self) -> None:
-        """Write no more; and let Python's own flush at the exit go nowhere."""
-        out, self.out = self.out, None
-        try:
-            assert out is not None
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, out.fileno())
-            os.close(nowhere)
-        except (OSError, ValueError):
-            pass  # it was no file to begin with
-
-    def line(self, text: str = "") -> None:
-        """Print one line, below the one that was being redrawn."""
-        self.end_line()
-        self.write(text + "\n")
+    def lines(self, *texts: str) -> None:
+        """Print lines, below the one that was being redrawn, which stays as it is."""
+        if self.drawn:
+            self.drawn = 0
+            self.write("\n")
+        for text in texts:
+            self.write(text + "\n")
 
     def json(self, value: dict[str, Any]) -> None:
         """Print one JSON object; what JSON does not know is given as text."""
         import json
-        import math
 
-        def known(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: known(one) for key, one in value.items()}
-            if isinstance(value, list):
-                return list(map(known, value))
-            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-        self.line(json.dumps(known(value), ensure_ascii=True, default=str))
-
-    def end_line(self) -> None:
-        """Leave the line that was being redrawn as it is."""
-        if self.drawn:
-            self.drawn = 0
-            self.write("\n")
+        text = json.dumps(value, default=str)
+        # Python's NaN and Infinity are no JSON.
+        self.lines(json.dumps(json.loads(text, parse_constant=lambda name: str(float(name)))))
 
     def erase(self) -> None:
         """Take back the line that was being redrawn, and the ^C that a terminal puts behind it."""
@@ -5759,7 +5759,10 @@ class Console:
         self.drawn = 0
 
     def redraw(self, text: str) -> None:
-        """Put the text in place of the last one."""
+        """Put the text in place of the last one; below it, where there is no terminal."""
+        if not self.is_terminal:
+            self.lines(text)
+            return
         width = width_of(text)
         self.write("\r" + text + " " * (self.drawn - width))
         self.drawn = width
@@ -5767,97 +5770,66 @@ class Console:
 
 def complain(text: str) -> None:
     """Write one line to standard error, if there is one."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # there is nowhere left to say it
         if sys.stderr is not None:
             print(text.encode("utf-8", "replace").decode("utf-8"), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # there is nowhere left to say it
 
 
 class Report:
-    """What a run prints: the head, the progress, the summary, or one JSON object."""
+    """What is printed: a run's head, progress and summary, what an action has found, or one JSON object."""
 
-    def __init__(self, console: Console, options: argparse.Namespace, table: str, log_path: str) -> None:
-        self.console, self.options, self.log_path = console, options, log_path
-        table = one_line(table)
-        noun = one_line(options.noun or "") or singular(table.replace("_", " ").strip())
-        self.noun = noun.lower()
-        self.nouns = (plural(noun) if options.noun else table.replace("_", " ").strip()).lower()
-        self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding Generator"
-        self.started = self.shown = time.monotonic()
-        self.worked_from = self.started
+    def __init__(self, console: Console, options: argparse.Namespace, log: Log) -> None:
+        self.console, self.options, self.log = console, options, log
         self.talkative = not (options.quiet or options.json)
+        self.started = time.monotonic()
         self.stopping = False  # whether it was said that the run is to stop
         self.ended = 0.0  # when the last row was done
+
+    def name_rows(self, table: str) -> None:
+        """Take what a row is called, also in headings, from --noun or the table's name."""
+        table = one_line(table).replace("_", " ").strip()
+        noun = one_line(self.options.noun or "") or singular(table)
+        self.noun, self.nouns = noun.lower(), (plural(noun) if self.options.noun else table).lower()
+        self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding"
+
+    def give(self, facts: dict[str, Any], lines: Iterable[str]) -> None:
+        """Print the facts as one JSON object if that is wanted, and else the lines, without those that are empty."""
+        if self.options.json:
+            self.console.json(facts)
+        else:
+            self.console.lines(*filter(None, lines))
 
     def start(self, counts: Counts) -> None:
         """Print what is going to be done."""
         self.worked_from = self.shown = time.monotonic()
-        if not self.talkative:
-            return
-        say = self.console.line
-        for text in (RULE, f"🧠 {self.title}", RULE, f"📊 Total {self.nouns} to process: {counts.total}"):
-            say(text)
-        say(f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}")
-        say(f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}")
-        say(f"📝 Detailed logs: {self.log_path}")
-        say()
+        if self.talkative:
+            self.console.lines(
+                RULE,
+                f"🧠 {self.title} Generator",
+                RULE,
+                f"📊 Total {self.nouns} to process: {counts.total}",
+                f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}",
+                f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}",
+                f"📝 Detailed logs: {self.log.shown}",
+                "",
+            )
 
     def update(self, counts: Counts) -> None:
         """Show the progress, if it is time to."""
-        now = time.monotonic()
-        if self.console.interrupt.code and self.console.is_terminal and self.talkative and not self.stopping:
+        if not self.talkative:
+            return
+        now, in_place = time.monotonic(), self.console.is_terminal
+        if in_place and self.console.interrupt.code and not self.stopping:
             self.stopping = True
             self.console.erase()
-            self.console.line(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
-        if not self.talkative or now - self.shown < (REDRAW if self.console.is_terminal else PIPE_INTERVAL):
-            return
-        self.shown = now
-        self.show(counts, now)
+            self.console.lines(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
+        if now - self.shown >= (REDRAW if in_place else PIPE_INTERVAL):
+            self.show(counts, now)
 
     def show(self, counts: Counts, now: float) -> None:
         """Show the progress."""
-        text = progress_line(counts, now - self.worked_from, self.console.columns)
-        if self.console.is_terminal:
-            self.console.redraw(text)
-        else:
-            self.console.line(text)
-
-    def finish(self, counts: Counts, code: int, error: str = "") -> None:
-        """Print what was done, or how far it came."""
-        self.end(counts)
-        # Rounded first, so that the speed is what a reader gets from the figures printed.
-        elapsed = round(self.ended - self.started, 2) or self.ended - self.started
-        speed = counts.generated / elapsed if elapsed else 0.0
-        if self.options.json:
-            self.finish_json(counts, elapsed, speed, code, error)
-            return
-        if self.talkative:
-            self.console.line()
-        elif code == EXIT_DONE:
-            return
-        complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
-        say = self.console.line
-        say(RULE)
-        say(f"✅ {self.title} Completed" if complete else f"⏹️  {self.title} Stopped")
-        say(RULE)
-        say(f"📊 Total {self.nouns} processed: {counts.done}")
-        say(f"   ✓  Successfully generated: {counts.generated}")
-        if counts.cut:
-            say(f"   ✂  Cut to the model's context: {counts.cut}")
-        say(f"   ⊘  Skipped (already exist): {counts.skipped}")
-        if counts.too_long:
-            say(f"   ✂  Skipped for their length: {counts.too_long}")
-        say(f"   ✗  Failed: {counts.failed}")
-        if not complete:
-            say(f"   …  Left for the next run: {counts.left}")
-        say(f"⏱️  Time elapsed: {elapsed:.2f} seconds")
-        say(f"⚡ Average speed: {speed:.2f} embeddings/second")
-        say(RULE)
-        if self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
-            for reason, times in sorted(counts.reasons.items(), key=lambda item: -item[1])[:5]:
-                say(f"{times} failed: {one_line(reason)}")
-            say(f"Each {self.noun}'s reason is in the log: {self.log_path}")
+        self.shown = now
+        self.console.redraw(progress_line(counts, now - self.worked_from, self.console.columns))
 
     def end(self, counts: Counts) -> None:
         """Show that the last row is done, once."""
@@ -5865,28 +5837,49 @@ class Report:
             self.ended = time.monotonic()
             if self.talkative:
                 self.show(counts, self.ended)
-                self.console.line()
-                self.console.line("💾 Saving embeddings to database...")
+                self.console.lines("", "💾 Saving embeddings to database...")
 
     def show_index(self, share: float) -> None:
         """Show how far the index is; where there is no terminal, only that it is done."""
-        text = f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|"
-        if self.talkative and self.console.is_terminal:
-            self.console.redraw(text)
-        elif self.talkative and share == 1:
-            self.console.line(text)
+        if self.talkative and (self.console.is_terminal or share == 1):
+            self.console.redraw(f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|")
 
-    def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int, error: str) -> None:
-        """Print one JSON object."""
-        summary: dict[str, Any] = {
+    def finish(self, counts: Counts, code: int, error: str = "") -> None:
+        """Print what was done, or how far it came."""
+        self.end(counts)
+        # Rounded first, so that the speed is what a reader gets from the figures printed.
+        elapsed = round(self.ended - self.started, 2) or self.ended - self.started
+        speed = counts.generated / elapsed if elapsed else 0.0
+        facts: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
             "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": round(elapsed, 2),
             "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": self.options.model,
-            "log": self.log_path,
+            "log": self.log.shown,
         }  # fmt: skip
         if error:
-            summary["error"] = error
-        self.console.json(summary)
+            facts["error"] = error
+        complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
+        lines = [
+            RULE,
+            f"✅ {self.title} Generator Completed" if complete else f"⏹️  {self.title} Generator Stopped",
+            RULE,
+            f"📊 Total {self.nouns} processed: {counts.done}",
+            f"   ✓  Successfully generated: {counts.generated}",
+            f"   ✂  Cut to the model's context: {counts.cut}" if counts.cut else "",
+            f"   ⊘  Skipped (already exist): {counts.skipped}",
+            f"   ✂  Skipped for their length: {counts.too_long}" if counts.too_long else "",
+            f"   ✗  Failed: {counts.failed}",
+            "" if complete else f"   …  Left for the next run: {counts.left}",
+            f"⏱️  Time elapsed: {elapsed:.2f} seconds",
+            f"⚡ Average speed: {speed:.2f} embeddings/second",
+            RULE,
+        ]
+        if self.talkative:
+            self.console.lines("")
+        elif self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
+            lines += [f"{times} failed: {one_line(reason)}" for reason, times in counts.reasons.most_common(5)]
+            lines.append(f"Each {self.noun}'s reason is in the log: {self.log.shown}")
+        self.give(facts, [] if self.options.quiet and code == EXIT_DONE else lines)
 
 
 LOG_BYTES, LOG_FILES = 10_000_000, 3  # a log is put aside at this size, and so many old ones are kept
@@ -5894,21 +5887,26 @@ WARNINGS_OF_A_KIND = 20  # warnings with one reason; further ones are info, and 
 
 
 class Log:
-    """The log of a run: a file, rotated by size; without one if it cannot be written.
+    """The log of a run: a file, rotated by size; none before it is begun, and where it cannot be written.
 
     Its lines are as those of `logging`, without the 15 ms that the import of that and of its handlers takes.
     """
 
-    def __init__(self, options: argparse.Namespace, name: str) -> None:
+    path = shown = ""  # shown: as it may be printed; "" before it is begun
+    verbose = False
+    file: Any = None
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def begin(self, options: argparse.Namespace) -> None:
+        """Begin to write, into the file that the engine has."""
         folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
-        self.path = os.path.join(folder, name)
+        self.path, self.verbose = os.path.join(folder, ENGINES[options.engine].log_name), options.verbose
         here = os.path.join(os.path.realpath(os.curdir), "")
         whole = os.path.realpath(self.path)
         # Relative where that is short and clear: from the root folder, everything would be.
-        self.shown = os.path.relpath(whole, here) if whole.startswith(here) and os.path.dirname(here[:-1]) else whole
-        self.seen: dict[str, int] = {}
-        self.verbose: bool = options.verbose
-        self.file: Any = None
+        self.shown = whole.removeprefix(here) if os.path.dirname(here[:-1]) else whole
         try:
             os.makedirs(folder, exist_ok=True)
             self.open()
@@ -5958,7 +5956,7 @@ class Log:
 
     def warn(self, text: str, reason: str) -> None:
         """Log what went wrong; as a warning only the first few times for one reason."""
-        self.seen[reason] = self.seen.get(reason, 0) + 1
+        self.seen[reason] += 1
         self.write("WARNING" if self.seen[reason] <= WARNINGS_OF_A_KIND else "INFO", text)
 
     def sum_up(self) -> None:
@@ -5966,15 +5964,6 @@ class Log:
         for reason, times in self.seen.items():
             if times > WARNINGS_OF_A_KIND:
                 self.write("WARNING", f"{times} times in all: {reason}")
-
-    def error(self, text: str, traceback: bool = False) -> None:
-        """Log why the run ends, with the traceback of the exception being handled if that is wanted."""
-        after = ""
-        if traceback:
-            from traceback import format_exc
-
-            after = format_exc()
-        self.write("ERROR", text, after)
 
     def close(self) -> None:
         """Close the file."""
@@ -6018,16 +6007,15 @@ def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
     """Return the vector of a text, from the first server that is there; raise Stop if it cannot compare."""
     for wire in wires:
         try:
-            answer = embed_here(wire, [text], store.stopping)[0]
+            [answer] = embed_here(wire, [text], store.stopping)
+            break
         except Away:
             if wire is wires[-1]:
                 raise
-            continue
-        if isinstance(answer, str):
-            raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
-        store.check_query(len(answer) // 4, wire.digest)
-        return answer
-    raise AssertionError("there is at least one server")
+    if isinstance(answer, str):
+        raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
+    store.check_query(len(answer) // 4, wire.digest)
+    return answer
 
 
 def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hit]:
@@ -6044,71 +6032,50 @@ def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hi
     return [Hit(similarity, key, columns[key]) for similarity, key in near if key in columns]
 
 
-def search(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def search(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """List the rows nearest to a text."""
-    store.prepare()
-    store.check_searchable(options.model)
-    vector = embed_query(wires, options.search, store)
-    hits = hits_of(store, vector, options.model)
-    show_hits(options, store, console, hits, {"query": options.search}, f'"{options.search}"', vector, options.model)
+    text, model = report.options.search, report.options.model
+    store.check_searchable(model)
+    show_hits(store, report, {"query": text}, f'"{text}"', embed_query(wires, text, store), model)
     return EXIT_DONE
 
 
-def similar(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def similar(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """List the rows nearest to one of them, by the vector that it has already."""
-    store.prepare()
-    key, vector, model = store.row_named(options.similar)
-    noun = Report(console, options, store.relation.name, "").noun
+    key, vector, model = store.row_named(report.options.similar)
+    row = f"{report.noun} {report.options.similar}"
     if vector is None:
-        raise Stop(f"the {noun} {options.similar} has no embedding yet. Run embedgen without --similar first.")
+        raise Stop(f"the {row} has no embedding yet. Run embedgen without --similar first.")
     if not cosine(vector, vector) > 0:  # NaN is not
         raise Stop(
-            f"the {noun} {options.similar} has a vector without a direction (all zeros, or NaN or infinity in it), and "
-            "nothing is near to that. Run embedgen with --force, which replaces it."
+            f"the {row} has a vector without a direction (all zeros, or NaN or infinity in it), and nothing is near to "
+            "that. Run embedgen with --force, which replaces it."
         )
-    hits = hits_of(store, vector, model, but=key)
-    speak_of(model, options, store)
-    show_hits(options, store, console, hits, {"similar_to": key}, f"{noun} {options.similar}", vector, model)
+    speak_of(model, store)
+    show_hits(store, report, {"similar_to": key}, row, vector, model, but=key)
     return EXIT_DONE
 
 
 def show_hits(
-    options: argparse.Namespace,
-    store: Store,
-    console: Console,
-    hits: list[Hit],
-    asked: dict[str, Any],
-    nearest_to: str,
-    vector: bytes,
-    model: str,
+    store: Store, report: Report, asked: dict[str, Any], what: str, vector: bytes, model: str, but: Any = None
 ) -> None:
-    """Print what was found, and say on standard error what could not be."""
-    report = Report(console, options, store.relation.name, "")
-    if options.json:
-        results = [
-            {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
-            for rank, hit in enumerate(hits, 1)
-        ]
-        console.json({**asked, "model": model or None, "results": results})
-    else:
-        cells = console.columns or PIPE_WIDTH
-        if not hits:
-            console.line(f"No {report.nouns} to compare with were found.")
-        elif not options.quiet:
-            console.line(
-                fitted(
-                    f"🔎 {report.nouns[:1].upper()}{report.nouns[1:]} nearest to {nearest_to}, by "
-                    f"{model or 'an unknown model'}",
-                    cells,
-                )
-            )
-        for line in lines_of(hits, cells):
-            console.line(line)
-    if not options.quiet:
-        note_unsearched(options, store, report.nouns, store.comparable(len(vector) // 4, model))
+    """Print the rows nearest to a vector, that of `what` was asked for; on standard error what was not searched."""
+    hits = hits_of(store, vector, model, but)
+    results = [
+        {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
+        for rank, hit in enumerate(hits, 1)
+    ]
+    cells = report.console.columns or PIPE_WIDTH
+    nouns, quiet = report.nouns, report.options.quiet
+    head = f"🔎 {nouns[:1].upper()}{nouns[1:]} nearest to {what}, by {model or 'an unknown model'}"
+    head = "" if quiet else fitted(head, cells)
+    lines = [head, *lines_of(hits, cells)] if hits else [f"No {nouns} to compare with were found."]
+    report.give({**asked, "model": model or None, "results": results}, lines)
+    if not quiet:
+        note_unsearched(store, report, store.comparable(len(vector) // 4, model))
 
 
-def note_unsearched(options: argparse.Namespace, store: Store, nouns: str, comparable: str) -> None:
+def note_unsearched(store: Store, report: Report, comparable: str) -> None:
     """Say on standard error which rows were not searched, or by an older text; those that are `comparable` were."""
     total, stored, found, fresh = store.tally(comparable)
     words: list[str] = []
@@ -6118,11 +6085,11 @@ def note_unsearched(options: argparse.Namespace, store: Store, nouns: str, compa
         (found - fresh, "found by an older text"),
     ):
         if count:
-            whose = "" if words else f" {nouns}"
+            whose = "" if words else f" {report.nouns}"
             words.append(f"{count} of {total}{whose} {'is' if count == 1 else 'are'} {what}")
     if words:
-        ending = f" Run embedgen without --{options.action} to embed them." if total - stored or found - fresh else ""
-        complain(f"note: {'; '.join(words)}.{ending}")
+        cure = f" Run embedgen without --{report.options.action} to embed them."
+        complain(f"note: {'; '.join(words)}.{cure if total - stored or found - fresh else ''}")
 
 
 def lines_of(hits: list[Hit], cells: int) -> list[str]:
@@ -6150,27 +6117,25 @@ def fitted(text: str, cells: int) -> str:
     return text + "…"
 
 
-def speak_of(model: str, options: argparse.Namespace, store: Store) -> None:
+def speak_of(model: str, store: Store) -> None:
     """Take a model that vectors are of, if it is known, for the one that a run would use."""
     if model:
-        apply_card(options, model)
-        store.model, store.prefix = options.model, options.document_prefix
+        apply_card(store.options, model)
+        store.model, store.prefix = store.options.model, store.options.document_prefix
 
 
-def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def status(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Say what is embedded, by which model, and what is left to be done."""
-    store.prepare()
-    origins = store.origins()
+    options, origins = report.options, store.origins()
     models = {model for model, *_ in origins}
     if len(models) == 1 and not options.model_is_named:
-        speak_of(max(models), options, store)
+        speak_of(max(models), store)
     total, _, found, fresh = store.tally(store.has_vector)
     unknown = found and not any(models) and not options.model_is_named
-    _, gone = store.orphans()
-    fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
-    facts: dict[str, Any] = {
+    facts = {
         "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,
-        "missing": total - found, "stale": found - fresh, "orphaned": gone, **fits,
+        "missing": total - found, "stale": found - fresh, "orphaned": store.orphans()[1],
+        **{fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")},
         "model": None if unknown else options.model, "prefix": options.document_prefix,
         "dimensions": store.common_dimensions,
         "updated": moment(store.updated_at()),
@@ -6179,11 +6144,7 @@ def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, con
             for model, digest, prefix, fit, count in origins
         ],
     }  # fmt: skip
-    if options.json:
-        console.json(facts)
-    else:
-        for line in status_lines(facts, Report(console, options, store.relation.name, ""), store.shown):
-            console.line(line)
+    report.give(facts, status_lines(facts, report, store.shown))
     return EXIT_DONE
 
 
@@ -6191,25 +6152,25 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     """Return what --status prints."""
     total, done = facts["rows"], facts["embedded"]
     share = done / total if total else 1.0
-    figures = [("✓", "Embedded", done), ("…", "Missing", facts["missing"]), ("↻", "Stale", facts["stale"])]
-    figures += [(mark, name, facts[name.lower()]) for mark, name in (("∅", "Orphaned"), ("✂", "Cut"), ("÷", "Split"))
-                if facts[name.lower()]]  # fmt: skip
-    width = max(len(f"{count:,}") for _, _, count in figures)
-    hints = {
-        "Stale": "embedded from another text, prefix or model",
-        "Orphaned": f"without a row in {facts['table']}; see --prune",
-    }
-    title = report.title.replace("Embedding Generator", "Embeddings")
-    lines = [RULE, one_line(f"🧠 {title} in {database}"), RULE]
+    lines = [RULE, one_line(f"🧠 {report.title}s in {database}"), RULE]
     lines.append(f"📊 {percent_of(share)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
-    for mark, name, count in figures:
-        hint = f"   ({hints[name]})" if count and name in hints else ""
-        figure = f"{count:,}".rjust(width)
-        lines.append(f"   {mark}  {name + ':':<10}{figure}{hint}")
-    made: dict[tuple[str, str, str], int] = {}
+    figures = {
+        "Embedded": ("✓", ""),
+        "Missing": ("…", ""),
+        "Stale": ("↻", "embedded from another text, prefix or model"),
+        "Orphaned": ("∅", f"without a row in {facts['table']}; see --prune"),
+        "Cut": ("✂", ""),
+        "Split": ("÷", ""),
+    }
+    width = max(len(f"{facts[name.lower()]:,}") for name in figures)
+    for name, (mark, hint) in figures.items():
+        count = facts[name.lower()]
+        if count or name in ("Embedded", "Missing", "Stale"):
+            why = f"   ({hint})" if count and hint else ""
+            lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{why}")
+    made: Counter[tuple[str, str, str]] = Counter()
     for one in facts["models"]:
-        maker = one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]
-        made[maker] = made.get(maker, 0) + one["rows"]
+        made[one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]] += one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
     for (model, digest, prefix), count in list(made.items())[:3]:
         words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"
@@ -6222,46 +6183,41 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
 
 def moment(value: Any) -> str | None:
     """Return a stored time as text, in UTC where its zone is known."""
-    if hasattr(value, "astimezone") and getattr(value, "tzinfo", None):
-        from datetime import timezone
+    from datetime import datetime, timezone
 
+    if isinstance(value, datetime) and value.tzinfo:
         return f"{value.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     return None if value is None else str(value)
 
 
-def rehearse(
-    options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None
-) -> int:
+def rehearse(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Say what a run would do, and how long it may take by a few texts measured; write nothing."""
-    store.prepare()
-    counts = Counts(*store.count(), options.limit)
-    to_do = counts.total - counts.done
+    counts = Counts(*store.count(), report.options.limit)
+    rows, to_do = counts.skipped + counts.to_do, counts.total - counts.done
+    left = counts.to_do - to_do
     speed = measured_speed(wires, store) if to_do else 0.0
     store.digest = next((wire.digest for wire in wires if wire.digest), "")
     store.check_version()
     lasting = to_do / speed if speed else 0.0
-    report = Report(console, options, store.relation.name, "")
-    if options.json:
-        console.json(
-            {
-                "rows": counts.skipped + counts.to_do, "would_generate": to_do, "would_skip": counts.skipped,
-                "left": counts.to_do - to_do, "seconds": round(lasting, 1) if speed else None,
-                "rate": round(speed, 2) if speed else None, "model": options.model,
-            }
-        )  # fmt: skip
-        return EXIT_DONE
-    lines = [RULE, f"🧠 {report.title}: what it would do", RULE]
-    lines.append(f"📊 Total {report.nouns}: {counts.skipped + counts.to_do}")
-    lines.append(f"   ✓  Would be generated: {to_do}")
-    lines.append(f"   ⊘  Would be skipped (already exist): {counts.skipped}")
-    if counts.to_do > to_do:
-        lines.append(f"   …  Would be left by --limit: {counts.to_do - to_do}")
-    if speed:
-        lines.append(
-            f"⏱️  Estimated time: {clock(max(round(lasting), 1))}, at {speed:.1f} embeddings/second as just measured"
-        )
-    for line in [*lines, "Nothing was written.", RULE]:
-        console.line(line)
+    facts = {
+        "rows": rows, "would_generate": to_do, "would_skip": counts.skipped, "left": left,
+        "seconds": round(lasting, 1) if speed else None, "rate": round(speed, 2) if speed else None,
+        "model": report.options.model,
+    }  # fmt: skip
+    time_left = f"{clock(max(round(lasting), 1))}, at {speed:.1f} embeddings/second as just measured"
+    lines = [
+        RULE,
+        f"🧠 {report.title} Generator: what it would do",
+        RULE,
+        f"📊 Total {report.nouns}: {rows}",
+        f"   ✓  Would be generated: {to_do}",
+        f"   ⊘  Would be skipped (already exist): {counts.skipped}",
+        f"   …  Would be left by --limit: {left}" if left else "",
+        f"⏱️  Estimated time: {time_left}" if speed else "",
+        "Nothing was written.",
+        RULE,
+    ]
+    report.give(facts, lines)
     return EXIT_DONE
 
 
@@ -6271,8 +6227,7 @@ def measured_speed(wires: Sequence[Wire], store: Store) -> float:
 
     rows = itertools.islice(store.pending(None, lambda: TIMED_TEXTS), PAGE_ROWS)
     texts = [row.text for row in rows if row and row.text.strip(BLANKS)][: TIMED_TEXTS + 1]
-    stored = store.stored_dimensions()
-    if stored:
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
     speed, timed = 0.0, texts[1:] or texts
     for wire in wires if texts else []:
@@ -6287,14 +6242,12 @@ def measured_speed(wires: Sequence[Wire], store: Store) -> float:
     return speed
 
 
-def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def prune(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Remove the embeddings whose row is gone."""
-    store.prepare()
     if not store.has_target:
         raise UsageError(f'there is nothing to prune: no table "{store.target.name}". Give --target NAME.')
     store.check_belonging()
-    total, gone = store.orphans()
-    nouns = Report(console, options, store.relation.name, "").nouns
+    options, (total, gone) = report.options, store.orphans()
     refused = UsageError(
         f'none of the {total} embeddings in "{store.target.name}" belongs to a row of "{store.relation.name}", so that '
         "all would be removed. Give another --table or --target; or --force, if that is meant."
@@ -6302,59 +6255,51 @@ def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, cons
     if gone and gone == total and not options.force:
         raise refused
     if not options.dry_run and gone:
-        removed = store.prune()
-        if not removed and store.orphans()[1]:
+        gone = store.prune()
+        if not gone and store.orphans()[1]:
             raise refused  # somebody else was at work meanwhile
-        gone = removed
-    if log:
-        log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
-    if options.json:
-        console.json(
-            {"would_remove" if options.dry_run else "removed": gone, "left": total - gone, "dry_run": options.dry_run}
-        )
-    elif gone or not options.quiet:
-        what = "Would remove" if options.dry_run else "Removed"
-        why = f"whose {nouns} are gone" if gone else f"since all their {nouns} are there"
-        console.line(f"🧹 {what} {gone} of {total} embeddings, {why}.")
+    report.log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
+    did, what = ("would_remove", "Would remove") if options.dry_run else ("removed", "Removed")
+    why = f"whose {report.nouns} are gone" if gone else f"since all their {report.nouns} are there"
+    line = f"🧹 {what} {gone} of {total} embeddings, {why}."
+    facts = {did: gone, "left": total - gone, "dry_run": options.dry_run}
+    report.give(facts, [line] if gone or not options.quiet else [])
     return EXIT_DONE
 
 
 # =============================== the run ===============================
 
 MOST_CHARACTERS = 1_000_000  # of one request's texts together; one text alone may be longer
-UNSAVED_ROWS, UNSAVED_SECONDS = 1000, 1.0  # finished work is saved when there is so much of it, or it is so old
+# Finished work is saved when there is so much of it, or it is so old. Twice as many rows would take 2 MiB more, and
+# save a twentieth of the time where the server answers at once.
+UNSAVED_ROWS, UNSAVED_SECONDS = 500, 1.0
 
 
 class Run:
     """One run over the table: the loop that both engines and all stores share."""
 
-    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report, log: Log) -> None:
-        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, log
+    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report) -> None:
+        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, report.log
         self.unsaved: list[tuple[Row, bytes]] = []
         self.oldest = 0.0  # when the first of them came
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
-        self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
-        self.ways: set[tuple[int, str]] = set()  # in which vectors came, by server, as logged
+        self.ways: set[str] = set()  # in which vectors came, as logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
         try:
             self.rounds()
-        except KeyboardInterrupt:
-            raise  # at once: saving could mean to wait for a lock
-        except BaseException:
-            self.save()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # at once, then: saving could mean to wait for a lock
+                self.save()
             raise
-        else:
-            self.save()
-            self.counts.elsewhere(*self.store.elsewhere())
-            if not self.more and not self.engine.interrupt.code:
-                self.counts.to_do = (
-                    self.counts.generated + self.counts.failed
-                )  # others were deleted before they were read
-                self.store.end_change()
+        self.save()
+        self.counts.elsewhere(*self.store.elsewhere())
+        if not self.more and not self.engine.interrupt.code:
+            self.counts.to_do = self.counts.generated + self.counts.failed  # others were deleted before they were read
+            self.store.end_change()
 
     def rounds(self) -> None:
         """Embed what is pending, in a second round only where rows of the first have failed and left room."""
@@ -6453,17 +6398,17 @@ class Run:
         at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
         if what.outcome == "ok":
             self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
-            if (lane.place, what.way) not in self.ways:
-                self.ways.add((lane.place, what.way))
-                self.log.info(f"{at}vectors come as {what.way}")
+            way = f"{at}vectors come as {what.way}"
+            if way not in self.ways:
+                self.ways.add(way)
+                self.log.info(way)
         else:
             texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
             text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"
             self.log.warn(f"{text}: {what.reason}", what.reason)
-        pace = lane.pace
-        if pace.reason != self.reasons[lane.place]:
-            self.reasons[lane.place] = pace.reason
-            self.log.info(f"{at}{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
+        if lane.pace.reason != lane.logged:
+            lane.logged = lane.pace.reason
+            self.log.info(f"{at}{lane.pace}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""
@@ -6482,20 +6427,9 @@ class Run:
             self.handed_out -= dropped
 
 
-def generate(
-    options: argparse.Namespace,
-    wires: Sequence[Wire],
-    store: Store,
-    console: Console,
-    log: Log | None,
-) -> int:
+def generate(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Do the main job and return the exit code."""
-    assert log
-    interrupt = console.interrupt
-    report = Report(console, options, options.table.rpartition(".")[2], log.shown)
-    if options.load:
-        log.info(f"loaded {store.load(options.load)} rows from {options.load}")
-    store.prepare()
+    options, log, interrupt = report.options, report.log, report.console.interrupt
     counts = Counts(*store.count(), options.limit)
     log.info(
         f"{options.engine} engine, {store.shown}, table {options.table}, model {options.model} "
@@ -6505,7 +6439,7 @@ def generate(
     if not store.referable:
         log.info(f'the key "{store.key}" is not declared unique; without an index behind it, reading by pages is slow')
     if counts.total > counts.done:
-        embed(options, store, wires, counts, report, log, interrupt)
+        embed(store, wires, report, counts)
     else:
         report.start(counts)
     if options.index and not interrupt.code:
@@ -6521,20 +6455,11 @@ def generate(
     return code
 
 
-def embed(
-    options: argparse.Namespace,
-    store: Store,
-    wires: Sequence[Wire],
-    counts: Counts,
-    report: Report,
-    log: Log,
-    interrupt: Interrupt,
-) -> None:
+def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -> None:
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
-    stored = store.stored_dimensions()
-    if stored:
+    options, log, interrupt = report.options, report.log, report.console.interrupt
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
-    started = False
     servers = servers_for(options, wires)
     engine = ENGINES[options.engine](servers, interrupt)
     try:
@@ -6543,21 +6468,22 @@ def embed(
         store.check_version()
         store.create_target(engine.dimensions)
         if not options.accept_drift:
-            check_drift(options, engine, store.samples())
-        absent = [lane for lane in servers.lanes if lane.trouble]
-        for lane in absent:
-            log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
-            complain(f"warning: {text}")
+            check_drift(engine, store.samples())
+        present = engine.present()
+        for lane in servers.lanes:
+            if lane.trouble:
+                log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
+                complain(f"warning: {text}")
         if remark := store.join():
             log.info(remark)
         report.start(counts)
-        started = interrupt.gentle = True
-        Run(store, engine, counts, report, log).work()
-        for lane in servers.lanes:  # who came back is in the log; who did not may wait to be seen to
-            if lane.trouble and lane not in absent and not interrupt.code:
+        interrupt.gentle = True
+        Run(store, engine, counts, report).work()
+        for lane in present:  # who came back is in the log; who did not may wait to be seen to
+            if lane.trouble and not interrupt.code:
                 complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
-        if not started:
+        if not interrupt.gentle:  # the run has not begun
             raise
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
         code = interrupt.code or stop.code
@@ -6567,7 +6493,7 @@ def embed(
         engine.close()
 
 
-def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:
+def check_drift(engine: Engine, samples: list[tuple[str, bytes]]) -> None:
     """Raise Stop if a server's vectors differ from those that are stored for the same texts, or from each other's.
 
     Where there are several servers, and not all tell the model's digest, its name alone proves nothing: they are
@@ -6577,17 +6503,14 @@ def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple
     compare = not servers.alone and not all(lane.wire.digest for lane in servers.lanes)
     texts = [text for text, _ in samples] + [KNOWN_GOOD] * compare
     for lane, answers in engine.each(lambda lane: lane.wire.converse(texts, not servers.alone)) if texts else []:
-        check_alike(options, lane, answers, samples, f'those stored as of the model "{options.model}"')
+        check_alike(lane, answers, samples, f'those stored as of the model "{lane.wire.model}"')
         known = answers[-1]
         if compare and isinstance(known, bytes):
-            if servers.known:
-                check_alike(options, lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
             servers.known, first = servers.known or known, first or lane.wire.address
+            check_alike(lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
 
 
-def check_alike(
-    options: argparse.Namespace, lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str
-) -> None:
+def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str) -> None:
     """Raise Stop if most of a server's vectors differ from those known for the same texts; a few may by accident."""
     cosines = [
         cosine(answer, vector) if len(answer) == len(vector) else 0.0
@@ -6598,8 +6521,8 @@ def check_alike(
     if 2 * len(different) > len(cosines):
         raise Stop(
             f"{lane.wire.address} gives other vectors than {whose} (cosine {max(different):.3f} for the same text; "
-            f'{ALIKE} or more is usual). It may hold another version of "{options.model}". Give another --server, '
-            "--target NAME for a second table, --force for all rows again, or --accept-drift."
+            f'{ALIKE} or more is usual). It may hold another version of "{lane.wire.model}". Give another '
+            "--server, --target NAME for a second table, --force for all rows again, or --accept-drift."
         )
 
 
@@ -6618,8 +6541,8 @@ def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
 
 # =============================== main ===============================
 
-# What can be done; each prepares the store, says what came of it, and returns the exit code.
-ACTIONS: dict[str, Callable[[argparse.Namespace, Sequence[Wire], Store, Console, Optional[Log]], int]] = {
+# What can be done with a prepared store; each says what came of it, and returns the exit code.
+ACTIONS: dict[str, Callable[[Store, Sequence[Wire], Report], int]] = {
     "generate": generate,
     "dry_run": rehearse,
     "search": search,
@@ -6634,16 +6557,14 @@ def hide_arguments(urls: Sequence[str]) -> None:
 
     On Linux alone: proc(5) has the arguments from arg_start in /proc/self/stat on.
     """
-
-    def stars(found: re.Match[bytes]) -> bytes:
-        return found[1] + b"*" * len(found[2])
-
+    secrets = rb"(?s)^((?:.*?://)?[^:/]*:)(.*)(?=@)", rb"((?:password|token|secret|key)=)([^&\s]+)"
     with contextlib.suppress(Exception):  # what cannot be hidden is no reason not to run
         with open("/proc/self/cmdline", "rb") as file:
             hidden = shown = file.read()
         for url in map(os.fsencode, urls):
-            starred = re.sub(rb"(?s)^((?:.*?://)?[^:/]*:)(.*)(?=@)", stars, url)
-            starred = re.sub(rb"((?:password|token|secret|key)=)([^&\s]+)", stars, starred)
+            starred = url
+            for secret in secrets:
+                starred = re.sub(secret, lambda found: found[1] + b"*" * len(found[2]), starred)
             hidden = hidden.replace(url, starred)
         if hidden == shown:
             return
@@ -6655,53 +6576,70 @@ def hide_arguments(urls: Sequence[str]) -> None:
             ctypes.memmove(start, hidden, len(hidden))
 
 
+def leave_out_tls() -> None:
+    """Have asyncio and http.client do without ssl, as they do in a Python that has none; spares 2 MiB and 10 ms."""
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("ssl", None)  # which says that it cannot be imported
+
+
+def traceback_now() -> str:
+    """Return the traceback of the exception that is being handled."""
+    import traceback
+
+    return traceback.format_exc()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import signal
 
-    interrupt = Interrupt()
+    interrupt, log = Interrupt(), Log()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored as in a shell's background: so it stays
             signal.signal(number, interrupt.on_signal)
-    log: Log | None = None
+    given = sys.argv if argv is None else argv
     console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
         if argv is None:
             hide_arguments([*options.server, options.database])
         wires = wires_for(options)
+        if argv is None and not any(wire.server.scheme == "https" for wire in wires):  # this process is the program's
+            leave_out_tls()
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)
             if not options.reads_only:  # there is nothing to be told of those later
-                log = Log(options, ENGINES[options.engine].log_name)
-            code = ACTIONS[options.action](options, wires, store, console, log)
+                log.begin(options)
+            report = Report(console, options, log)
+            if options.load:
+                log.info(f"loaded {store.load(options.load)} rows from {options.load}")
+            store.prepare()
+            # A run speaks of the table by the name that it was given, all else by the one that it has.
+            runs = options.action == "generate"
+            report.name_rows(options.table.rpartition(".")[2] if runs else store.relation.name)
+            code = ACTIONS[options.action](store, wires, report)
             lost = console.is_lost and options.reads_only  # what it was all for
             return interrupt.code or (EXIT_STOPPED if lost else code)
     except Stop as stop:
-        if log:
-            log.error(stop.message, traceback=stop.__cause__ is not None)
-        if "--json" in (sys.argv if argv is None else argv) and not isinstance(stop, Reported):
+        log.write("ERROR", stop.message, traceback_now() if stop.__cause__ else "")
+        if "--json" in given and not isinstance(stop, Reported):
             console.json({"exit_code": stop.code, "error": stop.message})
         complain(f"error: {one_line(stop.message)}")
         return stop.code
     except KeyboardInterrupt:
-        console.end_line()
+        console.lines()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:
-        if log:
-            log.error(f"{type(error).__name__}: {error}", traceback=True)
+        log.write("ERROR", f"{type(error).__name__}: {error}", traceback_now())
         first = one_line(str(error).partition("\n")[0])
-        more = f"the log {log.shown} has more" if log else "--verbose shows more"
+        more = f"the log {log.shown} has more" if log.shown else "--verbose shows more"
         complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
-        if not log and "--verbose" in (sys.argv if argv is None else argv):
-            import traceback
-
-            complain(traceback.format_exc().rstrip())
+        if not log.shown and "--verbose" in given:
+            complain(traceback_now().rstrip())
         return EXIT_STOPPED
     finally:
         interrupt.over = True
-        if log:
-            log.close()
+        log.close()
 
 
 if __name__ == "__main__":

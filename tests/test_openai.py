@@ -148,6 +148,10 @@ class OverOpenAI(conversations.Conversations):
                 again = Talked(texts, serve, on)
                 self.assertLessEqual(max(map(len, again.sent)), 10)
                 self.assertEqual({one.most for one in again.exchanges}, {10 if named else 7})
+                # One that was under way meanwhile, and is told of more, does not undo it.
+                with self.assertRaises(embedgen.Superseded):
+                    on.read("/embeddings", error(status, words.format(given=30, most=20)), texts)
+                self.assertEqual(on.most_texts, 10 if named else 7)
 
     def test_encoding_format_refused_in_mid_run(self) -> None:
         on = conversations.wire(dimensions=8)
