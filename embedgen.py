@@ -3655,22 +3655,26 @@ class Store:
         ours = f"target = {literal(self.target.name)} AND model = {literal(self.model)} AND digest <> ''"
         return self.value(f"SELECT digest FROM {self.provenance.sql} AS p WHERE {ours} AND {condition}") or ""
 
-    def other_version(self, theirs: str, ways: str) -> Stop:
-        """Return the end for a run or a search whose version of the model did not make the target's vectors."""
-        theirs, ours = (digest.rpartition(":")[2][:12] for digest in (theirs, self.digest))
-        return Stop(
-            f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
-            f"server has now ({ours}), and the two may not compare. {ways}"
-        )
+    def refuse_others(self, unless: str, ways: str) -> None:
+        """Raise Stop if another version of the model than that of `self.digest` has made vectors in the target.
+
+        Unless what is on record of this one fulfils a condition. `ways` are those out, for the user.
+        """
+        if not self.digest or not self.has_provenance:
+            return
+        is_this = f"digest = {literal(self.digest)}"
+        if not self.version(f"{is_this} AND {unless}") and (other := self.version(f"NOT {is_this} AND {self.is_used}")):
+            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (other, self.digest))
+            raise Stop(
+                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
+                f"server has now ({ours}), and the two may not compare. {ways}"
+            )
 
     def check_version(self) -> None:
         """Raise Stop if another version of the model than that of `self.digest` has made vectors that would stay."""
-        if not self.digest or not self.has_provenance or self.options.accept_drift or self.replaces_all:
-            return
-        accepted = self.version(f"digest = {literal(self.digest)} AND accepted = 1")
-        if not accepted and (other := self.version(f"digest <> {literal(self.digest)} AND {self.is_used}")):
-            raise self.other_version(
-                other,
+        if not self.options.accept_drift and not self.replaces_all:
+            self.refuse_others(
+                "accepted = 1",
                 "Give --force, without --limit and --where, for all rows again, --target NAME for a second table, or "
                 "--accept-drift to mix them.",
             )
@@ -3867,10 +3871,7 @@ class Store:
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
         self.digest = digest
-        if not digest or not self.has_provenance or self.version(f"digest = {literal(digest)} AND {self.is_used}"):
-            return
-        if other := self.version(self.is_used):
-            raise self.other_version(other, "Give another --server, or run with --force first.")
+        self.refuse_others(self.is_used, "Give another --server, or run with --force first.")
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
