@@ -2991,6 +2991,8 @@ def read_file(path: str) -> Iterator[Record]:
         # Bytes that are no UTF-8 become lone surrogates, which `clean` finds in their line.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for line, row in reader(file, path):
+                if not isinstance(row, dict) or not all(row):
+                    raise UsageError(f"{path}, line {line}: an object with a name for every value was expected.")
                 try:
                     yield line, {column: clean(value) for column, value in row.items()}
                 except UnicodeEncodeError:
@@ -3014,7 +3016,7 @@ def clean(value: Any) -> Any:
     return value if value != "" else None
 
 
-def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
+def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
     """Yield the rows of a CSV file (RFC 4180) with a header line."""
     import csv
 
@@ -3032,10 +3034,10 @@ def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
                     )
                 if not all(header) or len(set(header)) < len(header):
                     raise UsageError(f"{path}, line {line}: the header must name every column, each once.")
-            elif fields and len(fields) != len(header):
-                raise UsageError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}.")
             elif fields:
-                yield line, {name: field if field else None for name, field in zip(header, fields)}
+                if len(fields) != len(header):
+                    raise UsageError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}.")
+                yield line, dict(zip(header, fields))
             line = reader.line_num + 1  # where the next row begins; one with quoted newlines has several lines
     except csv.Error as error:
         raise UsageError(f"{path}, line {line}: {error}.") from None
@@ -3043,25 +3045,20 @@ def read_csv(file: TextIO, path: str, delimiter: str = ",") -> Iterator[Record]:
         raise UsageError(f"--load {path}: the file is empty.")
 
 
-def read_tsv(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the rows of a file with tabs between its fields."""
-    return read_csv(file, path, delimiter="\t")
-
-
-def read_jsonl(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the objects of a file with one to a line."""
+def read_jsonl(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a file with one to a line."""
     import json
 
     for line, text in enumerate(file, 1):
         if text.strip():
             try:
-                yield line, an_object(json.loads(text), path, line)
+                yield line, json.loads(text)
             except json.JSONDecodeError as error:
                 raise UsageError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}.") from None
 
 
-def read_json(file: TextIO, path: str) -> Iterator[Record]:
-    """Yield the objects of one JSON array, read piece by piece: the file may be larger than memory."""
+def read_json(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of one JSON array, read piece by piece: the file may be larger than memory."""
     import json
 
     decoder = json.JSONDecoder()
@@ -3091,7 +3088,7 @@ def read_json(file: TextIO, path: str) -> Iterator[Record]:
         if position < len(text):
             try:
                 value, end = decoder.raw_decode(text, position)
-                yield line, an_object(value, path, line)
+                yield line, value
                 line += text.count("\n", position, end)
                 expected, position = ",", end
                 continue
@@ -3105,16 +3102,9 @@ def read_json(file: TextIO, path: str) -> Iterator[Record]:
         text, position, ended = text[position:] + piece, 0, not piece
 
 
-def an_object(value: Any, path: str, line: int) -> dict[str, Any]:
-    """Return the value if it is a JSON object."""
-    if not isinstance(value, dict) or not all(value):
-        raise UsageError(f"{path}, line {line}: an object with a name for every value was expected.")
-    return value
-
-
-READERS: dict[str, Callable[[TextIO, str], Iterator[Record]]] = {
+READERS: dict[str, Callable[[TextIO, str], Iterator[tuple[int, Any]]]] = {
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": functools.partial(read_csv, delimiter="\t"),
     ".json": read_json,
     ".jsonl": read_jsonl,
 }
@@ -3123,17 +3113,17 @@ TYPES = ("INTEGER", "REAL", "TEXT")  # each can hold the ones before it
 
 
 def type_of(value: Any, typed: bool) -> int:
-    """Return the index in TYPES of the narrowest type for a value; a string is a number only if `typed` is false."""
-    if isinstance(value, int):
-        return 0
-    if isinstance(value, float):
-        return 1
-    # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
-    if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
-        return 0
-    if not typed and re.fullmatch(r"-?\d+\.\d+", value, re.ASCII) and repr(float(value)) == value:
-        return 1  # and not 1.10, which is more likely a version
-    return 2
+    """Return the index in TYPES of the narrowest type for a value, -1 for None; if `typed`, a string is no number."""
+    if value is None:
+        return -1
+    if isinstance(value, str):
+        # A number with leading zeros is a code: 007 must stay what it is. 18 digits fit into 64 bits.
+        if not typed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", value, re.ASCII):
+            return 0
+        # And so is a number with trailing ones: 1.10 is more likely a version.
+        is_real = not typed and re.fullmatch(r"-?\d+\.\d+", value, re.ASCII) and repr(float(value)) == value
+        return 1 if is_real else 2
+    return 1 if isinstance(value, float) else 0
 
 
 def column_types(path: str) -> dict[str, str]:
@@ -3142,8 +3132,8 @@ def column_types(path: str) -> dict[str, str]:
     found: dict[str, int] = {}
     for _, row in read_file(path):
         for column, value in row.items():
-            found[column] = max(found.get(column, -1), type_of(value, typed) if value is not None else -1)
-    return {column: TYPES[index] if index >= 0 else "TEXT" for column, index in found.items()}
+            found[column] = max(found.get(column, -1), type_of(value, typed))
+    return {column: TYPES[index] for column, index in found.items()}  # TEXT, by -1, if all are empty
 
 
 def records(path: str, columns: list[str], key: int) -> Iterator[list[Any]]:
@@ -3193,6 +3183,12 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def replacing(key: str, columns: Iterable[str]) -> str:
+    """Return the clause of an INSERT of columns by which a row takes the place of the one with the same key."""
+    news = ", ".join(f"{quoted(column)} = excluded.{quoted(column)}" for column in columns if column != key)
+    return f"ON CONFLICT ({quoted(key)}) DO UPDATE SET {news}" if news else f"ON CONFLICT ({quoted(key)}) DO NOTHING"
+
+
 def primary_key(columns: dict[str, Column]) -> list[str]:
     """Return the columns of the primary key."""
     return [name for name, column in columns.items() if column.place]
@@ -3215,7 +3211,17 @@ class Store:
     """
 
     own_columns = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
+    # What the database is asked about its tables and views:
+    TABLES: str  # the names of those that can be read
+    RELATION: str  # of an address: schema and name, and whether it is a table
+    COLUMNS: str  # of an address: those that can be read, their types, and their places in the primary key or 0
+    UNIQUE: str  # of an address: the columns of which each alone is declared to tell rows apart
+    REFERENCES: str  # of an address and a column: the table and the column that it refers to by a foreign key
+
+    connection: Any
+    mark = "?"  # the place of a statement's parameter; with {} in it, of the one of a number, counted from 1
     identity = ""  # the type of a table's own number
+    type_names: ClassVar[dict[str, str]] = {}  # of TYPES, where the database has others
     other_dimensions = ", or --force for all rows to replace them"  # a way out where vectors have another length
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -3241,48 +3247,24 @@ class Store:
         """Return all rows of a statement that gives few; raise Stop where the database fails."""
         raise NotImplementedError
 
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement, tried once, as within a transaction."""
-        raise NotImplementedError
-
-    def alone(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
-        raise NotImplementedError
-
-    def is_there(self, relation: Relation) -> bool:
-        """Whether a table exists; within a transaction."""
+    def transaction(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, done as a whole or not at all."""
         raise NotImplementedError
 
     def complaint(self, sql: str) -> str:
         """Return what the database has against a statement of the user's, "" if nothing."""
         raise NotImplementedError
 
-    def mark(self, number: int) -> str:
-        """Return the place of a statement's parameter, counted from 1."""
-        raise NotImplementedError
-
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        """Return the table and the column that a column refers to by a foreign key."""
-        raise NotImplementedError
-
     def find(self, name: str) -> Relation | None:
         """Return the table or view that is meant by name or schema.name."""
         raise NotImplementedError
 
-    def place(self, name: str, beside: str) -> Relation:
-        """Return where a table of that name, possibly schema.name, is to be created, by default in a schema."""
-        raise NotImplementedError
+    def address(self, relation: Relation) -> str:
+        """Return how the questions above speak of a table or view."""
+        return relation.sql
 
-    def tables(self) -> list[str]:
-        """Return the names of all tables and views that can be read."""
-        raise NotImplementedError
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        """Return the columns that can be read, by name."""
-        raise NotImplementedError
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        """Whether the column alone is declared to tell rows apart."""
+    def place(self, name: str, beside: str = "") -> Relation:
+        """Return where a table of that name, possibly schema.name, is to be created; if not said, in that schema."""
         raise NotImplementedError
 
     def value_sql(self, column: str, declared: str) -> str:
@@ -3315,7 +3297,7 @@ class Store:
 
     def vector_sql(self) -> str:
         """Return the SQL of a stored vector, for `vector_of`."""
-        raise NotImplementedError
+        return self.stored("embedding")
 
     def vector_of(self, value: Any) -> bytes | None:
         """Return a stored vector as the database gave it, None if there is none or it is of no use."""
@@ -3341,8 +3323,11 @@ class Store:
         """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
         raise NotImplementedError
 
-    def load(self, path: str) -> int:
-        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+        """Insert the rows of --load, each in the place of the one of the same key, and return how many.
+
+        The records are in the order of the columns. Within a transaction.
+        """
         raise NotImplementedError
 
     # What a store says that can be filled by several machines at once; another has nothing to say:
@@ -3372,26 +3357,62 @@ class Store:
         of every write leaves none.
         """
 
-    # What is the same for all:
+    # What is the same for all: statements, and what is asked about tables.
 
     def value(self, sql: str, *parameters: Any) -> Any:
         """Return the first column of a query's first row, None if there is none."""
         return next((row[0] for row in self.rows(f"{sql} LIMIT 1", *parameters)), None)
+
+    def execute(self, sql: str, *parameters: Any) -> list[Any]:
+        """Return all rows of a statement, tried once, as within a transaction."""
+        cursor = self.connection.execute(sql, parameters)
+        return list(cursor.fetchall()) if cursor.description else []
+
+    def alone(self, action: Callable[[], T]) -> T:
+        """Return what the action returns, in a transaction that no other embedgen has at the same time."""
+        return self.transaction(action)
+
+    def relation_at(self, address: str) -> Relation | None:
+        """Return the table or view of an address."""
+        found = self.rows(self.RELATION, address)
+        return next((Relation(schema, name, bool(is_table)) for schema, name, is_table in found), None)
+
+    def is_there(self, relation: Relation) -> bool:
+        """Whether a table exists; within a transaction."""
+        return self.relation_at(self.address(relation)) is not None
+
+    def create(self, relation: Relation, columns: str) -> None:
+        """Create a table unless it is there, as it is where another machine was quicker; within a transaction."""
+        if not self.is_there(relation):
+            self.execute(f"CREATE TABLE {relation.sql} ({columns})")
+
+    def columns(self, relation: Relation) -> dict[str, Column]:
+        """Return the columns that can be read, by name."""
+        found = self.rows(self.COLUMNS, self.address(relation))
+        return {name: Column(declared, place) for name, declared, place in found}
+
+    def is_unique(self, relation: Relation, column: str) -> bool:
+        """Whether the column alone is declared to tell rows apart."""
+        return (column,) in self.rows(self.UNIQUE, self.address(relation))
+
+    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
+        """Return the table and the column that a column refers to by a foreign key."""
+        return next((tuple(row) for row in self.rows(self.REFERENCES, self.address(relation), column)), None)
+
+    # The table to read, and the one to fill.
 
     def prepare(self) -> None:
         """Find the tables and columns, and check everything that can be checked without a server."""
         options = self.options
         relation = self.find(options.table)
         if relation is None:
-            raise UsageError(
-                f'the database has no table "{options.table}". It has: {listed(self.tables())}. Give --table NAME.'
-            )
+            tables = listed(name for (name,) in self.rows(self.TABLES))
+            raise UsageError(f'the database has no table "{options.table}". It has: {tables}. Give --table NAME.')
         self.relation = relation
         described = self.readable(relation)
-        columns = list(described)
-        self.key = self.key_name(columns, primary_key(described), relation.name)
-        self.key_declared = described[self.key].type
-        self.how = self.recipe(columns, relation.name)
+        self.key = self.key_name(described, relation.name)
+        self.key_sql, self.key_declared = f"s.{quoted(self.key)}", described[self.key].type
+        self.how = self.recipe(list(described), relation.name)
         self.text = self.how.sql(lambda column: self.value_sql(column, described[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         self.source = f"(SELECT * FROM {relation.sql} WHERE ({options.where}\n))" if options.where else relation.sql
@@ -3422,17 +3443,18 @@ class Store:
             return columns_recipe(self.options.columns, columns, table)
         return default_recipe(columns, table)
 
-    def key_name(self, columns: list[str], primary: list[str], table: str) -> str:
+    def key_name(self, described: dict[str, Column], table: str) -> str:
         """Return the key column: as given, the primary key, or the column id."""
         if self.options.id:
-            return column_of(self.options.id, columns, table)
+            return column_of(self.options.id, list(described), table)
+        primary = primary_key(described)
         if len(primary) == 1:
             return primary[0]
-        key = match("id", columns) if not primary else None
+        key = match("id", described) if not primary else None
         if key is None:
             has = f"the key {listed(primary)}, more than one column" if primary else "no primary key and no column id"
             raise UsageError(
-                f'"{table}" has {has}. Say which column tells its rows apart, with --id COLUMN: {listed(columns)}.'
+                f'"{table}" has {has}. Say which column tells its rows apart, with --id COLUMN: {listed(described)}.'
             )
         return key
 
@@ -3462,13 +3484,12 @@ class Store:
 
     def find_target(self) -> None:
         """Find the table that receives the vectors, and what can be stored in it."""
-        noun = singular(self.relation.name)
-        found = self.find(self.options.target) if self.options.target else None
-        wanted = self.place(self.options.target or f"{noun}_embeddings", self.relation.schema)
-        found = found or self.find_exactly(wanted)
-        self.has_target = found is not None
-        self.target = found or wanted
-        self.is_default_target = self.target[:2] == self.place(f"{noun}_embeddings", self.relation.schema)[:2]
+        noun, given = singular(self.relation.name), self.options.target
+        self.usual_target = self.place(f"{noun}_embeddings", self.relation.schema)
+        wanted = self.place(given, self.relation.schema) if given else self.usual_target
+        found = (self.find(given) if given else None) or self.relation_at(self.address(wanted))
+        self.has_target, self.target = found is not None, found or wanted
+        self.provenance = Relation(self.target.schema, PROVENANCE, True)
         self.target_key = f"{noun}_id"
         self.target_columns = {name: name for name in self.own_columns}
         if found:
@@ -3476,56 +3497,54 @@ class Store:
                 what = "the table to read" if found == self.relation else "a view"
                 raise UsageError(f'--target "{found.name}" is {what}. Give another name.')
             self.use_target()
-            if self.options.action in ("generate", "dry_run"):
-                self.check_model()
-            else:
-                self.changing_model = "model" in self.target_columns
-
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        """Return the table or view of that schema and name, if it exists."""
-        raise NotImplementedError
+        self.on = f"e.{quoted(self.target_key)} = {self.key_sql}"  # the condition that an embedding is that of a row
+        if self.options.action in ("generate", "dry_run"):
+            self.check_model()
+        else:
+            self.changing_model = "model" in self.target_columns
 
     def use_target(self) -> None:
         """Take an existing target as it is: its own names for the key and for what it has of our columns."""
         described = self.readable(self.target)
-        columns = list(described)
+        columns, name = list(described), self.target.name
         self.target_columns = {ours: theirs for ours in self.own_columns if (theirs := match(ours, columns))}
-        theirs = self.target_columns.get("provenance", "")
-        if theirs and not (described[theirs].type.upper().startswith("INT") and "text_sha256" in self.target_columns):
-            del self.target_columns["provenance"]  # somebody else's, for something else
         if "embedding" not in self.target_columns:
             raise UsageError(
-                f'"{self.target.name}" has no column "embedding" to fill. It has: {listed(columns)}. '
-                "Give --target NAME."
+                f'"{name}" has no column "embedding" to fill. It has: {listed(columns)}. Give --target NAME.'
             )
+        maker = self.target_columns.get("provenance")
+        if maker and not (described[maker].type.upper().startswith("INT") and "text_sha256" in self.target_columns):
+            del self.target_columns["provenance"]  # somebody else's, for something else
         others = [column for column in columns if column not in self.target_columns.values()]
         primary, named = primary_key(described), match(self.target_key, others)
         # A column that is named for it is the key, even beside a primary key of the target's own.
         candidates = [named] if named else primary if len(primary) == 1 else others
         if len(candidates) != 1 or not self.is_unique(self.target, candidates[0]):
             raise UsageError(
-                f'"{self.target.name}" has no key to store vectors under: one column with a primary key or unique '
+                f'"{name}" has no key to store vectors under: one column with a primary key or unique '
                 f"index is needed. It has: {listed(columns)}. Give --target NAME."
             )
         self.target_key = candidates[0]
-        other = self.referenced(self.target, self.target_key)
-        if self.relation.is_table and other and other[0] != self.relation.name:
-            raise UsageError(f'"{self.target.name}" belongs to the table "{other[0]}". Give --target NAME.')
-        if self.relation.is_table and other and other[1] != self.key:
+        other = self.referenced(self.target, self.target_key) if self.relation.is_table else None
+        table, column = other or (self.relation.name, self.key)
+        if table != self.relation.name:
+            raise UsageError(f'"{name}" belongs to the table "{table}". Give --target NAME.')
+        if column != self.key:
             raise UsageError(
-                f'"{self.target.name}" has its vectors under the column "{other[1]}" of "{other[0]}", '
-                f'not "{self.key}". Give --id {other[1]}, or --target NAME.'
+                f'"{name}" has its vectors under the column "{column}" of "{table}", '
+                f'not "{self.key}". Give --id {column}, or --target NAME.'
             )
 
     def check_model(self) -> None:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
-        if "model" not in self.target_columns:
+        if not self.has("model"):
             return
-        column = quoted(self.target_columns["model"])
-        # Of rows that exist: what is left of deleted ones is in nobody's way.
-        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
-        tables = f"{self.target.sql} AS e JOIN {self.relation.sql} AS s ON {on}"
-        other = self.value(f"SELECT e.{column} FROM {tables} WHERE e.{column} <> {self.mark(1)}", self.model)
+        model = self.stored("model")
+        # Of rows that exist: what is left of deleted ones is in nobody's way. Most tables hold one model, which shows
+        # without a look at the rows.
+        other = self.value(
+            f"SELECT {model} FROM {self.target.sql} AS e WHERE {model} <> {literal(self.model)} AND NOT {self.orphaned}"
+        )
         if other is None:
             return
         name = f'"{self.target.name}" holds vectors of the model "{other}"'
@@ -3534,82 +3553,61 @@ class Store:
                 f'{name}, which do not compare with those of "{self.model}". '
                 "Give --target NAME for a second table, or --force to replace them."
             )
-        if self.partial:
+        if not self.replaces_all:
             raise UsageError(
                 f'{name}, and some of them would be left beside those of "{self.model}". '
                 "Leave out --limit and --where, or give --target NAME."
             )
         self.changing_model = True
 
-    def end_change(self) -> None:
-        """After --force has changed the model, remove what the new one gave no vector for: it compares with nothing."""
-        if self.changing_model:
-            column = quoted(self.target_columns["model"])
-            self.rows(f"DELETE FROM {self.target.sql} WHERE {column} <> {self.mark(1)}", self.model)
-        if self.force and not self.partial and self.has_provenance:
-            with contextlib.suppress(Forbidden):
-                self.forget_versions()
-
-    def forget_versions(self) -> None:
-        """Remove what is left of other versions of the model, and all word of what made no vector that is there."""
-        column, target = quoted(self.target_columns["provenance"]), self.target.sql
-        others = [number for number, model, digest, _ in self.records() if (model, digest) != (self.model, self.digest)]
-        if not others:
-            return
-        ids = f"({', '.join(map(str, others))})"
-        if self.digest:
-            unlike = f"SELECT id FROM {self.provenance.sql} WHERE id IN {ids} AND digest <> ''"
-            self.rows(f"DELETE FROM {target} WHERE {column} IN ({unlike})")
-        used = f"EXISTS (SELECT 1 FROM {target} AS e WHERE e.{column} = p.id)"
-        self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE p.id IN {ids} AND NOT {used}")
-
     @property
-    def provenance(self) -> Relation:
-        """The table of provenance."""
-        return Relation(self.target.schema, PROVENANCE, True)
+    def replaces_all(self) -> bool:
+        """Whether every vector in the target is to be replaced."""
+        return self.force and self.options.limit is None and not self.options.where
+
+    # What made the vectors.
 
     @property
     def has_provenance(self) -> bool:
         """Whether the provenance of what is in the target can be read."""
-        return self.has_target and "provenance" in self.target_columns and bool(self.columns(self.provenance))
+        return self.has("provenance") and bool(self.columns(self.provenance))
 
-    def records(self) -> list[tuple[int, str, str, int]]:
-        """Return what is on record for the target: ids, models, digests, and 1 where a mixture was accepted."""
-        sql = f"SELECT id, model, digest, accepted FROM {self.provenance.sql} WHERE target = {self.mark(1)} ORDER BY id"
-        return [tuple(row) for row in self.rows(sql, self.target.name)]
+    @property
+    def is_used(self) -> str:
+        """The condition that a record of provenance, p, is that of a vector."""
+        # No EXISTS, for which Postgres may look through all of the target where the first vector will do.
+        return f"(SELECT 1 FROM {self.target.sql} AS e WHERE {self.stored('provenance')} = p.id LIMIT 1) IS NOT NULL"
 
-    def version_there(self, ours: bool) -> str:
-        """Return a digest of this run's model of which a vector is in the target, `self.digest` or another; "" if none.
+    def version(self, condition: str) -> str:
+        """Return a digest of this run's model that is on record for the target and fulfils a condition, "" if none.
 
-        A run that was refused, or whose vectors have been replaced, may be on record, too.
+        It may be that of a run that was refused, or whose vectors have been replaced: see `is_used`.
         """
-        known = {number: digest for number, model, digest, _ in self.records() if digest and model == self.model}
-        sought = {number: digest for number, digest in known.items() if (digest == self.digest) == ours}
-        if not sought:
-            return ""
-        column = quoted(self.target_columns["provenance"])
-        of_those = f"{column} IN ({', '.join(map(str, sought))})"
-        return sought.get(self.value(f"SELECT {column} FROM {self.target.sql} WHERE {of_those}"), "")
+        ours = f"target = {literal(self.target.name)} AND model = {literal(self.model)} AND digest <> ''"
+        return self.value(f"SELECT digest FROM {self.provenance.sql} AS p WHERE {ours} AND {condition}") or ""
 
-    def other_version(self, ways: str) -> Stop:
-        """Return the end for a run or a search whose version of the model did not make the target's vectors."""
-        theirs, ours = (digest.rpartition(":")[2][:12] for digest in (self.version_there(ours=False), self.digest))
-        return Stop(
-            f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
-            f"server has now ({ours}), and the two may not compare. {ways}"
-        )
+    def refuse_others(self, unless: str, ways: str) -> None:
+        """Raise Stop if another version of the model than that of `self.digest` has made vectors in the target.
+
+        Unless what is on record of this one fulfils a condition. `ways` are those out, for the user.
+        """
+        if not self.digest or not self.has_provenance:
+            return
+        is_this = f"digest = {literal(self.digest)}"
+        if not self.version(f"{is_this} AND {unless}") and (other := self.version(f"NOT {is_this} AND {self.is_used}")):
+            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (other, self.digest))
+            raise Stop(
+                f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
+                f"server has now ({ours}), and the two may not compare. {ways}"
+            )
 
     def check_version(self) -> None:
         """Raise Stop if another version of the model than that of `self.digest` has made vectors that would stay."""
-        if not self.digest or not self.has_provenance or self.options.accept_drift:
-            return
-        if self.force and not self.partial:
-            return  # all are replaced
-        accepted = {(model, digest) for _, model, digest, accepted in self.records() if accepted}
-        if (self.model, self.digest) not in accepted and self.version_there(ours=False):
-            raise self.other_version(
+        if not self.options.accept_drift and not self.replaces_all:
+            self.refuse_others(
+                "accepted = 1",
                 "Give --force, without --limit and --where, for all rows again, --target NAME for a second table, or "
-                "--accept-drift to mix them."
+                "--accept-drift to mix them.",
             )
 
     def maker(self, vector: bytes) -> int | None:
@@ -3624,53 +3622,62 @@ class Store:
 
     def record(self, fit: str) -> int:
         """Put on record what this run makes, and return its id in PROVENANCE; within a transaction."""
-        name, accepted = self.provenance.sql, int(self.options.accept_drift)
-        if not self.is_there(self.provenance):
-            self.execute(
-                f"CREATE TABLE {name} (id {self.identity}, target text NOT NULL, model text NOT NULL, "
-                "digest text NOT NULL, prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
-                "UNIQUE (target, model, digest, prefix, fit))"
-            )
-        names = ("target", "model", "digest", "prefix", "fit")
-        values = (self.target.name, self.model, self.digest, self.prefix, fit)
-        same = " AND ".join(f"{column} = {self.mark(place)}" for place, column in enumerate(names, 1))
-        if not (found := self.execute(f"SELECT id FROM {name} WHERE {same}", *values)):
-            marks = ", ".join(self.mark(place) for place in range(1, 6))
-            self.execute(f"INSERT INTO {name} ({', '.join(names)}, accepted) VALUES ({marks}, {accepted})", *values)
-            found = self.execute(f"SELECT id FROM {name} WHERE {same}", *values)
-        if accepted:  # and so all that are mixed there
-            both = f"target = {self.mark(1)} AND model = {self.mark(2)}"
-            self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0", self.target.name, self.model)
-        number: int = found[0][0]
-        return number
+        name = self.provenance.sql
+        self.create(
+            self.provenance,
+            f"id {self.identity}, target text NOT NULL, model text NOT NULL, digest text NOT NULL, "
+            "prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, "
+            "UNIQUE (target, model, digest, prefix, fit)",
+        )
+        made = self.target.name, self.model, self.digest, self.prefix, fit
+        values = dict(zip(("target", "model", "digest", "prefix", "fit"), map(literal, made)))
+        find = f"SELECT id FROM {name} WHERE {' AND '.join(f'{column} = {value}' for column, value in values.items())}"
+        if not self.execute(find):
+            self.execute(f"INSERT INTO {name} ({', '.join(values)}, accepted) VALUES ({', '.join(values.values())}, 0)")
+        if self.options.accept_drift:  # and so are all that are mixed there
+            both = f"target = {values['target']} AND model = {values['model']}"
+            self.execute(f"UPDATE {name} SET accepted = 1 WHERE {both} AND accepted = 0")
+        return int(self.execute(find)[0][0])
 
     def samples(self) -> list[tuple[str, bytes]]:
         """Return a few texts with the vectors that are stored for them, to tell whether a server's are the same.
 
         Of whole texts, and, where versions of the model are mixed, of this one.
         """
-        if (self.force and not self.partial) or not self.has_target or "text_sha256" not in self.target_columns:
+        if self.replaces_all or not self.has("text_sha256"):
             return []  # all are replaced, or may be of another text
-        ours = f"{quoted(self.target_columns['embedding'])} IS NOT NULL"
+        ours = self.has_vector
         if self.has_provenance:
-            of_target = f"SELECT id FROM {self.provenance.sql} WHERE target = {literal(self.target.name)}"
-            column = quoted(self.target_columns["provenance"])
-            ours += f" AND COALESCE({column} NOT IN ({of_target} AND fit <> 'whole'), 1 = 1)"
-            if self.digest in (digest for _, _, digest, _ in self.records() if digest):
-                ours += f" AND {column} IN ({of_target} AND digest = {literal(self.digest)})"
-        on = f"e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+            ids = f"SELECT id FROM {self.provenance.sql} WHERE target = {literal(self.target.name)}"
+            maker, this_version = self.stored("provenance"), f"digest = {literal(self.digest)}"
+            ours += f" AND COALESCE({maker} NOT IN ({ids} AND fit <> 'whole'), 1 = 1)"
+            if self.version(this_version):
+                ours += f" AND {maker} IN ({ids} AND {this_version})"
         found: list[tuple[str, bytes]] = []
         for most in (f"LIMIT {SAMPLED}", ""):  # nearly always the first will do; else all is looked through
             found = found or self.known_texts(
-                f"FROM (SELECT * FROM {self.target.sql} WHERE {ours} {most}) AS e JOIN {self.source} AS s ON {on} "
-                f"WHERE {self.existing} LIMIT {SAMPLES}"
+                f"FROM (SELECT * FROM {self.target.sql} AS e WHERE {ours} {most}) AS e "
+                f"JOIN {self.source} AS s ON {self.on} WHERE {self.existing} LIMIT {SAMPLES}"
             )
         return found
 
-    @property
-    def partial(self) -> bool:
-        """Whether some rows of the table are none of this run's business."""
-        return self.options.limit is not None or bool(self.options.where)
+    def end_change(self) -> None:
+        """After --force, remove what there is no new vector for, since it compares with none; and all word of it."""
+        target, model, digest = self.target.sql, literal(self.model), literal(self.digest)
+        if self.changing_model:
+            self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('model')} <> {model}")
+        if not self.replaces_all or not self.has_provenance:
+            return
+        others = f"target = {literal(self.target.name)} AND NOT (model = {model} AND digest = {digest})"
+        with contextlib.suppress(Forbidden):
+            if self.value(f"SELECT 1 FROM {self.provenance.sql} WHERE {others}") is None:
+                return
+            if self.digest:
+                ids = f"(SELECT id FROM {self.provenance.sql} WHERE {others} AND digest <> '')"
+                self.rows(f"DELETE FROM {target} AS e WHERE {self.stored('provenance')} IN {ids}")
+            self.rows(f"DELETE FROM {self.provenance.sql} AS p WHERE {others} AND NOT {self.is_used}")
+
+    # The rows, and what is stored with them.
 
     def check_dimensions(self) -> None:
         """Raise UsageError if the vectors asked for have another length than those that stay."""
@@ -3687,18 +3694,40 @@ class Store:
             return
         references = self.references_sql() if self.referable else ""  # only a declared key can be referred to
         key = f"{quoted(self.target_key)} {self.key_type(self.key_declared)} PRIMARY KEY{references}"
-        columns = f"({key}, {self.create_sql(measure)})"
-
-        def create() -> None:
-            if not self.is_there(self.target):  # another machine may have been quicker
-                self.execute(f"CREATE TABLE {self.target.sql} {columns}")
-
-        self.alone(create)
+        columns = f"{key}, {self.create_sql(measure)}"
+        self.alone(lambda: self.create(self.target, columns))
         self.has_target = True
 
-    def beside(self, on: str, page: bool) -> str:
+    def has(self, name: str) -> bool:
+        """Whether there is a target, with a column for what we call by a name."""
+        return self.has_target and name in self.target_columns
+
+    def stored(self, name: str) -> str:
+        """Return the SQL of what is stored with a row, by our own name for the column; NULL where nothing is."""
+        return f"e.{quoted(self.target_columns[name])}" if self.has(name) else "NULL"
+
+    @property
+    def has_vector(self) -> str:
+        """The condition that there is a vector."""
+        return f"{self.stored('embedding')} IS NOT NULL"
+
+    def is_by(self, model: str) -> str:
+        """Return the condition that a model has made a vector, as far as the target tells; "" is any model."""
+        return f"{self.stored('model')} = {literal(model)}" if model and self.has("model") else "1 = 1"
+
+    @property
+    def pairs(self) -> str:
+        """The rows that have an embedding beside it, for a FROM clause."""
+        return f"{self.source} AS s JOIN {self.target.sql} AS e ON {self.on}"
+
+    @property
+    def orphaned(self) -> str:
+        """The condition that an embedding's row is gone from the table, whatever --where says."""
+        return f"NOT EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.on})"
+
+    def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
-        return f"LEFT JOIN {self.target.sql} AS e ON e.{on}"
+        return f"LEFT JOIN {self.target.sql} AS e ON {self.on}" if self.has_target else ""
 
     def joined(self, page: bool = False) -> tuple[str, str]:
         """Return the FROM clause of the rows with their embeddings, and the condition that one exists.
@@ -3708,18 +3737,16 @@ class Store:
         """
         if not self.has_target or (self.force and not self.changing_model):
             return f"{self.source} AS s", "1 = 0"
-        on = f"{quoted(self.target_key)} = s.{quoted(self.key)}"
-        return f"{self.source} AS s {self.beside(on, page)}", self.existing
+        return f"{self.source} AS s {self.beside(page)}", self.existing
 
     @property
     def existing(self) -> str:
         """The condition that there is an embedding of the row's text as it is now."""
         exists = self.has_vector
         if self.changing_model:
-            exists += f" AND e.{quoted(self.target_columns['model'])} = {literal(self.model)}"
-        if "text_sha256" in self.target_columns and not self.unchanged:
-            stored = f"e.{quoted(self.target_columns['text_sha256'])}"
-            exists += f" AND COALESCE({stored} = {self.digest_sql()}, 1 = 0)"
+            exists += f" AND {self.is_by(self.model)}"
+        if self.has("text_sha256") and not self.unchanged:
+            exists += f" AND COALESCE({self.stored('text_sha256')} = {self.digest_sql()}, 1 = 0)"
         return exists
 
     def count(self) -> tuple[int, int]:
@@ -3728,23 +3755,16 @@ class Store:
         total, existing = self.rows(f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END) FROM {tables}")[0]
         return total, existing
 
-    def tally(self, having: str) -> tuple[int, int, int, int]:
+    def tally(self, having: str) -> tuple[int, ...]:
         """Return how many rows there are, with a vector, with one that fulfils a condition, and of these the fresh."""
         tables, exists = self.joined()
-        stored, having = (self.has_vector, having) if self.has_target else ("1 = 0", "1 = 0")
-        conditions = (stored, having, f"{having} AND {exists}")
+        conditions = (self.has_vector, having, f"{having} AND {exists}")
         cases = ", ".join(f"count(CASE WHEN {condition} THEN 1 END)" for condition in conditions)
-        total, present, found, existing = self.rows(f"SELECT count(*), {cases} FROM {tables}")[0]
-        return total, present, found, existing
+        return tuple(self.rows(f"SELECT count(*), {cases} FROM {tables}")[0])
 
     def comparable(self, dimensions: int, model: str) -> str:
         """Return the condition that a stored vector can be compared with one of that length and model."""
-        return self.has_length(dimensions) + self.is_by(model)
-
-    def is_by(self, model: str) -> str:
-        """Return the further condition that a model has made a vector, where the target tells; "" for any model."""
-        named = self.target_columns.get("model")
-        return f" AND e.{quoted(named)} = {literal(model)}" if named and model else ""
+        return f"{self.has_length(dimensions)} AND {self.is_by(model)}"
 
     @property
     def common_dimensions(self) -> int | None:
@@ -3755,15 +3775,7 @@ class Store:
                 return None
         return stored
 
-    @property
-    def has_vector(self) -> str:
-        """The condition that there is a vector."""
-        return f"e.{quoted(self.target_columns['embedding'])} IS NOT NULL"
-
-    @property
-    def pairs(self) -> str:
-        """The rows that have an embedding beside it, for a FROM clause."""
-        return f"{self.source} AS s JOIN {self.target.sql} AS e ON e.{quoted(self.target_key)} = s.{quoted(self.key)}"
+    # What --search and --similar, --status, and --prune ask for.
 
     def check_searchable(self, model: str) -> None:
         """Raise Stop if there is nothing to compare a vector with, UsageError if there is only another model's."""
@@ -3771,10 +3783,9 @@ class Store:
         again = "Run the same command without --search or --similar first, which fills it."
         if not self.has_target:
             raise Stop(f"there are no embeddings yet: no table {name}. {again}")
-        column = self.target_columns.get("model")
-        if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE 1 = 1{self.is_by(model)}") is not None:
+        if self.value(f"SELECT 1 FROM {self.target.sql} AS e WHERE {self.is_by(model)}") is not None:
             return
-        other = self.value(f"SELECT {quoted(column)} FROM {self.target.sql}") if column else None
+        other = self.value(f"SELECT {self.stored('model')} FROM {self.target.sql} AS e")
         if other is None:
             raise Stop(f"there are no embeddings yet: {name} is empty. {again}")
         raise UsageError(
@@ -3791,54 +3802,45 @@ class Store:
                 "compare. Give --target NAME, or the --model and the --dimensions that made them."
             )
         self.digest = digest
-        if digest and self.has_provenance and self.version_there(ours=False) and not self.version_there(ours=True):
-            raise self.other_version("Give another --server, or run with --force first.")
+        self.refuse_others(self.is_used, "Give another --server, or run with --force first.")
 
     def row_named(self, text: str) -> tuple[Any, bytes | None, str]:
         """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
-        named = f"e.{quoted(self.target_columns['model'])}" if "model" in self.target_columns else "NULL"
-        vector = f"{self.vector_sql()}, {named}" if self.has_target else "NULL, NULL"
-        key, on = f"s.{quoted(self.key)}", f"{quoted(self.target_key)} = s.{quoted(self.key)}"
-        tables = f"{self.relation.sql} AS s {self.beside(on, False) if self.has_target else ''}"
-        found = self.with_key(f"SELECT {key}, {vector} FROM {tables} WHERE {key} = {self.mark(1)}", text)
+        shown = f"{self.key_sql}, {self.vector_sql()}, {self.stored('model')}"
+        tables = f"{self.relation.sql} AS s {self.beside(page=False)}"
+        found = self.with_key(f"SELECT {shown} FROM {tables} WHERE {self.key_sql} = {self.mark.format(1)}", text)
         if not found:
             raise UsageError(
                 f'"{self.relation.name}" has no row with the {self.key} {text}. Give another --similar {self.key}.'
             )
-        value, stored, model = found[0]
-        return value, self.vector_of(stored), model or ""
+        key, vector, model = found[0]
+        return key, self.vector_of(vector), model or ""
 
     def columns_of(self, keys: list[Any]) -> dict[Any, dict[str, Any]]:
         """Return the columns that make up the text, by name and as they are, of the rows with these keys, by key."""
-        names = list(dict.fromkeys(column for _, columns in self.how.parts for column in columns))
+        names = dict.fromkeys(column for _, columns in self.how.parts for column in columns)
         shown = ", ".join(f"s.{quoted(name)}" for name in [self.key, *names])
         found = {}
         for start in range(0, len(keys), PAGE_ROWS):
             some = keys[start : start + PAGE_ROWS]
-            marks = ", ".join(self.mark(place) for place in range(1, len(some) + 1))
-            sql = f"SELECT {shown} FROM {self.source} AS s WHERE s.{quoted(self.key)} IN ({marks})"
-            found.update({key: dict(zip(names, values)) for key, *values in self.rows(sql, *some)})
+            marks = ", ".join(self.mark.format(place + 1) for place in range(len(some)))
+            sql = f"SELECT {shown} FROM {self.source} AS s WHERE {self.key_sql} IN ({marks})"
+            for key, *values in self.rows(sql, *some):
+                found[key] = dict(zip(names, values))
         return found
 
     def origins(self) -> list[tuple[str, str, str, str, int]]:
         """Return what made the vectors of rows that exist: model, its digest, prefix, fit, and how many; most first."""
-        names = self.target_columns
-        if not self.has_target or "model" not in names:
+        if not self.has("model"):
             return []
         tables, made = self.pairs, "'', '', ''"
         if self.has_provenance:
-            tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = e.{quoted(names['provenance'])}"
+            tables += f" LEFT JOIN {self.provenance.sql} AS p ON p.id = {self.stored('provenance')}"
             made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
-        model = f"COALESCE(e.{quoted(names['model'])}, '')"
         return self.rows(
-            f"SELECT {model}, {made}, count(*) FROM {tables} GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
+            f"SELECT COALESCE({self.stored('model')}, ''), {made}, count(*) FROM {tables} "
+            "GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
         )
-
-    @property
-    def orphaned(self) -> str:
-        """The condition that an embedding's row is gone from the table, whatever --where says."""
-        row = f"SELECT 1 FROM {self.relation.sql} AS s WHERE s.{quoted(self.key)} = e.{quoted(self.target_key)}"
-        return f"NOT EXISTS ({row})"
 
     def check_belonging(self) -> None:
         """Raise UsageError unless a row that is missing in this very table is what its embedding was made of.
@@ -3846,7 +3848,8 @@ class Store:
         Through a view, or another table of the same keys, rows are missing that are there.
         """
         other = self.referenced(self.target, self.target_key)
-        if not self.force and not (other == (self.relation.name, self.key) if other else self.is_default_target):
+        belongs = other == (self.relation.name, self.key) if other else self.target[:2] == self.usual_target[:2]
+        if not belongs and not self.force:
             why = (
                 f'belongs to the table "{other[0]}"' if other else "does not say by a foreign key that it belongs to it"
             )
@@ -3869,25 +3872,20 @@ class Store:
 
     def prune(self) -> int:
         """Remove the embeddings whose row is gone, unless that would be all of them; with --force all the same."""
-        stays = f"SELECT 1 FROM {self.target.sql} AS k JOIN {self.relation.sql} AS s ON "
-        stays += f"s.{quoted(self.key)} = k.{quoted(self.target_key)}"
+        stays = f"SELECT 1 FROM {self.target.sql} AS e JOIN {self.relation.sql} AS s ON {self.on}"
         unless = "" if self.force else f" AND EXISTS ({stays})"
         return self.delete(f"DELETE FROM {self.target.sql} AS e WHERE {self.orphaned}{unless}")
 
     def delete(self, sql: str) -> int:
         """Carry out a deletion, in a transaction of its own, and return how many rows are gone."""
-        raise NotImplementedError
+        return int(self.transaction(lambda: self.connection.execute(sql).rowcount))
 
     def updated_at(self) -> Any:
         """Return when the target was last written to, as stored, None if it does not tell."""
-        column = self.target_columns.get("updated_at") if self.has_target else None
-        return self.value(f"SELECT max({quoted(column)}) FROM {self.target.sql}") if column else None
+        last = f"SELECT max({self.stored('updated_at')}) FROM {self.target.sql} AS e"
+        return self.value(last) if self.has_target else None
 
-    def page_sql(self, key: str, text: str, above: bool) -> str:
-        """Return the query of one page: the key and text of pending rows."""
-        tables, exists = self.joined()
-        after = f"{key} > {self.mark(1)} AND" if above else ""
-        return f"SELECT {key}, {text} FROM {tables} WHERE {after} NOT ({exists}) ORDER BY {key} LIMIT {PAGE_ROWS}"
+    # What a run reads, and what it loads before.
 
     def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows without their embedding, by ascending key, those above `after`; all rows with --force.
@@ -3902,20 +3900,30 @@ class Store:
             yield from page
             after = page[-1].key if page else after
 
-    def load_columns(self, path: str, columns: list[str], relation: Relation | None) -> tuple[str, list[str]]:
-        """Return the key and the columns that a file's columns go to, in the table if there is one."""
-        if relation is None:
-            if not columns:
-                raise UsageError(f"--load {path}: the file has no rows.")
-            return self.key_name(columns, [], path), columns
-        described = self.columns(relation)
-        columns = [column_of(column, list(described), relation.name) for column in columns]
-        key = self.key_name(columns, [name for name in primary_key(described) if name in columns], path)
-        if not self.is_unique(relation, key):
+    def load(self, path: str) -> int:
+        """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
+        types = column_types(path)
+        found = self.find(self.options.table)
+        if not found and not types:
+            raise UsageError(f"--load {path}: the file has no rows.")
+        table = found or self.place(self.options.table)
+        described = self.columns(table) if found else {name: Column(kind, 0) for name, kind in types.items()}
+        columns = [column_of(name, list(described), table.name) for name in types]
+        key = self.key_name({name: described[name] for name in columns}, path)
+        if found and not self.is_unique(table, key):
             raise UsageError(
-                f'"{relation.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
+                f'"{table.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
-        return key, columns
+
+        def insert_all() -> int:
+            if not found:
+                declared = {name: self.type_names.get(kind, kind) for name, kind in types.items()}
+                declared[key] += " PRIMARY KEY NOT NULL"
+                definitions = ", ".join(f"{quoted(name)} {kind}" for name, kind in declared.items())
+                self.execute(f"CREATE TABLE {table.sql} ({definitions})")
+            return self.insert(table, columns, key, records(path, list(types), columns.index(key)))
+
+        return self.transaction(insert_all)
 
 
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # of a path that is taken for a database
@@ -3929,6 +3937,26 @@ NOTE_SECONDS = 2.0  # between a note and the file's time of change, at most; FAT
 class SQLiteStore(Store):
     """A table in an SQLite file."""
 
+    TABLES = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'"
+    RELATION = (
+        "SELECT 'main', name, type = 'table' FROM sqlite_master "
+        "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
+    )
+    COLUMNS = "SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden <> 1"
+    UNIQUE = (  # those with an index, and what is another name of the rowid, which has none
+        "WITH given(address) AS (VALUES (?)) "
+        "SELECT max(c.name) FROM given JOIN pragma_index_list(address) AS i JOIN pragma_index_info(i.name) AS c "
+        'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1 '
+        "UNION ALL "
+        "SELECT max(name) FROM given JOIN pragma_table_xinfo(address) WHERE pk GROUP BY '' HAVING count(*) = 1"
+    )
+    REFERENCES = (
+        "SELECT t.name, c.name FROM pragma_foreign_key_list(?) AS f "
+        "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
+        "JOIN pragma_table_xinfo(t.name) AS c "
+        'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
+        'WHERE f."from" = ?'
+    )
     identity = "INTEGER PRIMARY KEY"
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -3938,7 +3966,7 @@ class SQLiteStore(Store):
         import sqlite3
 
         self.sqlite3 = sqlite3
-        self.path = options.database[len("sqlite:///") :] if "://" in options.database else options.database
+        self.path = options.database.removeprefix("sqlite:///")
         self.check_file()
         self.is_new = not os.path.exists(self.path)
         self.frozen: Any = None  # the file's state, if it is read as one that does not change
@@ -3970,20 +3998,17 @@ class SQLiteStore(Store):
         from urllib.parse import quote
 
         real, how = os.path.realpath(self.path), ""
-        try:
-            with open(real, "rb") as file:
-                is_wal = (
-                    file.read(20)[18:] == b"\2\2"
-                )  # https://sqlite.org/fileformat2.html#file_format_version_numbers
-            if is_wal and os.path.exists(real + "-wal") and os.path.exists(real + "-shm"):
+        log, index = real + "-wal", real + "-shm"
+        with contextlib.suppress(OSError):  # SQLite will say it
+            with open(real, "rb") as file:  # https://sqlite.org/fileformat2.html#file_format_version_numbers
+                is_wal = file.read(20)[18:] == b"\2\2"
+            if is_wal and os.path.exists(log) and os.path.exists(index):
                 how = "&readonly_shm=1"
-            elif is_wal and os.path.exists(real + "-wal") and os.path.getsize(real + "-wal"):
+            elif is_wal and os.path.exists(log) and os.path.getsize(log):
                 raise self.unfinished()
             elif is_wal:
                 how = "&immutable=1"
                 self.frozen = self.file_state()
-        except OSError:
-            pass  # SQLite will say it
         path = real.replace(os.sep, "/")
         uri = f"file://{'' if path.startswith('/') else '/'}{quote(os.fsencode(path), safe='/:')}?mode=ro{how}"
         connection = self.connect(uri, timeout=0.5, uri=True)
@@ -4012,16 +4037,14 @@ class SQLiteStore(Store):
     def check_file(self) -> None:
         """Raise Stop for a database that is not there; only --load makes a new one."""
         folder = os.path.dirname(self.path) or "."
-        if os.path.exists(self.path) or (self.options.load and os.path.isdir(folder)):
-            return
         if not os.path.isdir(folder):
             raise Stop(f"there is no folder {folder} for the database {self.path}. Give --database URL.")
-        names = sorted(os.listdir(folder))
-        raise Stop(
-            f"there is no database {self.path} (databases in {folder}: "
-            f"{listed(name for name in names if name.endswith(SQLITE_ENDINGS))}). "
-            "Give --database URL, or --load FILE to make one."
-        )
+        if not os.path.exists(self.path) and not self.options.load:
+            names = sorted(name for name in os.listdir(folder) if name.endswith(SQLITE_ENDINGS))
+            raise Stop(
+                f"there is no database {self.path} (databases in {folder}: {listed(names)}). "
+                "Give --database URL, or --load FILE to make one."
+            )
 
     def take_lock(self) -> Any:
         """Refuse a second run on the same database.
@@ -4064,7 +4087,7 @@ class SQLiteStore(Store):
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Return what the action returns; try for a minute while the database is locked by somebody else."""
-        deadline, hurried = time.monotonic() + LOCK_PATIENCE, False
+        deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
                 result = action()
@@ -4072,8 +4095,8 @@ class SQLiteStore(Store):
                     raise Stop(f"{self.path} was written to while it was read. Run the same command again.")
                 return result
             except self.sqlite3.Error as error:
-                if self.stopping() and not hurried:
-                    deadline, hurried = min(deadline, time.monotonic() + GRACE / 2), True
+                if self.stopping():
+                    deadline = min(deadline, time.monotonic() + GRACE / 2)
                 if not is_locked(error) or time.monotonic() >= deadline:
                     raise self.translated(error) from error
 
@@ -4094,17 +4117,12 @@ class SQLiteStore(Store):
             if self.reads_only:
                 return self.unfinished()
             return Stop(f"{path} cannot be written ({text}). Check its permissions and those of its folder.")
-        if text == "file is not a database" or text.startswith(
-            ("database disk image is malformed", "malformed database")
-        ):
+        if text.startswith(("file is not a database", "database disk image is malformed", "malformed database")):
             return Stop(f"{path} is not a sound SQLite database ({text}). Give --database URL.")
         return Stop(f"SQLite says of {path}: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         return self.patiently(lambda: self.execute(sql, *parameters))
-
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        return list(self.connection.execute(sql, parameters).fetchall())
 
     def complaint(self, sql: str) -> str:
         try:
@@ -4113,59 +4131,14 @@ class SQLiteStore(Store):
             return str(error)
         return ""
 
-    def mark(self, number: int) -> str:
-        return "?"
-
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        sql = 'SELECT "table", "to" FROM pragma_foreign_key_list(?, ?) WHERE "from" = ?'
-        found = self.rows(sql, relation.name, relation.schema, column)
-        target = self.find_exactly(Relation(relation.schema, found[0][0], True)) if found else None
-        if target is None:
-            return None
-        columns = self.columns(target)
-        to = match(found[0][1], columns) if found[0][1] else next(iter(primary_key(columns)), None)
-        return (target.name, to) if to else None
+    def address(self, relation: Relation) -> str:
+        return relation.name
 
     def find(self, name: str) -> Relation | None:
-        schema, _, rest = name.partition(".")
-        return self.find_exactly(Relation("main", name, True)) or self.find_exactly(Relation(schema, rest, True))
+        return self.relation_at(name) or self.relation_at(self.place(name).name)
 
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        if not relation.name or relation.schema not in self.schemas():
-            return None
-        found = self.rows(
-            f"SELECT name, type FROM {quoted(relation.schema)}.sqlite_master "
-            "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE",
-            relation.name,
-        )
-        return Relation(relation.schema, found[0][0], found[0][1] == "table") if found else None
-
-    def place(self, name: str, beside: str) -> Relation:
-        schema, _, rest = name.partition(".")
-        return Relation(schema, rest, True) if rest and schema in self.schemas() else Relation(beside, name, True)
-
-    def schemas(self) -> set[str]:
-        """Return main and temp; there are no others without ATTACH."""
-        return {row[1] for row in self.rows("PRAGMA database_list")}
-
-    def tables(self) -> list[str]:
-        found = self.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'")
-        return [name for (name,) in found]
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        sql = "SELECT name, type, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1"
-        return {
-            name: Column(declared, place) for name, declared, place in self.rows(sql, relation.name, relation.schema)
-        }
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        if primary_key(self.columns(relation)) == [column]:
-            return True
-        indexes = self.rows(
-            'SELECT name FROM pragma_index_list(?, ?) WHERE "unique" AND NOT partial', relation.name, relation.schema
-        )
-        sql = "SELECT name FROM pragma_index_info(?, ?)"
-        return any(self.rows(sql, index, relation.schema) == [(column,)] for (index,) in indexes)
+    def place(self, name: str, beside: str = "") -> Relation:
+        return Relation("main", name.removeprefix("main.") or name, True)  # without ATTACH there is no other schema
 
     def value_sql(self, column: str, declared: str) -> str:
         name, blanks = f"s.{quoted(column)}", ", ".join(str(ord(blank)) for blank in BLANKS)
@@ -4183,14 +4156,12 @@ class SQLiteStore(Store):
             # Only INTEGER PRIMARY KEY keeps texts out of the source; the target's own would refuse them.
             other = f"SELECT 1 FROM {self.relation.sql} WHERE typeof({quoted(self.key)}) <> 'integer'"
             return "INTEGER" if self.value(other) is None else "BLOB"
-        if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+        if re.search("CHAR|CLOB|TEXT", upper):
             return "TEXT"
         return "BLOB" if not upper or "BLOB" in upper else "NUMERIC"
 
     def references_sql(self) -> str:
-        # References cannot reach into another schema.
-        same = self.relation.schema == self.target.schema
-        return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE" if same else ""
+        return f" REFERENCES {quoted(self.relation.name)}({quoted(self.key)}) ON DELETE CASCADE"
 
     def create_sql(self, measure: Callable[[], int]) -> str:
         return (
@@ -4203,12 +4174,11 @@ class SQLiteStore(Store):
         super().create_target(measure)
 
     def stored_dimensions(self, model: str = "") -> int | None:
-        if not self.has_target or (self.force and not self.partial):
+        if not self.has_target or self.replaces_all:
             return None
-        vector, is_meant = self.vector_sql(), self.is_by(model)
-        size = self.value(
-            f"SELECT length({vector}) FROM {self.target.sql} AS e WHERE typeof({vector}) = 'blob'{is_meant}"
-        )
+        vector = self.stored("embedding")
+        are_meant = f"typeof({vector}) = 'blob' AND {self.is_by(model)}"
+        size = self.value(f"SELECT length({vector}) FROM {self.target.sql} AS e WHERE {are_meant}")
         return size // 4 if size and size % 4 == 0 else None
 
     def prepare(self) -> None:
@@ -4345,83 +4315,70 @@ class SQLiteStore(Store):
         execute(f"REPLACE INTO {NOTES} VALUES (?, ?, ?, ?)", (self.target.name, self.claim, state, now))
 
     def page(self, after: Any) -> tuple[list[Row], bool]:
-        sql = self.page_sql(f"s.{quoted(self.key)}", as_bytes(self.text), above=after is not None)
+        tables, exists = self.joined()
+        above, parameters = ("1 = 1", ()) if after is None else (f"{self.key_sql} > ?", (after,))
+        sql = (
+            f"SELECT {self.key_sql}, {as_bytes(self.text)} FROM {tables} WHERE {above} AND NOT ({exists}) "
+            f"ORDER BY {self.key_sql} LIMIT {PAGE_ROWS}"
+        )
 
         def read() -> tuple[list[Row], bool]:
             page: list[Row] = []
-            size = 0
-            with contextlib.closing(self.connection.execute(sql, () if after is None else (after,))) as cursor:
+            room = PAGE_BYTES
+            with contextlib.closing(self.connection.execute(sql, parameters)) as cursor:
                 for key, raw in cursor:
                     text = raw.decode(self.encoding, "replace")
                     page.append(Row(key, text, digest_of(self.prefix + text)))
-                    size += len(raw)
-                    if size >= PAGE_BYTES:
-                        return page, True
-            return page, len(page) == PAGE_ROWS
+                    room -= len(raw)
+                    if room <= 0:
+                        break
+            return page, room <= 0 or len(page) == PAGE_ROWS
 
         return self.patiently(read)
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
-        import itertools
-
-        names, now = list(self.target_columns), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        columns = [quoted(self.target_columns[name]) for name in names]
-        key = quoted(self.target_key)
+        columns = {quoted(theirs): f":{ours}" for ours, theirs in self.target_columns.items()}
         sql = (
-            f"INSERT INTO {self.target.sql} ({', '.join([key, *columns])}) SELECT ?{', ?' * len(columns)} "
-            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} WHERE {quoted(self.key)} = ?) "
-            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in columns)}"
+            f"INSERT INTO {self.target.sql} ({quoted(self.target_key)}, {', '.join(columns)}) "
+            f"SELECT :key, {', '.join(columns.values())} "
+            f"WHERE EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.key_sql} = :key) "
+            f"{replacing(self.target_key, self.target_columns.values())}"
         )
-        keys = [row.key for row, _ in vectors]
-        known: dict[str, Iterable[Any]] = {
-            "embedding": [vector for _, vector in vectors],
-            "model": itertools.repeat(self.model),
-            "text_sha256": [row.digest for row, _ in vectors],
-            "updated_at": itertools.repeat(now),
-            "provenance": [self.maker(vector) for _, vector in vectors],
-        }
-        parameters = list(zip(keys, *(known[name] for name in names), keys))
-        return self.transaction(lambda: int(self.connection.executemany(sql, parameters).rowcount))
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        rows = [
+            {"key": row.key, "embedding": vector, "model": self.model, "text_sha256": row.digest, "updated_at": now,
+             "provenance": self.maker(vector)} for row, vector in vectors
+        ]  # fmt: skip
+        return self.transaction(lambda: int(self.connection.executemany(sql, rows).rowcount))
 
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all; wait for a locked database."""
         return self.patiently(lambda: self.whole(action))
 
-    alone = transaction  # nobody else has one meanwhile
-
-    def is_there(self, relation: Relation) -> bool:
-        sql = f"SELECT 1 FROM {quoted(relation.schema)}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
-        return bool(self.execute(sql, relation.name))
-
-    def vector_sql(self) -> str:
-        return f"e.{quoted(self.target_columns['embedding'])}"
-
     def vector_of(self, value: Any) -> bytes | None:
         return value if isinstance(value, bytes) and value and len(value) % 4 == 0 else None
 
     def with_key(self, sql: str, text: str) -> list[Any]:
-        # A column of no type takes 7 and '7' for two values.
-        values: list[Any] = [text, int(text)] if re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII) else [text]
-        return next((found for value in values if (found := self.rows(sql, value))), [])
+        found = self.rows(sql, text)
+        if not found and re.fullmatch(r"0|-?[1-9]\d{0,17}", text, re.ASCII):
+            found = self.rows(sql, int(text))  # a column of no type takes 7 and '7' for two values
+        return found
 
     def has_length(self, dimensions: int) -> str:
         vector = self.vector_sql()
         return f"typeof({vector}) = 'blob' AND length({vector}) = {dimensions * 4}"
 
-    def tally(self, having: str) -> tuple[int, int, int, int]:
+    def tally(self, having: str) -> tuple[int, ...]:
         with self.snapshot():
             self.unchanged = self.note_holds()
             return super().tally(having)
 
-    def delete(self, sql: str) -> int:
-        return self.transaction(lambda: int(self.connection.execute(sql).rowcount))
-
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        key, stored = f"s.{quoted(self.key)}", self.vector_sql()
+        key, stored = self.key_sql, self.vector_sql()
         sql = f"SELECT {key}, {stored} FROM {self.pairs} WHERE {self.comparable(len(vector) // 4, model)}"
         if self.has_sqlite_vec():
             order = f"COALESCE(round(vec_distance_cosine({stored}, ?), 5), 3)"  # NULL is a vector's without a direction
-            return [tuple(row) for row in self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)]
+            return self.rows(f"{sql} ORDER BY {order}, {key} LIMIT {most}", vector)
         return self.patiently(lambda: nearest_of(self.connection.execute(sql), vector, most))
 
     def has_sqlite_vec(self) -> bool:
@@ -4436,7 +4393,7 @@ class SQLiteStore(Store):
         return True
 
     def known_texts(self, tables: str) -> list[tuple[str, bytes]]:
-        found = self.rows(f"SELECT {as_bytes(self.text)}, e.{quoted(self.target_columns['embedding'])} {tables}")
+        found = self.rows(f"SELECT {as_bytes(self.text)}, {self.vector_sql()} {tables}")
         return [(raw.decode(self.encoding, "replace"), vector) for raw, vector in found if isinstance(vector, bytes)]
 
     def whole(self, action: Callable[[], T]) -> T:
@@ -4453,43 +4410,28 @@ class SQLiteStore(Store):
         self.commits += self.connection.total_changes > changes
         return result
 
-    def load(self, path: str) -> int:
-        types = column_types(path)
-        relation = self.find(self.options.table)
-        key, columns = self.load_columns(path, list(types), relation)
-        table = (relation or self.place(self.options.table, "main")).sql
-        declared = (f"{quoted(c)} {types[c]}{' PRIMARY KEY NOT NULL' if c == key else ''}" for c in types)
-        create = f"CREATE TABLE {table} ({', '.join(declared)})"
-        others = [quoted(column) for column in columns if column != key]
-        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
-        insert = (
-            f"INSERT INTO {table} ({', '.join(map(quoted, columns))}) VALUES ({', '.join('?' * len(columns))}) "
-            f"ON CONFLICT ({quoted(key)}) DO {update}"
-        )
-
-        def insert_all() -> int:
-            if relation is None:
-                self.connection.execute(create)
-            values = records(path, list(types), columns.index(key))
-            return max(int(self.connection.executemany(insert, values).rowcount), 0)
-
-        return self.transaction(insert_all)
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+        names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
+        sql = f"INSERT INTO {table.sql} ({names}) VALUES ({marks}) {replacing(key, columns)}"
+        return max(int(self.connection.executemany(sql, records).rowcount), 0)
 
 
 def place_of(key: Any) -> tuple[int, Any]:
     """Return what keys of any types sort by: numbers, texts, blobs (https://sqlite.org/datatype3.html#sort_order)."""
-    for place, is_meant in enumerate((hasattr(key, "__float__"), isinstance(key, str), isinstance(key, bytes))):
-        if is_meant:
-            return place, key
+    if hasattr(key, "__float__"):
+        return 0, key
+    if isinstance(key, (str, bytes)):
+        return 1 + isinstance(key, bytes), key
     return 3, str(key)  # such as a UUID or a date
 
 
 def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> list[tuple[Any, bytes]]:
     """Return those of many keys with vectors that are nearest to one of the same length, as Store.nearest does.
 
-    One pass, and never more than twice as many in memory. The cosine is that of the law of cosines, since Python
+    One pass, and never more of them in memory than are wanted. The cosine is that of the law of cosines, since Python
     has a function in C for the distance of two points, which takes half the time of a sum of products.
     """
+    import heapq
     import math
     import struct
 
@@ -4497,23 +4439,20 @@ def nearest_of(rows: Iterable[tuple[Any, bytes]], vector: bytes, most: int) -> l
     norm = math.hypot(*numbers)
     unit = tuple(number / norm for number in numbers)
     unpacked, dist, hypot = struct.Struct(f"<{len(unit)}f").unpack, math.dist, math.hypot
-    best: list[tuple[float, tuple[int, Any], bytes]] = []
-    least = -math.inf
-    for key, stored in rows:
-        numbers = unpacked(stored)
-        length = hypot(*numbers)
-        if 1e-3 < length < 1e3:
-            distance = dist(unit, numbers)
-            likeness = round((length * length + 1 - distance * distance) / (length + length), NEAR_DIGITS)
-        else:  # where the difference of squares has no digits left
-            likeness = round(cosine(vector, stored), NEAR_DIGITS)
-        if likeness >= least:  # NaN is not
-            best.append((-likeness, place_of(key), stored))
-            if len(best) == 2 * most:
-                best.sort()
-                del best[most:]
-                least = -best[-1][0]
-    return [(key, stored) for _, (_, key), stored in sorted(best)[:most]]
+
+    def ranked() -> Iterator[tuple[float, tuple[int, Any], bytes]]:
+        for key, stored in rows:
+            numbers = unpacked(stored)
+            length = hypot(*numbers)
+            if 1e-3 < length < 1e3:
+                distance = dist(unit, numbers)
+                likeness = (length * length + 1 - distance * distance) / (length + length)
+            else:  # where the difference of squares has no digits left
+                likeness = cosine(vector, stored)
+            if likeness == likeness:  # NaN is not
+                yield -round(likeness, NEAR_DIGITS), place_of(key), stored
+
+    return [(key, stored) for _, (_, key), stored in heapq.nsmallest(most, ranked())]
 
 
 NEAR_DIGITS = 9  # of a cosine by which candidates are chosen: fewer than multiples of one vector differ in
@@ -4531,7 +4470,6 @@ def is_locked(error: Exception) -> bool:
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
-PG_TYPES = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}  # of the columns of a loaded file
 EF_SEARCH = 400  # candidates in an HNSW index: ten times pgvector's default misses less, and costs milliseconds
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
 
@@ -4539,7 +4477,38 @@ MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's H
 class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
 
+    TABLES = (
+        "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
+        "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
+        "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
+    )
+    RELATION = (
+        "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
+    )
+    COLUMNS = (
+        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), "
+        "COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0) FROM pg_attribute a "
+        "LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
+        "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
+        "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
+    )
+    UNIQUE = (
+        "SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
+        "WHERE i.indrelid = to_regclass($1) AND i.indnkeyatts = 1 "
+        "AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
+    )
+    REFERENCES = (
+        "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
+        "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
+        "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
+        "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
+    )
+    mark = "${}"
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
 
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
@@ -4650,10 +4619,6 @@ class PostgresStore(Store):
         run = self.transaction if self.reads_only else self.patiently
         return run(lambda: self.execute(sql, *parameters))
 
-    def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        cursor = self.connection.execute(sql, parameters)
-        return list(cursor.fetchall()) if cursor.description else []
-
     def transaction(self, action: Callable[[], T]) -> T:
         """Return what the action returns, done as a whole or not at all."""
 
@@ -4685,70 +4650,20 @@ class PostgresStore(Store):
             return one_line(str(error).partition("\n")[0])
         return ""
 
-    def mark(self, number: int) -> str:
-        return f"${number}"
-
     def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
         for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
             # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
             for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
-                if path and (found := self.relation_of(path)):
+                if path and (found := self.relation_at(path)):
                     return found
         return None
 
-    def relation_of(self, path: str) -> Relation | None:
-        """Return the table or view of a quoted name."""
-        sql = (
-            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
-            "JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
-        )
-        return next((Relation(*row) for row in self.rows(sql, path)), None)
-
-    def find_exactly(self, relation: Relation) -> Relation | None:
-        return self.relation_of(relation.sql)
-
-    def place(self, name: str, beside: str) -> Relation:
+    def place(self, name: str, beside: str = "") -> Relation:
         schema, _, rest = name.partition(".")
-        known = rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema)
-        return Relation(schema, rest, True) if known else Relation(beside, name, True)
-
-    def tables(self) -> list[str]:
-        sql = (
-            "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
-            "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
-            "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
-        )
-        return [name for (name,) in self.rows(sql)]
-
-    def columns(self, relation: Relation) -> dict[str, Column]:
-        sql = (
-            "SELECT a.attname, format_type(a.atttypid, a.atttypmod), "
-            "COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0) FROM pg_attribute a "
-            "LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
-            "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
-            "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
-        )
-        return {name: Column(declared, place) for name, declared, place in self.rows(sql, relation.sql)}
-
-    def is_unique(self, relation: Relation, column: str) -> bool:
-        sql = (
-            "SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
-            "WHERE i.indrelid = to_regclass($1) AND a.attname = $2 AND i.indnkeyatts = 1 "
-            "AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
-        )
-        return bool(self.rows(sql, relation.sql, column))
-
-    def referenced(self, relation: Relation, column: str) -> tuple[str, str] | None:
-        sql = (
-            "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
-            "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
-            "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
-            "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
-        )
-        return next((tuple(row) for row in self.rows(sql, relation.sql, column)), None)
+        if rest and self.rows("SELECT 1 FROM pg_namespace WHERE nspname = $1", schema):
+            return Relation(schema, rest, True)
+        return Relation(beside or self.value("SELECT current_schema()") or "public", name, True)
 
     def check_key(self) -> None:
         if self.key_declared.endswith("[]") or self.key_declared in ("bytea", "json", "jsonb"):
@@ -4850,19 +4765,12 @@ class PostgresStore(Store):
         declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
         if declared:
             return int(declared[1])
-        if self.force and not self.partial:
+        if self.replaces_all:
             return None
         # As text, which both types have in the same form.
-        is_meant = self.is_by(model)
-        text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {self.has_vector}{is_meant}")
+        are_meant = f"{self.has_vector} AND {self.is_by(model)}"
+        text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {are_meant}")
         return text.count(",") + 1 if text else None
-
-    def check_model(self) -> None:
-        # Most tables hold one model, which shows without a look at the source.
-        if column := self.target_columns.get("model"):
-            sql = f"SELECT 1 FROM {self.target.sql} WHERE {quoted(column)} <> $1"
-            if self.value(sql, self.model):
-                super().check_model()
 
     def count(self) -> tuple[int, int]:
         if self.reads_only:
@@ -4895,11 +4803,12 @@ class PostgresStore(Store):
     def elsewhere(self) -> tuple[int, int]:
         return self.fleet.others if self.fleet else (0, 0)
 
-    def beside(self, on: str, page: bool) -> str:
+    def beside(self, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
         # Postgres from turning this into one: it is a look at the index for each row, whatever the statistics say.
-        probe = f"LEFT JOIN LATERAL (SELECT * FROM {self.target.sql} AS t WHERE t.{on} OFFSET 0) AS e ON true"
-        return probe if page else super().beside(on, page)
+        key = quoted(self.target_key)
+        probe = f"(SELECT * FROM {self.target.sql} AS t WHERE t.{key} = {self.key_sql} OFFSET 0)"
+        return f"LEFT JOIN LATERAL {probe} AS e ON true" if page else super().beside(page)
 
     def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
         """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
@@ -4962,7 +4871,7 @@ class PostgresStore(Store):
             f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
             "FROM patience, unnest($1::text[], $2, $4::int[]) WITH ORDINALITY AS b(key, embedding, provenance, place) "
             f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
-            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
+            f"{replacing(self.target_key, self.target_columns.values())} RETURNING 1"
             f"){share} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
@@ -4975,7 +4884,7 @@ class PostgresStore(Store):
         return saved
 
     def vector_sql(self) -> str:
-        return f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
+        return f"{self.stored('embedding')}::text"  # vector and halfvec alike: a JSON array
 
     def vector_of(self, value: Any) -> bytes | None:
         import json
@@ -4997,10 +4906,9 @@ class PostgresStore(Store):
         return kind, bool(length)
 
     def has_length(self, dimensions: int) -> str:
-        vector = f"e.{quoted(self.target_columns['embedding'])}"
         if self.vector_type()[1]:
-            return f"{vector} IS NOT NULL"
-        return f"{self.find_vector()[0]}.vector_dims({vector}) = {dimensions}"
+            return self.has_vector
+        return f"{self.find_vector()[0]}.vector_dims({self.stored('embedding')}) = {dimensions}"
 
     def seeing_all(self, sql: str) -> list[Any]:
         def look() -> list[Any]:
@@ -5013,8 +4921,8 @@ class PostgresStore(Store):
         return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        schema, kind, key = self.find_vector()[0], self.vector_type()[0], f"s.{quoted(self.key)}"
-        stored = f"e.{quoted(self.target_columns['embedding'])}"
+        schema, kind, key = self.find_vector()[0], self.vector_type()[0], self.key_sql
+        stored = self.stored("embedding")
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
@@ -5048,43 +4956,26 @@ class PostgresStore(Store):
         found = self.rows(f"SELECT {self.text}, {self.vector_sql()} {tables}")
         return [(text, vector) for text, stored in found if (vector := self.vector_of(stored))]
 
-    def load(self, path: str) -> int:
-        types = column_types(path)
-        relation = self.find(self.options.table)
-        key, columns = self.load_columns(path, list(types), relation)
-        table = (relation or self.place(self.options.table, self.value("SELECT current_schema()") or "public")).sql
-        declared = {name: PG_TYPES[kind] for name, kind in types.items()}
-        create = ", ".join(f"{quoted(c)} {kind}{' PRIMARY KEY' * (c == key)}" for c, kind in declared.items())
-        if relation:
-            described = self.columns(relation)
-            declared = {name: described[name].type for name in columns}
+    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+        execute, line = self.connection.execute, 0
         names = ", ".join(map(quoted, columns))
-        others = [quoted(column) for column in columns if column != key]
-        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
-        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in declared.items())
-        # The last row of a key counts; one statement must not change a row twice.
-        insert = (
-            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
-            f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
-            f"ON CONFLICT ({quoted(key)}) DO {update}"
-        )
-
-        def insert_all() -> int:
-            execute, line = self.connection.execute, 0
-            if relation is None:
-                execute(f"CREATE TABLE {table} ({create})")
-            texts = "".join(f", {quoted(name)} text" for name in columns)
-            execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
-            try:
-                with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
-                    for line, values in enumerate(records(path, list(types), columns.index(key)), 1):
-                        copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
-                execute(insert)
-            except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
-                raise UsageError(f"--load {path}: Postgres says: {one_line(str(error).strip())}.") from None
-            return line
-
-        return self.transaction(insert_all)
+        texts = "".join(f", {quoted(name)} text" for name in columns)
+        kinds = {name: kind for name, kind, _ in self.execute(self.COLUMNS, table.sql)}
+        casts = ", ".join(f"{quoted(name)}::{kinds[name]}" for name in columns)
+        execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
+        try:
+            with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
+                for line, values in enumerate(records, 1):
+                    copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
+            # The last row of a key counts; one statement must not change a row twice.
+            execute(
+                f"INSERT INTO {table.sql} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
+                f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
+                f"{replacing(key, columns)}"
+            )
+        except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
+            raise UsageError(f"--load {self.options.load}: Postgres says: {one_line(str(error).strip())}.") from None
+        return line
 
     def indexes(self) -> list[tuple[bool, str]]:
         """Return the HNSW indexes for cosine distance, whether each is valid and its name; valid ones last."""
@@ -6169,7 +6060,7 @@ def status(store: Store, wires: Sequence[Wire], report: Report) -> int:
     models = {model for model, *_ in origins}
     if len(models) == 1 and not options.model_is_named:
         speak_of(max(models), store)
-    total, _, found, fresh = store.tally(store.has_vector if store.has_target else "")
+    total, _, found, fresh = store.tally(store.has_vector)
     unknown = found and not any(models) and not options.model_is_named
     facts = {
         "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,

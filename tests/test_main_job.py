@@ -357,6 +357,23 @@ class MainJob(Case):
         ]:
             with self.subTest(target=target):
                 self.refuse(2, "--target", target, words=words)
+        self.execute("CREATE UNIQUE INDEX some_films ON vectors (film) WHERE film > 1")
+        self.refuse(2, "--target", "vectors", words=["primary key"])
+        self.execute("CREATE UNIQUE INDEX all_films ON vectors (film)")
+        self.assertEqual(self.succeed("--target", "vectors").tally, (3, 0, 0))
+
+    def test_targets_that_belong_to_other_rows_are_refused(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, code INTEGER UNIQUE, title TEXT)")
+        self.execute("CREATE TABLE books (id INTEGER PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?, ?)", [(1, 10, "One"), (2, 20, "Two")])
+        for target, other in [("a", "movies"), ("b", "MOVIES (ID)"), ("c", "movies (code)"), ("d", "books")]:
+            key = f"film INTEGER PRIMARY KEY REFERENCES {other}"
+            self.execute(f"CREATE TABLE {target} ({key}, embedding {self.db.vector_type})")
+        self.assertEqual(self.succeed("--target", "a").tally, (2, 0, 0))
+        self.assertEqual(self.succeed("--target", "b").tally, (2, 0, 0))
+        self.refuse(2, "--target", "c", words=['the column "code" of "movies"', "--id code"])
+        self.assertEqual(self.succeed("--target", "c", "--id", "code").tally, (2, 0, 0))
+        self.refuse(2, "--target", "d", words=['belongs to the table "books"'])
 
     def test_options_and_dimensions_reach_the_server_the_same_each_time(self) -> None:
         self.make_movies(20)
