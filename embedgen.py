@@ -4955,8 +4955,7 @@ class PostgresStore(Store):
         probe = f"LEFT JOIN LATERAL (SELECT * FROM {self.target.sql} AS t WHERE t.{on} OFFSET 0) AS e ON true"
         return probe if page else super().beside(on, page)
 
-    def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
-        """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
+    def page(self, above: Any, upto: Any = None, most: int = PAGE_ROWS) -> tuple[list[Row], bool]:
         tables, exists = self.joined(page=True)
         key = f"s.{quoted(self.key)}"
         bounds = [(sign, value) for sign, value in ((">", above), ("<=", upto)) if value is not None]
@@ -4970,7 +4969,8 @@ class PostgresStore(Store):
         )
         found = self.rows(sql, *(value for _, value in bounds))
         page = [Row(key, text, digest_of(self.prefix + text)) for key, text, _ in found]
-        return page, len(page) == (found[0][2] if found else 0) < most
+        seen = found[0][2] if found else 0
+        return page, len(page) < seen or seen == most
 
     def key_after(self, above: Any, count: int) -> Any:
         """Return the key of the row that is `count` rows after a key (None: the beginning), None if there are fewer."""
@@ -4979,10 +4979,6 @@ class PostgresStore(Store):
         return self.value(
             f"SELECT {key} FROM {self.source} AS s {within} ORDER BY {key} OFFSET {count - 1}", *parameters
         )
-
-    def page(self, after: Any) -> tuple[list[Row], bool]:
-        page, whole = self.read(after, None, PAGE_ROWS)
-        return page, not whole
 
     def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
@@ -5006,7 +5002,7 @@ class PostgresStore(Store):
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
-        share, more = self.fleet.saving(rows) if self.fleet else ("", [])
+        share = self.fleet.saving(rows) if self.fleet else ""
         # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
         # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
         # is the one in which other programs are likely to lock them.
@@ -5023,7 +5019,7 @@ class PostgresStore(Store):
         embeddings = self.vectors([vector for _, vector in vectors])
         makers = [self.maker(vector) for _, vector in vectors]
         digests = b"".join(row.digest for row in rows)  # in one piece, which psycopg sends 100 times sooner than a list
-        saved = int(self.rows(sql, keys, embeddings, digests, makers, *more)[0][0])
+        saved = int(self.rows(sql, keys, embeddings, digests, makers)[0][0])
         if self.fleet:
             self.fleet.saved(rows, saved)
         return saved
@@ -5231,6 +5227,14 @@ SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one take
 ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
 
 
+class Lease:
+    """A stretch of keys whose rows are this machine's to embed."""
+
+    def __init__(self, number: int, undecided: int) -> None:
+        self.number, self.undecided = number, undecided  # its rows that are neither saved nor given up
+        self.failed = self.left_out = 0  # counted at its end: whoever inherits it tries these rows again
+
+
 class Fleet:
     """This machine's part in a table that any number of them fill together, without knowing of one another.
 
@@ -5262,7 +5266,6 @@ class Fleet:
     EXPIRY = f"now() + interval '{LEASE} s'"
 
     def __init__(self, store: PostgresStore) -> None:
-        import collections
         import hashlib
 
         options = store.options
@@ -5278,32 +5281,27 @@ class Fleet:
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
-        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases given back
+        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases at their end
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
         self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
-        self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
-        self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
-        # And how many have failed, and been left out: whoever inherits a lease tries them again.
-        self.given_up: dict[int, tuple[int, int]] = {}
-        self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
-        self.done: list[int] = []  # leases to be given back
-        self.giving: list[int] = []  # those that the statement under way gives back
+        self.ready: list[Row] = []  # rows taken, not yet given to the engine
+        self.undecided: dict[Any, Lease] = {}  # our rows neither saved nor given up, by key: the lease of each
+        self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
         self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
         self.bounded = False  # whether it is known
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
-        self.last_sign, self.last_look = -LEASE, -LOOK
-
-    def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement."""
-        return self.store.rows(sql, *parameters)
+        self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
     def exist(self) -> bool:
         """Whether the tables exist and may be used."""
-        sql = "SELECT COALESCE(has_table_privilege(to_regclass($1), 'SELECT, INSERT, UPDATE, DELETE'), false)"
-        return all(self.rows(sql, name)[0][0] for name in (self.passes, self.machines, self.leases))
+        sql = (
+            "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
+            "false)) FROM unnest($1::text[]) AS name"
+        )
+        return bool(self.store.value(sql, [self.passes, self.machines, self.leases]))
 
     def tally_sql(self) -> str:
         """Return the SQL of what each machine has generated: an array of [machine, generated]."""
@@ -5318,7 +5316,7 @@ class Fleet:
         """Take part in the pass that is under way, or begin one; return a remark for the log."""
         self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
         self.round, self.late, self.machine = self.store.alone(self.enter)
-        self.last_sign = time.monotonic()
+        self.next_sign = time.monotonic() + RENEWAL
         return "joined a pass over the table that is under way" if self.late else ""
 
     def enter(self) -> tuple[int, bool, int]:
@@ -5368,51 +5366,53 @@ class Fleet:
     def leave(self) -> None:
         """Give back what is not done; what was generated and failed stays for the others to count."""
         if self.machine:
-            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, left_out = $4 WHERE id = $1"
-            free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
-            known = [self.machine, self.failed, self.done, self.left_out]
-            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", known)
+            self.store.execute(f"WITH {self.sign(', gone = true')} SELECT 1")
 
     def tend(self) -> None:
         """Give the others a sign of life and learn what they have done, if it is time to."""
-        if self.machine and time.monotonic() - self.last_sign >= RENEWAL:
+        if self.machine and time.monotonic() >= self.next_sign:
             self.renew()
+
+    def sign(self, more: str = "", ending: Sequence[Lease] = ()) -> str:
+        """Return the CTEs by which this machine says that it lives and what it has done, and gives back leases.
+
+        Those are the leases `done` and those that come to their end in this very statement. It may be repeated
+        where its answer was lost: it has the totals in it, and nothing is noted as given back before it has
+        been executed. `more` is what else there is to set.
+        """
+        failed = self.failed + sum(lease.failed for lease in ending)
+        left_out = self.left_out + sum(lease.left_out for lease in ending)
+        given = ", ".join(map(str, [*self.done, *(lease.number for lease in ending)]))
+        return (
+            f"sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, round = {self.round}, failed = {failed}, "
+            f"left_out = {left_out}{more} WHERE id = {self.machine} RETURNING 1), given AS (DELETE FROM {self.leases} "
+            f"WHERE id = ANY(ARRAY[{given}]::bigint[]) AND machine = {self.machine})"
+        )
 
     def renew(self) -> None:
         """Give the others a sign of life and learn what they have done."""
-        self.giving = list(self.done)
         sql = (
-            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5, "
-            f"left_out = $6 WHERE id = $2 RETURNING 1), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
-            "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
-            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2), m.left_out FROM {self.machines} AS m "
-            "WHERE m.job = $1"
+            f"WITH {self.sign()} SELECT m.id, m.generated, m.failed, m.left_out, m.round >= $2, "
+            f"EXISTS (SELECT 1 FROM sign), ARRAY(SELECT l.id FROM {self.leases} AS l WHERE l.machine = $3) "
+            f"FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.left_out)
-        self.last_sign = time.monotonic()
-        self.given()
-        known = bool(found) and found[0][4]
-        self.lose(set(self.held).difference(found[0][5] if known else []))
+        found = self.store.rows(sql, self.job, self.round, self.machine)
+        self.next_sign, self.done = time.monotonic() + RENEWAL, []
+        known = bool(found) and found[0][5]
+        # Others have taken over what is not ours any more, since we gave no sign of life for too long.
+        ours = set(found[0][6] if known else ())
+        self.undecided = {key: lease for key, lease in self.undecided.items() if lease.number in ours}
         if not known:
             self.join()
             return
-        force = self.store.force  # then only what was done in this pass counts
-        others = [row for row in found if row[0] != self.machine]
-        self.others = (
-            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round)
-            + sum(row[6] for row in others if row[3] >= self.round),
-            sum(row[2] for row in others if row[3] >= self.round),
-        )
-
-    def lose(self, leases: set[int]) -> None:
-        """Forget leases that others have taken over, since we gave no sign of life for too long."""
-        if leases:
-            self.ready = type(self.ready)(row for row in self.ready if self.lease_of.get(row.key) not in leases)
-            self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
-            for lease in leases:
-                del self.held[lease]
-                self.given_up.pop(lease, None)
+        generated = failed = 0
+        for machine, theirs, fails, skips, in_this_pass, *_ in found:
+            if machine != self.machine and (in_this_pass or not self.store.force):  # with it, only this pass counts
+                generated += theirs - self.before.get(machine, 0)
+            if machine != self.machine and in_this_pass:
+                generated += skips
+                failed += fails
+        self.others = generated, failed
 
     # Taking rows
 
@@ -5420,29 +5420,26 @@ class Fleet:
         """Yield rows that are ours to embed, None where there are none right now; end with the pass."""
         while True:
             while self.ready:
-                yield self.ready.popleft()
+                row = self.ready.pop(0)
+                if row.key in self.undecided:  # not lost meanwhile
+                    yield row
             # A table that is slow to look through is looked through less often.
-            taken = self.take(max(wanted(), int(self.rate * max(SHARE, 4 * self.looking))))
-            if taken is None:
-                self.renew()  # so that the count of what the others have done is the last
-                return
-            self.ready.extend(taken)
-            if not taken and not (self.ended and self.is_look_due()):
+            count = max(wanted(), int(self.rate * max(SHARE, 4 * self.looking)))
+            self.tend()
+            if self.is_look_due():
+                self.ready = self.inherit()
+                if not self.ready and self.is_over():
+                    self.renew()  # so that the count of what the others have done is the last
+                    return
+                if not self.ready:
+                    self.next_look = time.monotonic() + LOOK
+            self.ready = self.ready or self.advance(count)
+            if not self.ready and not (self.ended and self.is_look_due()):
                 yield None
 
     def is_look_due(self) -> bool:
         """Whether it is time to see what the others have left."""
-        return time.monotonic() - self.last_look >= LOOK
-
-    def take(self, count: int) -> list[Row] | None:
-        """Return rows, about `count`, that are ours from now on; none for none right now, None for none any more."""
-        self.tend()
-        if self.is_look_due():
-            inherited = self.inherit()
-            if inherited or self.is_over():
-                return inherited or None
-            self.last_look = time.monotonic()
-        return self.advance(count)
+        return time.monotonic() >= self.next_look
 
     def inherit(self) -> list[Row]:
         """Return the rows of a lease whose machine gives no sign of life any more."""
@@ -5452,25 +5449,25 @@ class Fleet:
             f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
             f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{self.key}, upto::{self.key}"
         )
-        while found := self.rows(sql, self.job, self.machine, [*self.held, *self.done]):
+        known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
+        while found := self.store.rows(sql, self.job, self.machine, known):
             lease, above, upto = found[0]
             rows: list[Row] = []
-            whole = False
-            while not whole:
-                page, whole = self.store.read(rows[-1].key if rows else above, upto, PAGE_ROWS)
+            more = True
+            while more:
+                page, more = self.store.page(rows[-1].key if rows else above, upto)
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
         return []
 
-    def hold(self, lease: int, rows: list[Row]) -> list[Row]:
+    def hold(self, number: int, rows: list[Row]) -> list[Row]:
         """Note that a lease is ours, with those of its rows that we have not failed at; return them."""
         rows = [row for row in rows if row.key not in self.hopeless]
-        self.held[lease] = len(rows)
-        self.lease_of.update((row.key, lease) for row in rows)
+        lease = Lease(number, len(rows))
+        self.undecided.update((row.key, lease) for row in rows)
         if not rows:
-            del self.held[lease]
-            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", lease)
+            self.store.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
         return rows
 
     def look(self) -> bool:
@@ -5479,23 +5476,23 @@ class Fleet:
             f"SELECT p.round, p.reached::{self.key}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
-        self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
+        self.round_seen, self.reached, self.ended, others = self.store.rows(sql, self.job, self.machine)[0]
         self.bounded = False
         return bool(others)
 
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
+        again = self.late and not self.store.force  # whether another pass is needed, or a proof that it is not
         if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
-            if self.late and not self.store.force:
+            if again:
                 self.begin_again()
-                return False
-            return True
+            return not again
         if others or not self.ended:
             return False
-        if not self.late or self.store.force:
+        if not again:
             return True
-        if self.held:
+        if self.undecided:
             return False  # wait, or ours would be found pending
         self.renew()
         if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
@@ -5505,7 +5502,7 @@ class Fleet:
             f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
             "WHERE job = $1 AND round = $2 AND ended RETURNING round"
         )
-        if self.rows(sql, self.job, self.round):
+        if self.store.rows(sql, self.job, self.round):
             self.round_seen += 1
             self.begin_again()
         return False
@@ -5523,11 +5520,11 @@ class Fleet:
             started = time.monotonic()
             if not self.bounded:
                 self.bound, self.bounded = self.store.key_after(self.reached, self.stretch), True
-            rows, whole = self.store.read(self.reached, self.bound, min(count, PAGE_ROWS))
+            rows, more = self.store.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
             self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
-            ended = whole and self.bound is None
-            upto = self.bound if whole and not ended else rows[-1].key if rows else self.reached
+            ended = not more and self.bound is None
+            upto = self.bound if not (more or ended) else rows[-1].key if rows else self.reached
             lease = self.move(upto, ended, bool(rows))
             if lease is None:  # somebody else was quicker
                 self.look()
@@ -5535,9 +5532,9 @@ class Fleet:
                     break
             else:
                 self.reached, self.ended = upto, ended
-                self.bounded = not whole
+                self.bounded = more
                 if ended:
-                    self.last_look = -LOOK  # nothing but what the others may leave
+                    self.next_look = 0.0  # nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
                     return rows
         return []
@@ -5552,28 +5549,21 @@ class Fleet:
             f"SELECT $1, $5, $2::{kind}::text, $3::{kind}::text FROM moved WHERE $7 RETURNING id) "
             "SELECT COALESCE((SELECT id FROM taken), 0) FROM moved"
         )
-        found = self.rows(sql, self.job, self.reached, upto, ended, self.machine, self.round, take)
+        found = self.store.rows(sql, self.job, self.reached, upto, ended, self.machine, self.round, take)
         return int(found[0][0]) if found else None
 
     # Giving them back
 
     def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
         """Note that one of our rows is saved, has failed, or is left out."""
-        lease = self.lease_of.pop(row.key, 0)
-        if lease in self.held:
-            self.held[lease] -= 1
-            before = self.given_up.get(lease, (0, 0))
-            self.given_up[lease] = before[0] + failed, before[1] + left_out
-            if not self.held[lease]:
-                del self.held[lease]
-                self.failed, self.left_out = self.with_given_up([lease])
-                del self.given_up[lease]
-                self.done.append(lease)
-
-    def with_given_up(self, leases: list[int]) -> tuple[int, int]:
-        """Return the rows that have failed and been left out, those of some leases that are at their end included."""
-        more = [self.given_up.get(lease, (0, 0)) for lease in leases]
-        return self.failed + sum(failed for failed, _ in more), self.left_out + sum(left_out for _, left_out in more)
+        if lease := self.undecided.pop(row.key, None):
+            lease.undecided -= 1
+            lease.failed += failed
+            lease.left_out += left_out
+            if not lease.undecided:
+                self.failed += lease.failed
+                self.left_out += lease.left_out
+                self.done.append(lease.number)
 
     def give_up(self, row: Row, failed: bool) -> None:
         """Note that a row has failed or is left out."""
@@ -5581,39 +5571,25 @@ class Fleet:
             self.hopeless.add(row.key)
         self.decided(row, failed, not failed)
 
-    def given(self) -> None:
-        """Note that the leases of the last statement have been given back."""
-        self.done = [lease for lease in self.done if lease not in self.giving]
+    def saving(self, rows: list[Row]) -> str:
+        """Return what joins the statement that saves these rows, behind its CTE `saved`.
 
-    def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
-        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $5.
-
-        So that a lease is given back, and a row counted, in the moment in which it is saved; counted
-        from a total that does not change if the statement has to be repeated. Nothing is noted as
-        given back before the statement has been executed.
+        So that a lease is given back, and a row counted, in the moment in which it is saved.
         """
+        from collections import Counter
+
         now = time.monotonic()
         self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
-        saved: dict[int, int] = {}
-        for row in rows:
-            lease = self.lease_of.get(row.key, 0)
-            saved[lease] = saved.get(lease, 0) + 1
-        complete = [lease for lease, count in saved.items() if self.held.get(lease) == count]
-        self.giving = self.done + complete
-        failed, left_out = self.with_given_up(complete)
-        sql = (
-            f", sign AS (UPDATE {self.machines} SET generated = $6 + (SELECT count(*) FROM saved), failed = $7, "
-            f"left_out = $9, expires = {self.EXPIRY} WHERE id = $5), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($8) AND machine = $5)"
-        )
-        return sql, [self.machine, self.generated, failed, self.giving, left_out]
+        saved = Counter(self.undecided[row.key] for row in rows if row.key in self.undecided)
+        ending = [lease for lease, count in saved.items() if count == lease.undecided]
+        return ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
 
     def saved(self, rows: list[Row], count: int) -> None:
         """Note that the statement has been executed and has saved so many of the rows."""
         self.generated += count
         for row in rows:
             self.decided(row)
-        self.given()
+        self.done = []  # given back
 
 
 def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
