@@ -4605,7 +4605,6 @@ class PostgresStore(Store):
             raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
         self.psycopg: Any = psycopg
         self.fleet: Fleet | None = None
-        self.array_of: Any = None  # the type of a list of vectors that psycopg sends as an array of pgvector's
         self.connection = self.connect()
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
@@ -4660,8 +4659,9 @@ class PostgresStore(Store):
                 return action()
             except (self.psycopg.Error, Stop) as error:
                 # A row may be deleted between the look at it and the reference to it; not thrice.
-                orphans += isinstance(error, errors.ForeignKeyViolation)
-                again = isinstance(error, errors.TransactionRollback) or 0 < orphans < 3  # the former: a deadlock
+                orphan = isinstance(error, errors.ForeignKeyViolation)
+                orphans += orphan
+                again = isinstance(error, errors.TransactionRollback) or (orphan and orphans < 3)  # or a deadlock
                 if "pooling mode" in str(error):  # PgBouncer's words, after which it hangs up
                     raise Stop(
                         "the pooler in front of Postgres works in statement mode, which tears transactions apart. "
@@ -4670,7 +4670,7 @@ class PostgresStore(Store):
                 if not again and not self.connection.closed:
                     raise self.translated(error) from error
                 deadline = deadline or time.monotonic() + RECONNECT_PATIENCE
-                until = time.monotonic() + wait * (0 if orphans else 1)
+                until = time.monotonic() + (0 if orphan else wait)
                 while time.monotonic() < until:
                     if self.stopping():
                         deadline = min(deadline, time.monotonic() + GRACE / 2)
@@ -4684,21 +4684,23 @@ class PostgresStore(Store):
         if isinstance(error, Stop):
             return error
         text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
-        if isinstance(error, errors.InsufficientPrivilege):
-            return Forbidden(f"Postgres refuses: {text}. Ask its administrator, or give another user in --database.")
-        if isinstance(error, errors.UndefinedFunction):
-            return UsageError(
+        known: dict[type, Stop] = {
+            errors.InsufficientPrivilege: Forbidden(
+                f"Postgres refuses: {text}. Ask its administrator, or give another user in --database."
+            ),
+            errors.UndefinedFunction: UsageError(
                 f"Postgres says: {text}. If keys do not compare, give another --target NAME, or --id COLUMN."
-            )
-        if isinstance(error, errors.DiskFull):
-            return Stop(f"Postgres has no room ({text}). Make room, and run the same command again.")
-        if isinstance(error, errors.LockNotAvailable):
-            return Stop(f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later.")
-        if isinstance(error, errors.ReadOnlySqlTransaction):
-            return Stop(f"Postgres takes no writes ({text}). Give the address of the primary server in --database.")
-        if self.connection.closed:
-            return Stop(f"the connection to Postgres is lost ({text}). Run the same command again when it is back.")
-        return Stop(f"Postgres says: {text}.")
+            ),
+            errors.DiskFull: Stop(f"Postgres has no room ({text}). Make room, and run the same command again."),
+            errors.LockNotAvailable: Stop(
+                f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later."
+            ),
+            errors.ReadOnlySqlTransaction: Stop(
+                f"Postgres takes no writes ({text}). Give the address of the primary server in --database."
+            ),
+        }
+        lost = f"the connection to Postgres is lost ({text}). Run the same command again when it is back."
+        return known.get(type(error)) or Stop(lost if self.connection.closed else f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         run = self.transaction if self.reads_only else self.patiently
@@ -4744,24 +4746,21 @@ class PostgresStore(Store):
 
     def find(self, name: str) -> Relation | None:
         schema, _, rest = name.partition(".")
-        for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
-            # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
-            for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
-                if path and (found := self.relation_of(path)):
-                    return found
-        return None
+        paths = [quoted(name), *([f"{quoted(schema)}.{quoted(rest)}"] if schema and rest else [])]
+        # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
+        return self.first_of([*paths, *(path.lower() for path in paths)])
 
-    def relation_of(self, path: str) -> Relation | None:
-        """Return the table or view of a quoted name."""
+    def first_of(self, paths: list[str]) -> Relation | None:
+        """Return the first table or view that exists, of quoted names."""
         sql = (
-            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
-            "JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
+            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM unnest($1::text[]) WITH ORDINALITY AS "
+            "p(path, place) JOIN pg_class c ON c.oid = to_regclass(path) JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') ORDER BY place LIMIT 1"
         )
-        return next((Relation(*row) for row in self.rows(sql, path)), None)
+        return next((Relation(*row) for row in self.rows(sql, paths)), None)
 
     def find_exactly(self, relation: Relation) -> Relation | None:
-        return self.relation_of(relation.sql)
+        return self.first_of([relation.sql])
 
     def place(self, name: str, beside: str) -> Relation:
         schema, _, rest = name.partition(".")
@@ -4821,10 +4820,8 @@ class PostgresStore(Store):
         return f"sha256(convert_to({self.whole_text}, 'UTF8'))"
 
     def key_type(self, declared: str) -> str:
-        kind = declared.partition("(")[0]
-        if kind in ("smallint", "integer", "bigint"):
-            return "bigint"
-        return "text" if kind in ("character varying", "text") else declared
+        wider = {"smallint": "bigint", "integer": "bigint", "character varying": "text"}
+        return wider.get(declared.partition("(")[0], declared)
 
     def references_sql(self) -> str:
         sql = "SELECT has_column_privilege(to_regclass($1), $2, 'REFERENCES')"
@@ -4863,14 +4860,13 @@ class PostgresStore(Store):
 
     def use_target(self) -> None:
         super().use_target()
-        declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, _, dimensions = declared.rpartition(".")[2].rstrip(")").partition("(")
+        declared, kind, length = self.vector_type()
         if kind not in MOST_INDEXED:
             raise UsageError(
                 f'the column "embedding" of "{self.target.name}" is of the type {declared}, '
                 "not vector or halfvec. Give --target NAME."
             )
-        self.check_index(kind, int(dimensions or 0))
+        self.check_index(kind, length)
         filled = [*self.target_columns.values(), self.target_key]
         sql = (
             "SELECT attname, attname = ANY($2) FROM pg_attribute a WHERE attrelid = to_regclass($1) AND attnum > 0 "
@@ -4900,10 +4896,8 @@ class PostgresStore(Store):
     def stored_dimensions(self, model: str = "") -> int | None:
         if not self.has_target:
             return None
-        column = self.target_columns["embedding"]
-        declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
-        if declared:
-            return int(declared[1])
+        if length := self.vector_type()[2]:
+            return length
         if self.force and not self.partial:
             return None
         # As text, which both types have in the same form.
@@ -4983,22 +4977,23 @@ class PostgresStore(Store):
     def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
         return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
 
-    def vectors(self, vectors: list[bytes]) -> Any:
-        """Return stored vectors in the form of a statement's parameter, an array of pgvector's type."""
-        if self.array_of is None:
-            _, element, array = self.find_vector()
-            self.array_of, dumper = vectors_type(self.psycopg, element, array)
-            for adapters in (
-                self.psycopg.adapters,
-                self.connection.adapters,
-            ):  # of connections to come, and of this one
-                adapters.register_dumper(self.array_of, dumper)
-        return self.array_of(vectors)
+    @functools.cached_property
+    def vectors(self) -> Any:
+        """The type of a list of stored vectors that psycopg sends as an array of pgvector's."""
+        _, element, array = self.find_vector()
+        kind, dumper = vectors_type(self.psycopg, element, array)
+        for adapters in (self.psycopg.adapters, self.connection.adapters):  # of connections to come, and of this one
+            adapters.register_dumper(kind, dumper)
+        return kind
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
-        known = {"embedding": "b.embedding", "model": literal(self.model)}
-        known |= {"text_sha256": "substr($3, 32 * b.place::int - 31, 32)", "updated_at": "now()"}
-        known["provenance"] = "b.provenance"
+        known = {
+            "embedding": "b.embedding",
+            "model": literal(self.model),
+            "text_sha256": "substr($3, 32 * b.place::int - 31, 32)",
+            "updated_at": "now()",
+            "provenance": "b.provenance",
+        }
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
@@ -5040,15 +5035,15 @@ class PostgresStore(Store):
                 return []
             raise
 
-    def vector_type(self) -> tuple[str, bool]:
-        """Return the name of the type of the target's vectors, vector or halfvec, and whether it has a length."""
+    def vector_type(self) -> tuple[str, str, int]:
+        """Return the type of the target's vectors as declared, its name, and their length, 0 if that may be any."""
         declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, length, _ = declared.rpartition(".")[2].partition("(")
-        return kind, bool(length)
+        kind, _, length = declared.rpartition(".")[2].rstrip(")").partition("(")
+        return declared, kind, int(length) if length.isdigit() else 0
 
     def has_length(self, dimensions: int) -> str:
         vector = f"e.{quoted(self.target_columns['embedding'])}"
-        if self.vector_type()[1]:
+        if self.vector_type()[2]:
             return f"{vector} IS NOT NULL"
         return f"{self.find_vector()[0]}.vector_dims({vector}) = {dimensions}"
 
@@ -5063,7 +5058,7 @@ class PostgresStore(Store):
         return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        schema, kind, key = self.find_vector()[0], self.vector_type()[0], f"s.{quoted(self.key)}"
+        schema, kind, key = self.find_vector()[0], self.vector_type()[1], f"s.{quoted(self.key)}"
         stored = f"e.{quoted(self.target_columns['embedding'])}"
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
@@ -5080,13 +5075,11 @@ class PostgresStore(Store):
                 ") AS e ORDER BY e.distance, e.key"
             )
             # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
-            settings = {}
             if approximately:
-                settings["hnsw.ef_search"] = str(min(max(2 * most, EF_SEARCH), 1000))  # of which pgvector takes no more
+                candidates = min(max(2 * most, EF_SEARCH), 1000)  # pgvector takes no more
+                self.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
-                    settings["hnsw.iterative_scan"] = "strict_order"
-            for name, value in settings.items():
-                self.execute("SELECT set_config($1, $2, true)", name, value)
+                    self.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             return self.execute(sql, given)
 
         found = self.transaction(lambda: look(indexed))
@@ -5154,55 +5147,50 @@ class PostgresStore(Store):
         """
         import threading
 
-        column = self.target_columns["embedding"]
-        kind, _ = self.vector_type()
+        column, kind = self.target_columns["embedding"], self.vector_type()[1]
         stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
         name = f"{stem}_hnsw"
-        index = f"{quoted(self.target.schema)}.{quoted(name)}"
-        progress = (
+        sql = (
             "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
             "WHERE relid = to_regclass($1)"
         )
-        found = self.indexes()
-        while found and not found[-1][0] and self.rows(progress, self.target.sql):  # by another run
-            yield self.rows(progress, self.target.sql)[0][0]
+        drop = "DROP INDEX CONCURRENTLY IF EXISTS"
+        while (found := self.indexes()) and not found[-1][0] and (shares := self.rows(sql, self.target.sql)):
+            yield shares[0][0]  # another run is at it
             time.sleep(LOOK)
-            found = self.indexes()
         if found and found[-1][0]:
             return
         schema, _, _ = self.find_vector()
         failure: list[Exception] = []
-        ended = threading.Event()
         builder = self.connect()
 
         def build() -> None:
             try:
                 for _, broken in found:  # left by a build that was broken off
-                    builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {broken}")
+                    builder.execute(f"{drop} {broken}")
                 builder.execute(
                     f"CREATE INDEX CONCURRENTLY {quoted(name)} ON {self.target.sql} "
                     f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
                 )
             except Exception as error:
                 failure.append(error)
-            finally:
-                ended.set()
 
         thread = threading.Thread(target=build, daemon=True)
         thread.start()
         try:
-            while not ended.is_set() and not self.stopping():
-                yield next((share for (share,) in self.rows(progress, self.target.sql)), 0.0)
-                ended.wait(LOOK)
+            while thread.is_alive() and not self.stopping():
+                yield self.value(sql, self.target.sql) or 0.0
+                thread.join(LOOK)
         finally:
-            if not ended.is_set():
+            if thread.is_alive():
                 builder.cancel()
-                if ended.wait(GRACE):
+                thread.join(GRACE)
+                if not thread.is_alive():
                     # Half an index is of use to nobody. If this has to wait for others, the next --index does it.
                     timer = threading.Timer(GRACE / 2, builder.cancel)
                     timer.start()
                     with contextlib.suppress(self.psycopg.Error):
-                        builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+                        builder.execute(f"{drop} {quoted(self.target.schema)}.{quoted(name)}")
                     timer.cancel()
             builder.close()
         errors = self.psycopg.errors
