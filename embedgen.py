@@ -4745,10 +4745,9 @@ class PostgresStore(Store):
         return f"${number}"
 
     def find(self, name: str) -> Relation | None:
-        schema, _, rest = name.partition(".")
-        paths = [quoted(name), *([f"{quoted(schema)}.{quoted(rest)}"] if schema and rest else [])]
         # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
-        return self.first_of([*paths, *(path.lower() for path in paths)])
+        paths = [quoted(name), ".".join(map(quoted, name.split(".", 1)))]
+        return self.first_of(paths + [path.lower() for path in paths])
 
     def first_of(self, paths: list[str]) -> Relation | None:
         """Return the first table or view that exists, of quoted names."""
@@ -4784,7 +4783,7 @@ class PostgresStore(Store):
             "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
             "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
         )
-        return {name: Column(declared, place) for name, declared, place in self.rows(sql, relation.sql)}
+        return {name: Column(*described) for name, *described in self.rows(sql, relation.sql)}
 
     def is_unique(self, relation: Relation, column: str) -> bool:
         sql = (
@@ -4801,7 +4800,7 @@ class PostgresStore(Store):
             "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
             "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
         )
-        return next((tuple(row) for row in self.rows(sql, relation.sql, column)), None)
+        return next(iter(self.rows(sql, relation.sql, column)), None)
 
     def check_key(self) -> None:
         if self.key_declared.endswith("[]") or self.key_declared in ("bytea", "json", "jsonb"):
@@ -4979,12 +4978,36 @@ class PostgresStore(Store):
 
     @functools.cached_property
     def vectors(self) -> Any:
-        """The type of a list of stored vectors that psycopg sends as an array of pgvector's."""
+        """The type of a list of stored vectors that psycopg sends as a binary array of pgvector's.
+
+        An array is its dimensions, a flag, the element's OID, its length and lower bound, then each element
+        behind its length (array_recv in Postgres); a vector is the number of its dimensions, two bytes of
+        zero, and float32, all big-endian (vector_recv in pgvector).
+        """
+        from array import array as numbers
+        from struct import pack as packed
+
         _, element, array = self.find_vector()
-        kind, dumper = vectors_type(self.psycopg, element, array)
+
+        class Vectors(list):  # type: ignore[type-arg]
+            pass
+
+        class Dumper(self.psycopg.adapt.Dumper):  # type: ignore[misc,name-defined]
+            format = self.psycopg.pq.Format.BINARY
+            oid = array
+
+            def dump(self, vectors: list[bytes]) -> bytes:
+                pieces = [packed(">5I", 1, 0, element, len(vectors), 1)]
+                for vector in vectors:
+                    swapped = numbers("I", vector)  # four bytes, whatever they mean
+                    if sys.byteorder == "little":
+                        swapped.byteswap()
+                    pieces += (packed(">IHxx", len(vector) + 4, len(vector) // 4), swapped.tobytes())
+                return b"".join(pieces)
+
         for adapters in (self.psycopg.adapters, self.connection.adapters):  # of connections to come, and of this one
-            adapters.register_dumper(kind, dumper)
-        return kind
+            adapters.register_dumper(Vectors, Dumper)
+        return Vectors
 
     def save(self, vectors: list[tuple[Row, bytes]]) -> int:
         known = {
@@ -5063,7 +5086,6 @@ class PostgresStore(Store):
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
-        version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
         comparable = self.comparable(len(vector) // 4, model)
 
         def look(approximately: bool) -> list[Any]:
@@ -5078,6 +5100,7 @@ class PostgresStore(Store):
             if approximately:
                 candidates = min(max(2 * most, EF_SEARCH), 1000)  # pgvector takes no more
                 self.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
+                version = self.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
                     self.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             return self.execute(sql, given)
@@ -5277,23 +5300,20 @@ class Fleet:
         self.undecided: dict[Any, Lease] = {}  # our rows neither saved nor given up, by key: the lease of each
         self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
-        self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
-        self.bounded = False  # whether it is known
+        # The end of the stretch that is being looked through: None at the table's end, `reached` if it is not known.
+        self.bound: Any = None
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
         self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
-    def exist(self) -> bool:
-        """Whether the tables exist and may be used."""
-        sql = (
+    def tally_sql(self) -> str:
+        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
+        usable = (
             "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
             "false)) FROM unnest($1::text[]) AS name"
         )
-        return bool(self.store.value(sql, [self.passes, self.machines, self.leases]))
-
-    def tally_sql(self) -> str:
-        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
-        if self.store.force or not self.exist():  # with --force, what exists is what the others do in this pass
+        # With --force, what exists is what the others do in this pass.
+        if self.store.force or not self.store.value(usable, [self.passes, self.machines, self.leases]):
             return "NULL::bigint[]"
         job = f"decode('{self.job.hex()}', 'hex')"
         return f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
@@ -5303,12 +5323,12 @@ class Fleet:
     def join(self) -> str:
         """Take part in the pass that is under way, or begin one; return a remark for the log."""
         self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
-        self.round, self.late, self.machine = self.store.alone(self.enter)
+        self.store.alone(self.enter)
         self.next_sign = time.monotonic() + RENEWAL
         return "joined a pass over the table that is under way" if self.late else ""
 
-    def enter(self) -> tuple[int, bool, int]:
-        """Return the pass's round, whether it is under way, and the number that this machine has from now on."""
+    def enter(self) -> None:
+        """Learn the pass's round and whether it is under way, and get a number for this machine."""
         import socket
 
         execute, schema = self.store.execute, self.store.target.schema
@@ -5346,10 +5366,9 @@ class Fleet:
         execute(f"DELETE FROM {self.passes} AS p WHERE job <> $1 AND NOT EXISTS ("
                 f"SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job)", self.job)  # fmt: skip
         sql = f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1"
-        number, under_way = execute(sql, self.job)[0]
+        self.round, self.late = execute(sql, self.job)[0]
         sql = f"INSERT INTO {self.machines} (job, name, round, expires) VALUES ($1, $2, $3, {self.EXPIRY}) RETURNING id"
-        machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", number)[0][0]
-        return number, under_way, machine
+        self.machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", self.round)[0][0]
 
     def leave(self) -> None:
         """Give back what is not done; what was generated and failed stays for the others to count."""
@@ -5395,9 +5414,11 @@ class Fleet:
             return
         generated = failed = 0
         for machine, theirs, fails, skips, in_this_pass, *_ in found:
-            if machine != self.machine and (in_this_pass or not self.store.force):  # with it, only this pass counts
+            if machine == self.machine:
+                continue
+            if in_this_pass or not self.store.force:  # then only what was done in this pass counts
                 generated += theirs - self.before.get(machine, 0)
-            if machine != self.machine and in_this_pass:
+            if in_this_pass:
                 generated += skips
                 failed += fails
         self.others = generated, failed
@@ -5465,7 +5486,7 @@ class Fleet:
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
         self.round_seen, self.reached, self.ended, others = self.store.rows(sql, self.job, self.machine)[0]
-        self.bounded = False
+        self.bound = self.reached
         return bool(others)
 
     def is_over(self) -> bool:
@@ -5506,13 +5527,14 @@ class Fleet:
         began = time.monotonic()
         while not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
-            if not self.bounded:
-                self.bound, self.bounded = self.store.key_after(self.reached, self.stretch), True
+            if self.bound is self.reached:
+                self.bound = self.store.key_after(self.reached, self.stretch)
             rows, more = self.store.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
             self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
             ended = not more and self.bound is None
-            upto = self.bound if not (more or ended) else rows[-1].key if rows else self.reached
+            last = rows[-1].key if rows else self.reached
+            upto = last if more or ended else self.bound
             lease = self.move(upto, ended, bool(rows))
             if lease is None:  # somebody else was quicker
                 self.look()
@@ -5520,7 +5542,6 @@ class Fleet:
                     break
             else:
                 self.reached, self.ended = upto, ended
-                self.bounded = more
                 if ended:
                     self.next_look = 0.0  # nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
@@ -5578,35 +5599,6 @@ class Fleet:
         for row in rows:
             self.decided(row)
         self.done = []  # given back
-
-
-def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
-    """Return a list type of stored vectors, and psycopg's dumper that sends it as a binary array of pgvector's.
-
-    `element` and `array` are OIDs. An array is its dimensions, a flag, the element's OID, its length
-    and lower bound, then each element behind its length (array_recv in Postgres); a vector is the number
-    of its dimensions, two bytes of zero, and float32, all big-endian (vector_recv in pgvector).
-    """
-    from array import array as numbers
-
-    class Vectors(list):  # type: ignore[type-arg]
-        pass
-
-    class Dumper(psycopg.adapt.Dumper):  # type: ignore[misc]
-        format = psycopg.pq.Format.BINARY
-        oid = array
-
-        def dump(self, vectors: list[bytes]) -> bytes:
-            pieces = [b"".join(value.to_bytes(4, "big") for value in (1, 0, element, len(vectors), 1))]
-            for vector in vectors:
-                swapped = numbers("I", vector)  # four bytes, whatever they mean
-                if sys.byteorder == "little":
-                    swapped.byteswap()
-                head = (len(vector) + 4).to_bytes(4, "big") + (len(vector) // 4).to_bytes(2, "big") + b"\0\0"
-                pieces += (head, swapped.tobytes())
-            return b"".join(pieces)
-
-    return Vectors, Dumper
 
 
 def open_store(options: argparse.Namespace) -> Store:
