@@ -5241,8 +5241,8 @@ ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen 
 class Lease:
     """A stretch of keys whose rows are this machine's to embed."""
 
-    def __init__(self, number: int, undecided: int) -> None:
-        self.number, self.undecided = number, undecided  # its rows that are neither saved nor given up
+    def __init__(self, number: int, rows: int) -> None:
+        self.number, self.rows = number, rows  # those that are neither saved nor given up
         self.failed = self.left_out = 0  # counted at its end: whoever inherits it tries these rows again
 
 
@@ -5435,7 +5435,7 @@ class Fleet:
             # A table that is slow to look through is looked through less often.
             count = max(wanted(), int(self.rate * max(SHARE, 4 * self.looking)))
             self.tend()
-            if self.is_look_due():
+            if time.monotonic() >= self.next_look:  # see what the others have left
                 self.ready = self.inherit()
                 if not self.ready and self.is_over():
                     self.renew()  # so that the count of what the others have done is the last
@@ -5443,12 +5443,8 @@ class Fleet:
                 if not self.ready:
                     self.next_look = time.monotonic() + LOOK
             self.ready = self.ready or self.advance(count)
-            if not self.ready and not (self.ended and self.is_look_due()):
+            if not self.ready and self.next_look:
                 yield None
-
-    def is_look_due(self) -> bool:
-        """Whether it is time to see what the others have left."""
-        return time.monotonic() >= self.next_look
 
     def inherit(self) -> list[Row]:
         """Return the rows of a lease whose machine gives no sign of life any more."""
@@ -5461,10 +5457,9 @@ class Fleet:
         known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
         while found := self.store.rows(sql, self.job, self.machine, known):
             lease, above, upto = found[0]
-            rows: list[Row] = []
-            more = True
+            rows, more = self.store.page(above, upto)
             while more:
-                page, more = self.store.page(rows[-1].key if rows else above, upto)
+                page, more = self.store.page(rows[-1].key, upto)
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
@@ -5525,7 +5520,7 @@ class Fleet:
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
         began = time.monotonic()
-        while not self.ended and time.monotonic() - began < SHARE:
+        while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
             if self.bound is self.reached:
                 self.bound = self.store.key_after(self.reached, self.stretch)
@@ -5538,12 +5533,10 @@ class Fleet:
             lease = self.move(upto, ended, bool(rows))
             if lease is None:  # somebody else was quicker
                 self.look()
-                if self.round_seen != self.round:
-                    break
             else:
                 self.reached, self.ended = upto, ended
                 if ended:
-                    self.next_look = 0.0  # nothing but what the others may leave
+                    self.next_look = 0.0  # at once: there is nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
                     return rows
         return []
@@ -5566,10 +5559,10 @@ class Fleet:
     def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
         """Note that one of our rows is saved, has failed, or is left out."""
         if lease := self.undecided.pop(row.key, None):
-            lease.undecided -= 1
+            lease.rows -= 1
             lease.failed += failed
             lease.left_out += left_out
-            if not lease.undecided:
+            if not lease.rows:
                 self.failed += lease.failed
                 self.left_out += lease.left_out
                 self.done.append(lease.number)
@@ -5590,7 +5583,7 @@ class Fleet:
         now = time.monotonic()
         self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
         saved = Counter(self.undecided[row.key] for row in rows if row.key in self.undecided)
-        ending = [lease for lease, count in saved.items() if count == lease.undecided]
+        ending = [lease for lease, count in saved.items() if count == lease.rows]
         return ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
 
     def saved(self, rows: list[Row], count: int) -> None:
