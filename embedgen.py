@@ -4592,7 +4592,6 @@ class PostgresStore(Store):
     """A table in Postgres with pgvector, through psycopg 3."""
 
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
-
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -4604,7 +4603,6 @@ class PostgresStore(Store):
         if not hasattr(psycopg, "RawCursor"):
             raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
         self.psycopg: Any = psycopg
-        self.fleet: Fleet | None = None
         self.connection = self.connect()
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
@@ -4643,9 +4641,6 @@ class PostgresStore(Store):
             ) from None
 
     def close(self) -> None:
-        if self.fleet:
-            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
-                self.fleet.leave()
         self.connection.close()
 
     def patiently(self, action: Callable[[], T]) -> T:
@@ -4879,14 +4874,16 @@ class PostgresStore(Store):
     def check_index(self, kind: str, dimensions: int) -> None:
         """Raise UsageError if --index is asked for and cannot be had for a column of that type."""
         most = MOST_INDEXED[kind]
-        if self.options.index and dimensions > most:
+        if not self.options.index:
+            return
+        if dimensions > most:
             wider = f"a target made with halfvec({dimensions}), " if dimensions <= MOST_INDEXED["halfvec"] else ""
             raise UsageError(
                 f"--index: pgvector indexes at most {most:,} dimensions of the type {kind}; these vectors have "
                 f"{dimensions:,}. Ways out: {wider}--dimensions {most} or fewer if the model offers it, "
                 "or no index: an exact search needs none."
             )
-        if self.options.index and not dimensions:
+        if not dimensions:
             raise UsageError(
                 f'--index: the column "embedding" of "{self.target.name}" must say its dimensions. '
                 f"Run: ALTER TABLE {self.target.sql} ALTER COLUMN embedding TYPE {kind}(N);"
@@ -4910,37 +4907,6 @@ class PostgresStore(Store):
             sql = f"SELECT 1 FROM {self.target.sql} WHERE {quoted(column)} <> $1"
             if self.value(sql, self.model):
                 super().check_model()
-
-    def count(self) -> tuple[int, int]:
-        if self.reads_only:
-            return super().count()
-        self.fleet = Fleet(self)
-        tables, exists = self.joined()
-        # In one statement, and so of one moment: what the others do from then on is counted by them.
-        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
-        total, existing, tally = self.rows(sql)[0]
-        self.fleet.to_do = total - existing
-        self.fleet.before = dict(tally or [])
-        return total, existing
-
-    def join(self) -> str:
-        try:
-            assert self.fleet is not None
-            return self.fleet.join()
-        except Forbidden as forbidden:
-            self.fleet = None
-            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
-
-    def tend(self) -> None:
-        if self.fleet:
-            self.fleet.tend()
-
-    def give_up(self, row: Row, failed: bool = True) -> None:
-        if self.fleet:
-            self.fleet.give_up(row, failed)
-
-    def elsewhere(self) -> tuple[int, int]:
-        return self.fleet.others if self.fleet else (0, 0)
 
     def beside(self, on: str, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
@@ -4972,9 +4938,6 @@ class PostgresStore(Store):
         return self.value(
             f"SELECT {key} FROM {self.source} AS s {within} ORDER BY {key} OFFSET {count - 1}", *parameters
         )
-
-    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
 
     @functools.cached_property
     def vectors(self) -> Any:
@@ -5009,7 +4972,8 @@ class PostgresStore(Store):
             adapters.register_dumper(Vectors, Dumper)
         return Vectors
 
-    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # `more` stands for CTEs that are to be part of the statement, behind its CTE `saved`.
         known = {
             "embedding": "b.embedding",
             "model": literal(self.model),
@@ -5020,7 +4984,6 @@ class PostgresStore(Store):
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
-        share = self.fleet.saving(rows) if self.fleet else ""
         # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
         # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
         # is the one in which other programs are likely to lock them.
@@ -5031,16 +4994,13 @@ class PostgresStore(Store):
             "FROM patience, unnest($1::text[], $2, $4::int[]) WITH ORDINALITY AS b(key, embedding, provenance, place) "
             f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
             f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in names)} RETURNING 1"
-            f"){share} SELECT count(*) FROM saved"
+            f"){more} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
         embeddings = self.vectors([vector for _, vector in vectors])
         makers = [self.maker(vector) for _, vector in vectors]
         digests = b"".join(row.digest for row in rows)  # in one piece, which psycopg sends 100 times sooner than a list
-        saved = int(self.rows(sql, keys, embeddings, digests, makers)[0][0])
-        if self.fleet:
-            self.fleet.saved(rows, saved)
-        return saved
+        return int(self.rows(sql, keys, embeddings, digests, makers)[0][0])
 
     def vector_sql(self) -> str:
         return f"e.{quoted(self.target_columns['embedding'])}::text"  # vector and halfvec alike: a JSON array
@@ -5119,31 +5079,31 @@ class PostgresStore(Store):
         relation = self.find(self.options.table)
         key, columns = self.load_columns(path, list(types), relation)
         table = (relation or self.place(self.options.table, self.value("SELECT current_schema()") or "public")).sql
-        declared = {name: PG_TYPES[kind] for name, kind in types.items()}
-        create = ", ".join(f"{quoted(c)} {kind}{' PRIMARY KEY' * (c == key)}" for c, kind in declared.items())
-        if relation:
-            described = self.columns(relation)
-            declared = {name: described[name].type for name in columns}
-        names = ", ".join(map(quoted, columns))
-        others = [quoted(column) for column in columns if column != key]
-        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
-        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in declared.items())
+        described = self.columns(relation) if relation else {}
+        declared = {
+            quoted(column): described[column].type if relation else PG_TYPES[kind]
+            for column, kind in zip(columns, types.values())
+        }
+        place, key, names = columns.index(key), quoted(key), ", ".join(declared)
+        create = ", ".join(f"{name} {kind}{' PRIMARY KEY' * (name == key)}" for name, kind in declared.items())
+        casts = ", ".join(f"{name}::{kind}" for name, kind in declared.items())
+        others = ", ".join(f"{name} = excluded.{name}" for name in declared if name != key)
         # The last row of a key counts; one statement must not change a row twice.
         insert = (
-            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
-            f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
-            f"ON CONFLICT ({quoted(key)}) DO {update}"
+            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({key}) * "
+            f'FROM pg_temp.embedgen_load ORDER BY {key}, "embedgen line" DESC) AS last '
+            f"ON CONFLICT ({key}) DO {f'UPDATE SET {others}' if others else 'NOTHING'}"
         )
 
         def insert_all() -> int:
             execute, line = self.connection.execute, 0
             if relation is None:
                 execute(f"CREATE TABLE {table} ({create})")
-            texts = "".join(f", {quoted(name)} text" for name in columns)
+            texts = "".join(f", {name} text" for name in declared)
             execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
             try:
                 with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
-                    for line, values in enumerate(records(path, list(types), columns.index(key)), 1):
+                    for line, values in enumerate(records(path, list(types), place), 1):
                         copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
                 execute(insert)
             except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
@@ -5246,8 +5206,8 @@ class Lease:
         self.failed = self.left_out = 0  # counted at its end: whoever inherits it tries these rows again
 
 
-class Fleet:
-    """This machine's part in a table that any number of them fill together, without knowing of one another.
+class Fleet(PostgresStore):
+    """A table in Postgres that any number of machines fill together, without knowing of one another.
 
     One pass goes through the table, shared by all: whoever needs work reads the next pending
     rows behind the point that the pass has `reached`, and moves that point behind them, which
@@ -5276,19 +5236,9 @@ class Fleet:
     ALIVE = f"(NOT m.gone AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now())"
     EXPIRY = f"now() + interval '{LEASE} s'"
 
-    def __init__(self, store: PostgresStore) -> None:
-        import hashlib
-
-        options = store.options
-        work = [
-            store.source, store.key, store.whole_text, store.target.sql, store.model, options.dimensions,
-            sorted(map(repr, options.option)), store.force,
-        ]  # fmt: skip
-        self.store, self.job = store, hashlib.sha256(repr(work).encode("utf-8")).digest()
-        schema = quoted(store.target.schema)
-        self.passes, self.machines, self.leases = (f"{schema}.{quoted(name)}" for name in self.TABLES)
-        self.key = store.key_declared
-        self.machine = 0  # our row in machines
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.machine = 0  # our row in the table of machines, 0 as long as we take no part
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
@@ -5306,37 +5256,51 @@ class Fleet:
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
         self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
-    def tally_sql(self) -> str:
-        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
+    def count(self) -> tuple[int, int]:
+        import hashlib
+
+        work = [
+            self.source, self.key, self.whole_text, self.target.sql, self.model, self.options.dimensions,
+            sorted(map(repr, self.options.option)), self.force,
+        ]  # fmt: skip
+        self.job = hashlib.sha256(repr(work).encode("utf-8")).digest()
+        schema = quoted(self.target.schema)
+        names = [f"{schema}.{quoted(name)}" for name in self.TABLES]
+        self.passes, self.machines, self.leases = names
         usable = (
             "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
             "false)) FROM unnest($1::text[]) AS name"
         )
-        # With --force, what exists is what the others do in this pass.
-        if self.store.force or not self.store.value(usable, [self.passes, self.machines, self.leases]):
-            return "NULL::bigint[]"
-        job = f"decode('{self.job.hex()}', 'hex')"
-        return f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        # In one statement, and so of one moment: what the others do from then on is counted by them.
+        # With --force, what exists is what they do in this pass.
+        before = "NULL::bigint[]"
+        if not self.force and self.value(usable, names):
+            job = f"decode('{self.job.hex()}', 'hex')"
+            before = f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        tables, exists = self.joined()
+        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {before} FROM {tables}"
+        total, existing, generated = self.rows(sql)[0]
+        self.to_do, self.before = total - existing, dict(generated or [])
+        return total, existing
 
     # Coming and going
 
     def join(self) -> str:
-        """Take part in the pass that is under way, or begin one; return a remark for the log."""
-        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
-        self.store.alone(self.enter)
-        self.next_sign = time.monotonic() + RENEWAL
+        try:
+            self.alone(self.enter)
+        except Forbidden as forbidden:
+            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
         return "joined a pass over the table that is under way" if self.late else ""
 
     def enter(self) -> None:
-        """Learn the pass's round and whether it is under way, and get a number for this machine."""
+        """Take part in the pass that is under way, or begin one, as a new machine; within a transaction."""
         import socket
 
-        execute, schema = self.store.execute, self.store.target.schema
+        execute, schema, target = self.execute, self.target.schema, self.target.name
         for name, columns in self.TABLES.items():
-            if not self.store.is_there(Relation(schema, name, True)):
+            if not self.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
-        target = self.store.target.name
-        model = self.store.model + (f"\n{self.store.digest}" if self.store.digest else "")  # no name has that in it
+        model = self.model + (f"\n{self.digest}" if self.digest else "")  # no name has that in it
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
             f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND {alive} AND p.model <> $2 AND ("
@@ -5350,7 +5314,7 @@ class Fleet:
                 f'another run fills "{target}" with vectors of the model {theirs}, which do not compare with '
                 f"those of {ours}. Wait for its end, or give --target NAME."
             )
-        self.store.check_version()  # one that has ended since we looked may have filled it
+        self.check_version()  # one that has ended since we looked may have filled it
         execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
                 self.job, target, model)  # fmt: skip
         left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
@@ -5369,14 +5333,17 @@ class Fleet:
         self.round, self.late = execute(sql, self.job)[0]
         sql = f"INSERT INTO {self.machines} (job, name, round, expires) VALUES ($1, $2, $3, {self.EXPIRY}) RETURNING id"
         self.machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", self.round)[0][0]
+        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
+        self.next_sign = time.monotonic() + RENEWAL
 
-    def leave(self) -> None:
-        """Give back what is not done; what was generated and failed stays for the others to count."""
+    def close(self) -> None:
+        # What is not done is given back; what was generated and failed stays for the others to count.
         if self.machine:
-            self.store.execute(f"WITH {self.sign(', gone = true')} SELECT 1")
+            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
+                self.execute(f"WITH {self.sign(', gone = true')} SELECT 1")
+        super().close()
 
     def tend(self) -> None:
-        """Give the others a sign of life and learn what they have done, if it is time to."""
         if self.machine and time.monotonic() >= self.next_sign:
             self.renew()
 
@@ -5403,30 +5370,35 @@ class Fleet:
             f"EXISTS (SELECT 1 FROM sign), ARRAY(SELECT l.id FROM {self.leases} AS l WHERE l.machine = $3) "
             f"FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.store.rows(sql, self.job, self.round, self.machine)
+        found = self.rows(sql, self.job, self.round, self.machine)
         self.next_sign, self.done = time.monotonic() + RENEWAL, []
         known = bool(found) and found[0][5]
         # Others have taken over what is not ours any more, since we gave no sign of life for too long.
         ours = set(found[0][6] if known else ())
         self.undecided = {key: lease for key, lease in self.undecided.items() if lease.number in ours}
         if not known:
-            self.join()
+            self.alone(self.enter)
             return
         generated = failed = 0
         for machine, theirs, fails, skips, in_this_pass, *_ in found:
             if machine == self.machine:
                 continue
-            if in_this_pass or not self.store.force:  # then only what was done in this pass counts
+            if in_this_pass or not self.force:  # then only what was done in this pass counts
                 generated += theirs - self.before.get(machine, 0)
             if in_this_pass:
                 generated += skips
                 failed += fails
         self.others = generated, failed
 
+    def elsewhere(self) -> tuple[int, int]:
+        return self.others
+
     # Taking rows
 
-    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield rows that are ours to embed, None where there are none right now; end with the pass."""
+    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        if not self.machine:
+            yield from super().pending(after, wanted)
+            return
         while True:
             while self.ready:
                 row = self.ready.pop(0)
@@ -5448,18 +5420,19 @@ class Fleet:
 
     def inherit(self) -> list[Row]:
         """Return the rows of a lease whose machine gives no sign of life any more."""
+        kind = self.key_declared
         sql = (  # or one of ours that we know nothing of, since the connection broke as we took it
             f"UPDATE {self.leases} SET machine = $2 WHERE id = ANY (ARRAY(SELECT l.id FROM {self.leases} AS l "
             f"WHERE l.job = $1 AND l.id <> ALL($3) AND (l.machine = $2 OR NOT EXISTS ("
             f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
-            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{self.key}, upto::{self.key}"
+            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{kind}, upto::{kind}"
         )
         known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
-        while found := self.store.rows(sql, self.job, self.machine, known):
+        while found := self.rows(sql, self.job, self.machine, known):
             lease, above, upto = found[0]
-            rows, more = self.store.page(above, upto)
+            rows, more = self.page(above, upto)
             while more:
-                page, more = self.store.page(rows[-1].key, upto)
+                page, more = self.page(rows[-1].key, upto)
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
@@ -5471,23 +5444,23 @@ class Fleet:
         lease = Lease(number, len(rows))
         self.undecided.update((row.key, lease) for row in rows)
         if not rows:
-            self.store.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
+            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
         return rows
 
     def look(self) -> bool:
         """See how far the pass is; return whether other machines hold leases."""
         sql = (
-            f"SELECT p.round, p.reached::{self.key}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
+            f"SELECT p.round, p.reached::{self.key_declared}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
-        self.round_seen, self.reached, self.ended, others = self.store.rows(sql, self.job, self.machine)[0]
+        self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
         self.bound = self.reached
         return bool(others)
 
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
-        again = self.late and not self.store.force  # whether another pass is needed, or a proof that it is not
+        again = self.late and not self.force  # whether another pass is needed, or a proof that it is not
         if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
             if again:
                 self.begin_again()
@@ -5506,7 +5479,7 @@ class Fleet:
             f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
             "WHERE job = $1 AND round = $2 AND ended RETURNING round"
         )
-        if self.store.rows(sql, self.job, self.round):
+        if self.rows(sql, self.job, self.round):
             self.round_seen += 1
             self.begin_again()
         return False
@@ -5523,8 +5496,8 @@ class Fleet:
         while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
             if self.bound is self.reached:
-                self.bound = self.store.key_after(self.reached, self.stretch)
-            rows, more = self.store.page(self.reached, self.bound, min(count, PAGE_ROWS))
+                self.bound = self.key_after(self.reached, self.stretch)
+            rows, more = self.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
             self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
             ended = not more and self.bound is None
@@ -5543,7 +5516,7 @@ class Fleet:
 
     def move(self, upto: Any, ended: bool, take: bool) -> int | None:
         """Move the pass from `reached` to `upto`; return the lease of what is between, 0 if none, None if it failed."""
-        kind = self.key
+        kind = self.key_declared
         sql = (
             f"WITH moved AS (UPDATE {self.passes} SET reached = $3::{kind}::text, ended = $4 "
             f"WHERE job = $1 AND round = $6 AND NOT ended AND reached IS NOT DISTINCT FROM $2::{kind}::text "
@@ -5551,7 +5524,7 @@ class Fleet:
             f"SELECT $1, $5, $2::{kind}::text, $3::{kind}::text FROM moved WHERE $7 RETURNING id) "
             "SELECT COALESCE((SELECT id FROM taken), 0) FROM moved"
         )
-        found = self.store.rows(sql, self.job, self.reached, upto, ended, self.machine, self.round, take)
+        found = self.rows(sql, self.job, self.reached, upto, ended, self.machine, self.round, take)
         return int(found[0][0]) if found else None
 
     # Giving them back
@@ -5567,31 +5540,27 @@ class Fleet:
                 self.left_out += lease.left_out
                 self.done.append(lease.number)
 
-    def give_up(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed or is left out."""
+    def give_up(self, row: Row, failed: bool = True) -> None:
         if self.late:
             self.hopeless.add(row.key)
         self.decided(row, failed, not failed)
 
-    def saving(self, rows: list[Row]) -> str:
-        """Return what joins the statement that saves these rows, behind its CTE `saved`.
-
-        So that a lease is given back, and a row counted, in the moment in which it is saved.
-        """
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # A lease is given back, and a row counted, in the moment in which it is saved.
         from collections import Counter
 
         now = time.monotonic()
-        self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
-        saved = Counter(self.undecided[row.key] for row in rows if row.key in self.undecided)
+        self.rate, self.last_save = len(vectors) / max(now - self.last_save, 0.1), now
+        saved = Counter(self.undecided[row.key] for row, _ in vectors if row.key in self.undecided)
         ending = [lease for lease, count in saved.items() if count == lease.rows]
-        return ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
-
-    def saved(self, rows: list[Row], count: int) -> None:
-        """Note that the statement has been executed and has saved so many of the rows."""
+        if self.machine:
+            more = ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
+        count = super().save(vectors, more)
         self.generated += count
-        for row in rows:
+        for row, _ in vectors:
             self.decided(row)
         self.done = []  # given back
+        return count
 
 
 def open_store(options: argparse.Namespace) -> Store:
@@ -5600,7 +5569,7 @@ def open_store(options: argparse.Namespace) -> Store:
     if re.match(r"sqlite:///.", url) or (not re.match(r"\w{2,}:", url) and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
     if re.match(r"postgres(ql)?://", url):
-        return PostgresStore(options)
+        return PostgresStore(options) if options.reads_only else Fleet(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
         f"sqlite:////absolute.db, a path ending in {', '.join(SQLITE_ENDINGS)}, or postgresql://..."

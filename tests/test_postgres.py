@@ -246,7 +246,7 @@ class Interleaved(PostgresCase):
 
     def die(self, store: Any) -> None:
         """Let a machine give no sign of life for too long."""
-        self.execute(f"UPDATE embedgen_machines SET expires = now() - interval '1 s' WHERE id = {store.fleet.machine}")
+        self.execute(f"UPDATE embedgen_machines SET expires = now() - interval '1 s' WHERE id = {store.machine}")
 
     @contextlib.contextmanager
     def lost_answer(self, store: Any, word: str) -> Iterator[None]:
@@ -310,9 +310,9 @@ class Interleaved(PostgresCase):
     def test_a_lease_whose_answer_was_lost(self) -> None:
         self.make_movies(30)
         one = self.machine()
-        one.fleet.look()
-        one.fleet.move(10, False, True)  # executed, but the connection broke before the answer came
-        one.fleet.look()
+        one.look()
+        one.move(10, False, True)  # executed, but the connection broke before the answer came
+        one.look()
         self.finish(one)
         self.assertEqual(self.keys(), list(range(1, 31)))
 
@@ -325,11 +325,11 @@ class Interleaved(PostgresCase):
         one.give_up(second[0])  # of a lease that is not at its end
         with self.lost_answer(one, "saved"):
             self.save(one, first[2:] + second[1:9])
-        other.fleet.renew()
+        other.renew()
         self.assertEqual(other.elsewhere(), (17, 1))
         self.assertEqual(self.leases(), 1)
         self.save(one, second[9:])
-        other.fleet.renew()
+        other.renew()
         self.assertEqual(other.elsewhere(), (18, 2))
         self.assertEqual(self.leases(), 0)
 
@@ -345,7 +345,7 @@ class Interleaved(PostgresCase):
         self.assertEqual(self.leases(), 1)
         self.save(one, second)
         one.close()
-        other.fleet.renew()
+        other.renew()
         self.assertEqual(other.elsewhere(), (13, 7))
         self.finish(other)
         self.assertEqual(self.keys(), list(range(11, 31)))
@@ -362,7 +362,7 @@ class Interleaved(PostgresCase):
                 self.save(one, second[1:])
         one.close()
         self.assertEqual(self.leases(), 1)
-        other.fleet.renew()
+        other.renew()
         self.assertEqual(other.elsewhere(), (0, 10))
         self.finish(other)
         self.assertEqual(self.keys(), list(range(11, 31)))
