@@ -4614,13 +4614,16 @@ class PostgresStore(Store):
         """Return a new connection; raise Stop where that fails."""
         psycopg, url = self.psycopg, self.options.database
         try:
-            settings = psycopg.conninfo.conninfo_to_dict(url)
-            if "PGCONNECT_TIMEOUT" not in os.environ:
-                settings.setdefault("connect_timeout", 10)  # seconds; libpq would wait for a dead host without end
-            settings.setdefault("tcp_user_timeout", 30_000)  # milliseconds, likewise for one that dies later
-            settings.setdefault("fallback_application_name", "embedgen")
+            settings = {
+                # Seconds; libpq would wait for a dead host without end.
+                "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", 10),
+                "tcp_user_timeout": 30_000,  # milliseconds, likewise for one that dies later
+                "fallback_application_name": "embedgen",
+                **psycopg.conninfo.conninfo_to_dict(url),
+                "client_encoding": "utf8",
+            }
             connection = psycopg.connect(
-                **{**settings, "client_encoding": "utf8"},
+                **settings,
                 autocommit=True,
                 cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
                 prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
@@ -4633,7 +4636,7 @@ class PostgresStore(Store):
         except psycopg.Error as error:
             reason = one_line(re.sub(r"\s*\n\s*", " ", str(error).strip()))
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
-            for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
+            for secret in [*password.split("@"), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
             usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
             raise Stop(
@@ -4742,19 +4745,20 @@ class PostgresStore(Store):
     def find(self, name: str) -> Relation | None:
         # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
         paths = [quoted(name), ".".join(map(quoted, name.split(".", 1)))]
-        return self.first_of(paths + [path.lower() for path in paths])
+        paths += [path.lower() for path in paths]
+        return next(filter(None, map(self.relation_of, paths)), None)
 
-    def first_of(self, paths: list[str]) -> Relation | None:
-        """Return the first table or view that exists, of quoted names."""
+    def relation_of(self, path: str) -> Relation | None:
+        """Return the table or view of a quoted name."""
         sql = (
-            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM unnest($1::text[]) WITH ORDINALITY AS "
-            "p(path, place) JOIN pg_class c ON c.oid = to_regclass(path) JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') ORDER BY place LIMIT 1"
+            "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM pg_class c "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.oid = to_regclass($1) AND c.relkind IN ('r', 'p', 'f', 'v', 'm')"
         )
-        return next((Relation(*row) for row in self.rows(sql, paths)), None)
+        return next((Relation(*row) for row in self.rows(sql, path)), None)
 
     def find_exactly(self, relation: Relation) -> Relation | None:
-        return self.first_of([relation.sql])
+        return self.relation_of(relation.sql)
 
     def place(self, name: str, beside: str) -> Relation:
         schema, _, rest = name.partition(".")
@@ -4778,7 +4782,7 @@ class PostgresStore(Store):
             "WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped "
             "AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
         )
-        return {name: Column(*described) for name, *described in self.rows(sql, relation.sql)}
+        return {name: Column(declared, place) for name, declared, place in self.rows(sql, relation.sql)}
 
     def is_unique(self, relation: Relation, column: str) -> bool:
         sql = (
@@ -4795,7 +4799,7 @@ class PostgresStore(Store):
             "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] "
             "WHERE f.contype = 'f' AND f.conrelid = to_regclass($1) AND a.attname = $2"
         )
-        return next(iter(self.rows(sql, relation.sql, column)), None)
+        return next((tuple(row) for row in self.rows(sql, relation.sql, column)), None)
 
     def check_key(self) -> None:
         if self.key_declared.endswith("[]") or self.key_declared in ("bytea", "json", "jsonb"):
@@ -5079,31 +5083,31 @@ class PostgresStore(Store):
         relation = self.find(self.options.table)
         key, columns = self.load_columns(path, list(types), relation)
         table = (relation or self.place(self.options.table, self.value("SELECT current_schema()") or "public")).sql
-        described = self.columns(relation) if relation else {}
-        declared = {
-            quoted(column): described[column].type if relation else PG_TYPES[kind]
-            for column, kind in zip(columns, types.values())
-        }
-        place, key, names = columns.index(key), quoted(key), ", ".join(declared)
-        create = ", ".join(f"{name} {kind}{' PRIMARY KEY' * (name == key)}" for name, kind in declared.items())
-        casts = ", ".join(f"{name}::{kind}" for name, kind in declared.items())
-        others = ", ".join(f"{name} = excluded.{name}" for name in declared if name != key)
+        declared = {name: PG_TYPES[kind] for name, kind in types.items()}
+        create = ", ".join(f"{quoted(c)} {kind}{' PRIMARY KEY' * (c == key)}" for c, kind in declared.items())
+        if relation:
+            described = self.columns(relation)
+            declared = {name: described[name].type for name in columns}
+        names = ", ".join(map(quoted, columns))
+        others = [quoted(column) for column in columns if column != key]
+        update = "UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in others) if others else "NOTHING"
+        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in declared.items())
         # The last row of a key counts; one statement must not change a row twice.
         insert = (
-            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({key}) * "
-            f'FROM pg_temp.embedgen_load ORDER BY {key}, "embedgen line" DESC) AS last '
-            f"ON CONFLICT ({key}) DO {f'UPDATE SET {others}' if others else 'NOTHING'}"
+            f"INSERT INTO {table} ({names}) SELECT {casts} FROM (SELECT DISTINCT ON ({quoted(key)}) * "
+            f'FROM pg_temp.embedgen_load ORDER BY {quoted(key)}, "embedgen line" DESC) AS last '
+            f"ON CONFLICT ({quoted(key)}) DO {update}"
         )
 
         def insert_all() -> int:
             execute, line = self.connection.execute, 0
             if relation is None:
                 execute(f"CREATE TABLE {table} ({create})")
-            texts = "".join(f", {name} text" for name in declared)
+            texts = "".join(f", {quoted(name)} text" for name in columns)
             execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
             try:
                 with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
-                    for line, values in enumerate(records(path, list(types), place), 1):
+                    for line, values in enumerate(records(path, list(types), columns.index(key)), 1):
                         copy.write_row([line, *(None if value is None else as_text(value) for value in values)])
                 execute(insert)
             except self.psycopg.DataError as error:  # such as a NUL, or a word where the column has numbers
@@ -5143,7 +5147,7 @@ class PostgresStore(Store):
             time.sleep(LOOK)
         if found and found[-1][0]:
             return
-        schema, _, _ = self.find_vector()
+        schema = self.find_vector()[0]
         failure: list[Exception] = []
         builder = self.connect()
 
@@ -5177,12 +5181,13 @@ class PostgresStore(Store):
                     timer.cancel()
             builder.close()
         errors = self.psycopg.errors
-        if failure and isinstance(failure[0], (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
-            yield from self.build_index()  # another run was at it in the same moment: see what became of it
-        elif failure and not self.stopping():
-            raise self.translated(failure[0]) from failure[0]
-        else:
-            yield 1.0
+        for error in failure:
+            if isinstance(error, (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
+                yield from self.build_index()  # another run was at it in the same moment: see what became of it
+                return
+            if not self.stopping():
+                raise self.translated(error) from error
+        yield 1.0
 
 
 def as_text(value: Any) -> str:
