@@ -5466,34 +5466,31 @@ class Fleet(PostgresStore):
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
         again = self.late and not self.force  # whether another pass is needed, or a proof that it is not
-        if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
-            if again:
-                self.begin_again()
-            return not again
-        if others or not self.ended:
-            return False
-        if not again:
-            return True
-        if self.undecided:
-            return False  # wait, or ours would be found pending
-        self.renew()
-        if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
-            return True
-        # Some rows before the point at which we came have been changed, or are new, since they were passed.
-        sql = (
-            f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
-            "WHERE job = $1 AND round = $2 AND ended RETURNING round"
-        )
-        if self.rows(sql, self.job, self.round):
+        if self.round_seen == self.round:
+            if others or not self.ended:
+                return False
+            if not again:
+                return True
+            if self.undecided:
+                return False  # wait, or ours would be found pending
+            self.renew()
+            if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
+                return True
+            # Some rows before the point at which we came have been changed, or are new, since they were passed.
+            sql = (
+                f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
+                "WHERE job = $1 AND round = $2 AND ended RETURNING round"
+            )
+            if not self.rows(sql, self.job, self.round):
+                return False
             self.round_seen += 1
-            self.begin_again()
-        return False
-
-    def begin_again(self) -> None:
-        """Take part in the pass after ours, which looks at what ours had passed when we came."""
-        self.round, self.late = self.round_seen, False
-        self.renew()
-        self.look()
+        # Our pass had its end, and somebody, maybe we, has begun the next, which looks at what ours had passed
+        # when we came.
+        if again:
+            self.round, self.late = self.round_seen, False
+            self.renew()
+            self.look()
+        return not again
 
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
