@@ -367,6 +367,17 @@ class Interleaved(PostgresCase):
         self.finish(other)
         self.assertEqual(self.keys(), list(range(11, 31)))
 
+    def test_an_error_after_a_row_was_deleted_is_not_taken_for_another_one(self) -> None:
+        self.make_movies(1)
+        one = self.machine()
+        errors = [one.psycopg.errors.ForeignKeyViolation("gone"), one.psycopg.errors.UndefinedTable("no such table")]
+
+        def action() -> None:
+            raise errors.pop(0)
+
+        with self.assertRaisesRegex(embedgen.Stop, "no such table"):
+            one.patiently(action)
+
     def test_a_second_pass_whose_answer_was_lost(self) -> None:
         self.make_movies(30)
         one = self.machine()
