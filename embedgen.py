@@ -5226,7 +5226,7 @@ class Fleet(PostgresStore):
     keep them until TCP gives up, hours later. No transaction is open between two statements.
     """
 
-    TABLES: ClassVar[dict[str, str]] = {
+    OWN_TABLES: ClassVar[dict[str, str]] = {
         # One for each kind of work: table, text, model, target.
         "embedgen_passes": "job bytea PRIMARY KEY, target text NOT NULL, model text NOT NULL, "
         "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
@@ -5270,7 +5270,7 @@ class Fleet(PostgresStore):
         ]  # fmt: skip
         self.job = hashlib.sha256(repr(work).encode("utf-8")).digest()
         schema = quoted(self.target.schema)
-        names = [f"{schema}.{quoted(name)}" for name in self.TABLES]
+        names = [f"{schema}.{quoted(name)}" for name in self.OWN_TABLES]
         self.passes, self.machines, self.leases = names
         usable = (
             "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
@@ -5302,7 +5302,7 @@ class Fleet(PostgresStore):
         import socket
 
         execute, schema, target = self.execute, self.target.schema, self.target.name
-        for name, columns in self.TABLES.items():
+        for name, columns in self.OWN_TABLES.items():
             if not self.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
         model = self.model + (f"\n{self.digest}" if self.digest else "")  # no name has that in it
