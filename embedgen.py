@@ -5136,15 +5136,17 @@ class PostgresStore(Store):
 
         column, kind = self.target_columns["embedding"], self.vector_type()[1]
         stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
-        name = f"{stem}_hnsw"
+        name, drop = quoted(f"{stem}_hnsw"), "DROP INDEX CONCURRENTLY IF EXISTS"
         sql = (
             "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
             "WHERE relid = to_regclass($1)"
         )
-        drop = "DROP INDEX CONCURRENTLY IF EXISTS"
-        while (found := self.indexes()) and not found[-1][0] and (shares := self.rows(sql, self.target.sql)):
-            yield shares[0][0]  # another run is at it
+        progress = functools.partial(self.value, sql, self.target.sql)  # of a build under way, None if there is none
+        found = self.indexes()
+        while found and not found[-1][0] and progress() is not None:  # by another run
+            yield progress() or 0.0
             time.sleep(LOOK)
+            found = self.indexes()
         if found and found[-1][0]:
             return
         schema = self.find_vector()[0]
@@ -5156,7 +5158,7 @@ class PostgresStore(Store):
                 for _, broken in found:  # left by a build that was broken off
                     builder.execute(f"{drop} {broken}")
                 builder.execute(
-                    f"CREATE INDEX CONCURRENTLY {quoted(name)} ON {self.target.sql} "
+                    f"CREATE INDEX CONCURRENTLY {name} ON {self.target.sql} "
                     f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
                 )
             except Exception as error:
@@ -5166,7 +5168,7 @@ class PostgresStore(Store):
         thread.start()
         try:
             while thread.is_alive() and not self.stopping():
-                yield self.value(sql, self.target.sql) or 0.0
+                yield progress() or 0.0
                 thread.join(LOOK)
         finally:
             if thread.is_alive():
@@ -5177,7 +5179,7 @@ class PostgresStore(Store):
                     timer = threading.Timer(GRACE / 2, builder.cancel)
                     timer.start()
                     with contextlib.suppress(self.psycopg.Error):
-                        builder.execute(f"{drop} {quoted(self.target.schema)}.{quoted(name)}")
+                        builder.execute(f"{drop} {quoted(self.target.schema)}.{name}")
                     timer.cancel()
             builder.close()
         errors = self.psycopg.errors
