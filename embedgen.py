@@ -45,8 +45,9 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union
 
 # Modules that only some runs need (asyncio, multiprocessing, http.client, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
@@ -66,12 +67,11 @@ T = TypeVar("T")
 class Stop(Exception):
     """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
-        super().__init__(message, code)  # both, so that it pickles
-        self.message, self.code = message, code
+    code = EXIT_STOPPED
 
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class Away(Stop):
@@ -88,8 +88,7 @@ class Reported(Stop):
 class UsageError(Stop):
     """The command line, or what it names, is wrong."""
 
-    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
-        super().__init__(message, code)
+    code = EXIT_USAGE
 
 
 # ============================ settings and command line ============================
@@ -120,20 +119,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least` upwards."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
-        return int(text)
-
-    return parse
+def number(least: int, text: str) -> int:
+    """Parse a whole number from `least` upwards."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+    return int(text)
 
 
 def number_or_auto(text: str) -> int | None:
     """Parse a whole number from 1 upwards, or `auto`, which is None."""
-    return None if text == "auto" else number(1)(text)
+    return None if text == "auto" else number(1, text)
 
 
 def seconds(text: str) -> float:
@@ -160,6 +155,68 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def sendable(text: str) -> str:
+    """Return a text without what bytes on the command line may leave in it that is no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# All flags, in groups: their names, what stands for their value if they take one, and what --help says.
+FLAGS: dict[str, dict[str, str]] = {
+    "what is embedded": {
+        "--database URL": "sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, .sqlite or .sqlite3, "
+            "or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)",
+        "--table NAME": "table or view to read (default: movies)",
+        "--id COLUMN": "its key, integer or text (default: the primary key, else id)",
+        "--columns A,B": "columns that make up the text (default: Title, Year, Genres, ...)",
+        "--text TEMPLATE": 'the text itself, such as "{title} ({year}): {overview}"',
+        "--where SQL": "only rows that fulfil this condition",
+        "--target NAME": "table that receives the vectors (default: movie_embeddings for movies)",
+        "--load FILE": "first load a .csv, .tsv, .json or .jsonl file into --table",
+        "--index": "Postgres: build the HNSW index for cosine distance after the run",
+        "--force": "embed every row again, existing or not",
+        "--limit N": "generate at most N embeddings in this run",
+    },
+    "instead of embedding": {
+        "--search TEXT": "list the rows nearest to a text, by cosine similarity",
+        "--similar ID": "list the rows nearest to one of them, given by its key; needs no server",
+        "--status": "say what is embedded, missing or stale; needs no server",
+        "--prune": "remove embeddings whose row is gone",
+        "--top N": "rows to list (default: 10)",
+        "--dry-run": "say what would be done, and write nothing",
+    },
+    "how": {
+        "--engine": "one event loop, or worker processes (default: async)",
+        "--concurrent,--workers N": "requests in flight at most; auto adapts to each server (default: auto)",
+        "--batch-size N": "texts per request (default: auto)",
+    },
+    "the server": {
+        "--server URL": "Ollama; or, if its path ends in /v1, a server of the OpenAI protocol; or hash: for the "
+            "built-in embedder, which finds shared words, not meaning; may be given several times, for servers that "
+            "share the work (default: $OLLAMA_HOST, else http://localhost:11434)",
+        "--model NAME": "(default: $EMBEDGEN_MODEL, else nomic-embed-text)",
+        "--timeout SECONDS": "longest silence of one request (default: 300)",
+        "--ca-file FILE": "certificates of your own authorities, in place of the system's, for https",
+        "--dimensions N": "length of the vectors, for models that offer a choice",
+        "--document-prefix P": "put before every text; empty for none (default: the model's own)",
+        "--query-prefix P": "put before what is searched for; empty for none (default: the model's own)",
+        "--option KEY=VALUE": "model option passed to the server, such as num_ctx=8192; may be given several times",
+        "--on-long": "texts longer than the model takes: embed their beginning, counted and logged; or all parts, to "
+            "store their mean; or fail; or skip them (default: cut)",
+        "--accept-drift": "go on although the server's vectors differ from the stored ones",
+    },
+    "output": {
+        "--noun WORD": "what a row is called in the report (default: from the table's name)",
+        "--quiet": "print nothing when all went well",
+        "--json": "print one JSON object at the end and nothing else",
+        "--log-dir DIR": "where the log goes (default: logs/ beside embedgen.py)",
+        "--verbose": "log every request",
+        "--version": "show program's version number and exit",
+    },
+}  # fmt: skip
+
+ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
+
+
 def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
     parser = Parser(
@@ -168,77 +225,37 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    rows = parser.add_argument_group("what is embedded")
-    add = rows.add_argument
-    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, "
-        ".sqlite or .sqlite3, or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
-    add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
-    add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
-    add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
-    add("--text", metavar="TEMPLATE", help='the text itself, such as "{title} ({year}): {overview}"')
-    add("--where", metavar="SQL", help="only rows that fulfil this condition")
-    add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
-    add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
-    add("--index", action="store_true", help="Postgres: build the HNSW index for cosine distance after the run")
-    add("--force", action="store_true", help="embed every row again, existing or not")
-    add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
-
-    instead = parser.add_argument_group("instead of embedding")
-    add = instead.add_mutually_exclusive_group().add_argument
-    add("--search", metavar="TEXT", help="list the rows nearest to a text, by cosine similarity")
-    add("--similar", metavar="ID", help="list the rows nearest to one of them, given by its key; needs no server")
-    add("--status", action="store_true", help="say what is embedded, missing or stale; needs no server")
-    add("--prune", action="store_true", help="remove embeddings whose row is gone")
-    add = instead.add_argument
-    add("--top", metavar="N", type=number(1), default=10, help="rows to list (default: 10)")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
-
-    way = parser.add_argument_group("how")
-    add = way.add_argument
-    add(
-        "--engine",
-        choices=sorted(ENGINES),
-        default="async",
-        help="one event loop, or worker processes (default: async)",
-    )
-    add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
-        help="requests in flight at most; auto adapts to each server (default: auto)")  # fmt: skip
-    add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
-
-    server = parser.add_argument_group("the server")
-    add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
-        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
-        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
-    add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="longest silence of one request (default: 300)",
-    )
-    add("--ca-file", metavar="FILE", help="certificates of your own authorities, in place of the system's, for https")
-    add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
-    add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
-    add(
-        "--query-prefix", metavar="P", help="put before what is searched for; empty for none (default: the model's own)"
-    )
-    add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
-        help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
-
-    add("--on-long", choices=ON_LONG, default="cut", help="texts longer than the model takes: embed their beginning, "
-        "counted and logged; or all parts, to store their mean; or fail; or skip them (default: cut)")  # fmt: skip
-    add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
-
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--noun", metavar="WORD", help="what a row is called in the report (default: from the table's name)")
-    add("--quiet", action="store_true", help="print nothing when all went well")
-    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
-    add("--log-dir", metavar="DIR", help="where the log goes (default: logs/ beside embedgen.py)")
-    add("--verbose", action="store_true", help="log every request")
-    add("--version", action="version", version=f"embedgen {__version__}")
+    # How a value is read, where it is more than a word.
+    types: dict[str, Callable[[str], Any]] = {
+        "limit": functools.partial(number, 0),
+        **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
+        **dict.fromkeys(("concurrent", "batch_size"), number_or_auto),
+        "timeout": seconds,
+        "option": key_value,
+        **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
+    }
+    # What else argparse must know. A flag that takes no value and is not here is a switch.
+    more: dict[str, dict[str, Any]] = {
+        "--engine": {"choices": sorted(ENGINES)},
+        "--server": {"action": "append"},
+        "--option": {"action": "append"},
+        "--on-long": {"choices": ON_LONG},
+        "--version": {"action": "version", "version": f"embedgen {__version__}"},
+    }
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        actions = group.add_mutually_exclusive_group() if "--search TEXT" in flags else group
+        for usage, said in flags.items():
+            names, _, value = usage.partition(" ")
+            kind = more.get(names, {})
+            if value:
+                kind = {"metavar": value, **kind}
+            elif not kind:
+                kind = {"action": "store_true"}
+            where = actions if names[2:] in ACTION_FLAGS else group
+            flag = where.add_argument(*names.split(","), help=said, **kind)
+            flag.type = types.get(flag.dest)
+    parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
 
 
@@ -254,20 +271,19 @@ GOES_WITH = {
     "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
-        ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
+        ("limit", "index", "engine", "concurrent", "batch_size", "accept_drift"), ("generate", "dry_run")
     ),
 }  # fmt: skip
 
 
 def flag_of(name: str) -> str:
     """Return the flag that sets an option."""
-    return "--" + {"in_flight": "concurrent"}.get(name, name).replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def choose_action(options: argparse.Namespace) -> None:
     """Note what is to be done; raise UsageError for flags that do not go with it."""
-    options.action = next((name for name in ("search", "similar", "status", "prune") if name in options.given), "")
-    options.action = options.action or ("dry_run" if options.dry_run else "generate")
+    options.action = next((name for name in (*ACTION_FLAGS, "dry_run") if name in options.given), "generate")
     options.reads_only = options.action in READING or options.dry_run
     for name in sorted(options.given):
         actions = GOES_WITH.get(name, (options.action,))
@@ -283,13 +299,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_parser()
     options = parser.parse_args(argv)
     options.given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    for name in (
-        "database", "table", "id", "columns", "text", "where", "target", "load", "server", "ca_file", "model", "noun",
-        "search", "similar",
-    ):  # fmt: skip
+    for name in sorted(options.given - {"document_prefix", "query_prefix", "log_dir"}):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
-        given = getattr(options, name)
-        if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+        value = getattr(options, name)
+        if any(isinstance(text, str) and not text.strip() for text in (value if name == "server" else [value])):
             raise UsageError(f"{flag_of(name)} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
@@ -298,9 +311,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    for name in ("search", "similar"):
-        if name in options.given:  # bytes on the command line may be no text
-            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -321,16 +331,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def apply_card(options: argparse.Namespace, model: str) -> None:
     """Set the model, and what its card says and no flag says otherwise."""
     # Ollama's names carry :latest or leave it out; both are one model.
-    options.model = model[: -len(":latest")] if model.endswith(":latest") else model
+    options.model = model.removesuffix(":latest")
     card = card_of(options.model)
     options.context = card.context
-    if "document_prefix" not in options.given:
-        options.document_prefix = card.document
-    if "query_prefix" not in options.given:
-        options.query_prefix = card.query
-    # Of what is sent to the server.
-    for name in ("document_prefix", "query_prefix"):  # bytes on the command line that are no text
-        setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
+    for name, own in (("document_prefix", card.document), ("query_prefix", card.query)):
+        if name not in options.given:
+            setattr(options, name, own)
     options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
@@ -349,69 +355,68 @@ class Card(NamedTuple):
 
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
-# By the beginning of a model's name, in Ollama's library and on Hugging Face; the first that fits.
+# By the beginning of a model's name, in Ollama's library and on Hugging Face, what its Card says; the first that fits.
 CARDS = (
     # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
-    ("nomic-embed-text-v2", Card("search_document: ", "search_query: ", 512)),
+    ("nomic-embed-text-v2", "search_document: ", "search_query: ", 512),
     # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
-    ("nomic-embed-text", Card("search_document: ", "search_query: ", 2048)),
+    ("nomic-embed-text", "search_document: ", "search_query: ", 2048),
     # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
-    ("embeddinggemma", Card("title: none | text: ", "task: search result | query: ", 2048)),
+    ("embeddinggemma", "title: none | text: ", "task: search result | query: ", 2048),
     # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
-    ("(multilingual-)?e5-(?!mistral|.*instruct)", Card("passage: ", "query: ", 512)),
+    ("(multilingual-)?e5-(?!mistral|.*instruct)", "passage: ", "query: ", 512),
     # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
-    ("mxbai-embed-large", Card("", PASSAGES, 512)),
+    ("mxbai-embed-large", "", PASSAGES, 512),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
-    ("snowflake-arctic-embed(2|-[lm]-v2)", Card("", "query: ", 8192)),
+    ("snowflake-arctic-embed(2|-[lm]-v2)", "", "query: ", 8192),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
-    ("snowflake-arctic-embed.*long", Card("", PASSAGES, 2048)),
+    ("snowflake-arctic-embed.*long", "", PASSAGES, 2048),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
-    ("snowflake-arctic-embed", Card("", PASSAGES, 512)),
+    ("snowflake-arctic-embed", "", PASSAGES, 512),
     # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
-    ("bge-m3", Card("", "", 8192)),
+    ("bge-m3", "", "", 8192),
     # https://github.com/FlagOpen/FlagEmbedding, the English models
-    ("bge-(small|base|large)(?!-zh)", Card("", PASSAGES, 512)),
+    ("bge-(small|base|large)(?!-zh)", "", PASSAGES, 512),
     # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
-    ("qwen3-embedding", Card("", "Instruct: Given a web search query, retrieve relevant passages "
-        "that answer the query\nQuery:", 32768)),
+    ("qwen3-embedding", "", "Instruct: Given a web search query, retrieve relevant passages "
+        "that answer the query\nQuery:", 32768),
     # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
-    ("all-minilm", Card("", "", 256)),
+    ("all-minilm", "", "", 256),
     # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
-    ("granite-embedding", Card("", "", 512)),
+    ("granite-embedding", "", "", 512),
     # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
-    ("paraphrase-multilingual", Card("", "", 512)),
+    ("paraphrase-multilingual", "", "", 512),
 )  # fmt: skip
 
 
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
-    name = model.lower().rpartition("/")[2].partition(":")[0]
-    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
-    return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
+    name = model.lower().rpartition("/")[2].partition(":")[0].removeprefix("text-embedding-")  # as LM Studio has it
+    return next((Card(*card[1:]) for card in CARDS if re.match(card[0], name)), Card())
 
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
-    ("Title", ("title", "name")),
-    ("Year", ("year",)),
-    ("Genres", ("genres", "genre")),
-    ("Description", ("overview", "plot", "summary", "description")),
-    ("Cast", ("cast",)),
-    ("Language", ("language",)),
-    ("Rating", ("rating",)),
+    ("Title: ", ("title", "name")),
+    ("Year: ", ("year",)),
+    ("Genres: ", ("genres", "genre")),
+    ("Description: ", ("overview", "plot", "summary", "description")),
+    ("Cast: ", ("cast",)),
+    ("Language: ", ("language",)),
+    ("Rating: ", ("rating",)),
 )
-TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
+TELLING = {"Title: ", "Description: "}  # without one of them there is no text worth embedding
 
 # Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
-IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies", "brownies", "rookies", "hoodies"}
+IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
 
 
 class Recipe(NamedTuple):
     """How a row becomes a text: literals and columns in turn.
 
     `parts` are (literal, columns) pairs, the literal standing before the value: the
-    first of the columns that is not blank; without columns it ends the text. If
-    `labelled`, a part without a value is left out and the others are joined by " | ".
+    first of the columns that is not blank; without columns it ends the text. If the literals
+    are labels, a part without a value is left out, and the others are joined by " | ".
     """
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
@@ -419,10 +424,8 @@ class Recipe(NamedTuple):
 
     def __str__(self) -> str:
         """The recipe for people, in the form of --text."""
-        fields = [(before, "{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
-        if self.labelled:
-            return " | ".join(f"{label}: {field}" for label, field in fields)
-        return "".join(before + field for before, field in fields)
+        fields = [before + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
+        return (" | " if self.labelled else "").join(fields)
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -431,24 +434,19 @@ class Recipe(NamedTuple):
         and `literal(text)` that of a string. Built in the database so that a text can
         be hashed and compared there, without being moved.
         """
-        values = [self.first(list(map(value, columns))) for _, columns in self.parts]
-        known = [f"{one} IS NOT NULL" for one in values if one]
-        pieces = []
-        if self.labelled:
-            for position, ((label, _), one) in enumerate(zip(self.parts, values)):
-                piece = f"{literal(label + ': ')} || {one}"
-                if position:
-                    piece = f"CASE WHEN {' OR '.join(known[:position])} THEN ' | ' ELSE '' END || {piece}"
-                pieces.append(f"COALESCE({piece}, '')")
-            return " || ".join(pieces)
-        for (before, _), one in zip(self.parts, values):
-            pieces.append(f"{literal(before)} || COALESCE({one}, '')" if one else literal(before))
-        return f"CASE WHEN {' OR '.join(known)} THEN {' || '.join(pieces)} ELSE '' END"
-
-    @staticmethod
-    def first(values: list[str]) -> str:
-        """Return the SQL of the first value that is not NULL."""
-        return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
+        pieces: list[str] = []
+        known: list[str] = []
+        for before, columns in self.parts:
+            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
+            if self.labelled:
+                bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
+                pieces.append(f"COALESCE({bar}{literal(before)} || {one}, '')")
+            else:
+                pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
+            if columns:
+                known.append(f"{one} IS NOT NULL")
+        text = " || ".join(pieces)
+        return text if self.labelled else f"CASE WHEN {' OR '.join(known)} THEN {text} ELSE '' END"
 
 
 # White space, and what takes no space at all: a text of these alone is no text.
@@ -480,17 +478,16 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
 
 def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
-    parts = []
+    parts = {}
     for label, candidates in LABELS:
-        found = tuple(column for name in candidates if (column := match(name, columns)))
-        if found:
-            parts.append((label, found))
-    if not TELLING.intersection(label for label, _ in parts):
+        if found := tuple(column for name in candidates if (column := match(name, columns))):
+            parts[label] = found
+    if not TELLING & parts.keys():
         raise UsageError(
             f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
             f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
         )
-    return Recipe(tuple(parts), labelled=True)
+    return Recipe(tuple(parts.items()), labelled=True)
 
 
 def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
@@ -498,16 +495,16 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
     import csv
 
     names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
-    if not all(names) or not names:
+    if not names or "" in names:
         raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
     found = [column_of(name, columns, table) for name in names]
     return Recipe(tuple((label_of(column), (column,)) for column in found), labelled=True)
 
 
 def label_of(column: str) -> str:
-    """Return a column's label in the text: release_year is `Release year`."""
+    """Return a column's label in the text: of release_year `Release year: `."""
     words = column.replace("_", " ").strip() or column
-    return words[:1].upper() + words[1:]
+    return f"{words[:1].upper()}{words[1:]}: "
 
 
 def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe:
@@ -537,11 +534,11 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
 def singular(word: str) -> str:
     """Return the singular of an English noun, by rule: movies, movie; stories, story; boxes, box."""
     low = word.lower()
-    if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
+    if re.search(r"(ss|us|is|series|species|news|[^s])$", low):
         return word
-    if low.endswith("ies") and len(low) > 4 and re.split(r"[^a-z]", low)[-1] not in IE_NOUNS:
+    if re.search(r"(?s)..ies$", low) and not re.search(IE_NOUNS, low):
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses", "viruses")) and low[-6:] != "caches":
+    if re.search(r"(ss|x|ch|sh|zz|tus|bus|virus)es$", low) and not low.endswith("caches"):
         return word[:-2]
     return word[:-1]
 
@@ -586,14 +583,14 @@ class TooLongFor(str):
 
 
 # Where a text may be split, best first: behind a sentence or a line, and between words.
-BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*"), re.compile(r"\s+"))
+BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def halves(text: str) -> tuple[str, str]:
     """Return the two parts of a text, split at the border nearest to its middle, within the middle half of it."""
     middle, margin = len(text) // 2, len(text) // 4
     for border in BORDERS:
-        ends = [found.end() for found in border.finditer(text, middle - margin, middle + margin)]
+        ends = [found.end() for found in re.compile(border).finditer(text, middle - margin, middle + margin)]
         if ends:
             middle = min(ends, key=lambda end: abs(end - middle))
             break
@@ -637,26 +634,47 @@ class Trouble(Exception):
     """A request did not give vectors; the message is for people, the outcome for the pace."""
 
     outcome = "failed"  # as such, no sign that less should be asked for
+    kind = "refusal"  # what is counted together
+    enough = enough_alone = 1  # points, until texts that were sent together are suspected, or a text alone
+    slow = False  # whether less may go through where this did not
+    gone = False  # whether nobody answers, or not to the end
+    crashed = False  # whether the server broke under this request
+    retry_after = 0.0  # seconds that the server asks for
+
+    def points(self, alone: bool) -> int:
+        """Return how much this says against the texts, where `enough` is proof."""
+        return 1
 
 
 class Unavailable(Trouble):
-    """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
+    """The server cannot now, or is not there: worth another try."""
+
+    kind = "crash"
+    # Crashes in a row: some seconds in all for several texts, which are halved then, and most of a minute for one that
+    # would fail. Servers do crash by themselves.
+    enough, enough_alone = 4, 8
 
     def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         """`status` is that of the server's answer, 0 if none came."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
         self.outcome = "overloaded" if status else "failed"
-        self.gone = not status  # nobody answers, or not to the end
+        self.gone = not status
         self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
-        self.busy = status in (429, 503)
-        self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
+        self.slow = status in (408, 504, 524)  # a time-out on the way
+
+    def points(self, alone: bool) -> int:
+        if alone:
+            return int(self.crashed)
+        return self.enough // 2 if self.slow else int(self.status not in (429, 503))  # which are mere load
 
 
 class Silent(Trouble):
     """No answer within the time."""
 
-    outcome = "timeout"
+    outcome = kind = "timeout"
+    enough_alone = 3  # in a request of its own, a text that times out so often has failed
+    slow = True
 
 
 class Refused(Trouble):
@@ -670,13 +688,16 @@ class TooLong(Refused):
 class Garbled(Trouble):
     """The answer is not what was asked for, and must not be stored."""
 
+    kind = "garbled"
+    enough = enough_alone = 2
+
 
 class OtherDimensions(Garbled):
     """The vectors have another length than those already stored."""
 
 
-class Superseded(Trouble):
-    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
+class Superseded(Exception):
+    """The server lacks this path, or takes fewer texts; the wire has changed to what it does, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -718,7 +739,7 @@ class Server(NamedTuple):
         return text
 
 
-def parse_server(text: str) -> Server:
+def parse_server(text: str, ca_file: str = "") -> Server:
     """Return the server for a URL or any of OLLAMA_HOST's forms: host, host:port, :port, scheme://host:port/path.
 
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
@@ -732,34 +753,32 @@ def parse_server(text: str) -> Server:
         raise UsageError(f'--server {hide_password(text)} must begin with http:// or https://, or be "hash:".')
     netloc, slash, path = rest.partition("/")
     userinfo, _, hostport = netloc.rpartition("@")
-    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", hostport)
-    if bracketed:
-        host, port = bracketed[1], bracketed[2] or ""
-    elif hostport.count(":") > 1:  # a bare IPv6 address
-        host, port = hostport, ""
-    else:
-        host, _, port = hostport.partition(":")
+    # In brackets, or with several colons, it is an IPv6 address.
+    [(inner, bare, port)] = re.findall(r"(?s)^(?:\[([^\]]*)\]|(.*:.*:.*|[^:]*))(?::(.*))?\Z", hostport)
+    host = inner or bare
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
         raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
     if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
-    # OpenAI's is none of Ollama's business.
-    tokens = {
-        name: os.environ.get(name, "").strip() for name in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]
-    }
-    setting = next(filter(tokens.get, tokens), "")
-    authorization = f"Bearer {tokens[setting]}" if setting else ""
+    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "", ca_file)
+    return server._replace(authorization=authorization_for(userinfo, server.openai))
+
+
+def authorization_for(userinfo: str, openai: bool) -> str:
+    """Return what goes into a request's header: of an address's user and password, or of a token in the environment."""
     if userinfo:
         import base64
         from urllib.parse import unquote
 
-        authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
-    if not re.fullmatch(r"[\x20-\x7e]*", authorization):
-        raise UsageError(f"{setting} holds characters that a token cannot have.")
-    return server._replace(authorization=authorization)
+        return "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + openai]:  # OpenAI's is none of Ollama's business
+        if token := os.environ.get(setting, "").strip():
+            if not re.fullmatch(r"[\x20-\x7e]*", token):
+                raise UsageError(f"{setting} holds characters that a token cannot have.")
+            return f"Bearer {token}"
+    return ""
 
 
 def hide_password(url: str) -> str:
@@ -792,6 +811,18 @@ def length_of(vector: bytes) -> float:
     return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
+# The highest bytes of a float32 of 2 or more, infinity and NaN among them, of either sign (IEEE 754).
+FROM_TWO_UP = bytes([*range(0x40, 0x80), *range(0xC0, 0x100)])
+
+
+def looks_sound(vector: bytes) -> bool:
+    """Whether each number of a stored vector is below 2, and not NaN, and some are not 0: as those of length 1 are.
+
+    By its bytes alone: to make numbers of them would take ten times as long.
+    """
+    return len(vector[3::4].translate(None, FROM_TWO_UP)) == len(vector) // 4 and vector.strip(b"\0\x80") != b""
+
+
 def unpack(vector: bytes) -> Sequence[float]:
     """Return the numbers of a stored vector."""
     import struct
@@ -807,10 +838,12 @@ def cosine(one: bytes, other: bytes) -> float:
     import math
     from operator import mul
 
+    def dot(x: Sequence[float], y: Sequence[float]) -> float:
+        return math.fsum(map(mul, x, y))
+
     a, b = unpack(one), unpack(other)
     try:
-        squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
-        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        quotient = dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
         return min(max(quotient, -1.0), 1.0)
     except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
         return math.nan
@@ -916,17 +949,22 @@ def retry_after(value: str) -> float:
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
 # and these, whatever their status, speak of the content (NaN was a 500 before 0.14), or of its length: Ollama,
 # llama-server, vLLM, OpenAI, TEI, and those that word it otherwise.
-DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
-BAD_CONTENT = re.compile(r"\bNaN\b")
-TOO_LONG = re.compile(
-    r"context (?:length|size|window)"
+DEAD_RUNNER = r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed"
+BAD_CONTENT = r"\bNaN\b"
+TOO_LONG = (
+    r"(?i)context (?:length|size|window)"
     r"|(?:input|prompt|text|sequence)s?(?: \([^)]*\))? (?:is |are )?too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
-    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
-    re.IGNORECASE,
+    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)"
 )
-SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
-CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
+# Of too many texts: TEI, OpenAI, servers with pydantic, and others.
+TOO_MANY = (
+    r"(?i)maximum allowed batch size|array too long|too many (?:inputs|items|texts)"
+    r"|max\w* number of (?:inputs|items|texts)|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)"
+)
+SPEAKS_TLS = r"HTTP request (?:was sent )?to (?:an )?HTTPS"
+CANNOT_EMBED = r"(?i)not support (?:the )?embedding"
 
 
 # Cosine above which two vectors of one text are of one model. Measured with all-MiniLM-L6-v2 on llama-server, on 600
@@ -935,90 +973,90 @@ CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 ALIKE = 0.99
 
 
-class HTTPWire:
-    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+class Wire:
+    """What turns texts into vectors. As it stands here, there is nobody to greet, and nothing to be learned."""
 
     product = ""  # what the server is called in an error
+    address = ""  # for people
+    model: str
+    server: Server
+    prefix: str  # before every text
+    digest = ""  # of the model, as this server has it; "" if it does not tell
+    dimensions: int | None  # that vectors must have: as asked for, as stored, or as they came; None: not known yet
+    kin: Sequence[Wire] = ()  # the wires to all servers of the run
+
+    def settle(self, dimensions: int) -> None:
+        """Know how long the vectors are: of this server, and so of all."""
+        for wire in self.kin:
+            wire.dimensions = dimensions
+
+    def greet(self) -> Conversation:
+        """Return the conversation that checks, before a row is read, that the server has the model."""
+        return []
+        yield  # makes it a generator
+
+    def agree(self) -> Conversation:
+        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others."""
+        return []
+        yield
+
+    def probe(self) -> Conversation:
+        """Return the conversation that finds out whether a server that was away is back, and still the same."""
+        return []
+        yield
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
+        raise NotImplementedError
+
+
+MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what comes of JSON that is none
+
+
+class HTTPWire(Wire):
+    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+
     unit_length = False  # whether it promises L2-normalised vectors
     cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OLLAMA_API_KEY"  # the setting that carries the token
+    advice = ""  # what to do about a server that cannot be reached
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
-        self.address = server.shown
-        self.prefix: str = options.prefix
+        self.server, self.address, self.prefix = server, server.shown, options.prefix
+        self.model, self.timeout = str(options.model), float(options.timeout)
         self.context: int = options.context  # tokens, as the model's card has it; 0 if it does not
         self.common: dict[str, Any] = {"model": self.model}  # in every request
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
-        # Vectors must have this length: as asked for, as stored, or as the server's model card says.
-        self.dimensions: int | None = options.dimensions
-        self.certain = options.dimensions is not None  # a model card may be wrong
+        self.dimensions = options.dimensions
+        self.expected: int | None = None  # dimensions as the server's model card or first answer has it: may be wrong
         self.on_long: str = options.on_long
         self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
         self.most_texts = sys.maxsize  # that one request can carry
-        self.digest = ""  # of the model, as this server has it; "" if it does not tell
-        self.kin: list[Any] = [self]  # the wires to all servers of the run
+        self.kin = [self]
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
         return Talk(self, movable=movable).embed(texts, self.on_long)
 
     def probe(self) -> Conversation:
-        """Return the conversation that finds out whether a server that was away is back, and still the same."""
         return Talk(self).probe()
 
-    def settle(self, dimensions: int) -> None:
-        """Know for certain how long the vectors are: of this server, and so of all."""
-        for wire in self.kin:
-            wire.dimensions, wire.certain = dimensions, True
-
-    def greet(self) -> Conversation:
-        """Return the conversation that checks, before a row is read, that the server has the model."""
-        raise NotImplementedError
-
-    def agree(self) -> Conversation:
-        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others.
-
-        What tells is the model's digest; a server without one is taken at its word about the model's name.
-        """
-        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if self.digest and other.digest != self.digest:
-            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
-            self.digest = ""  # for others to be compared with
-            raise Stop(
-                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
-                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
-                f'with "ollama pull {self.model}", or leave out one --server.'
-            )
-        return []
-        yield  # makes it a generator
-
-    def call(self, send: Send, patient: bool = False) -> Generator[Send, Reply | None, Reply]:
+    def call(self, send: Send, patient: bool = False) -> Steps[Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
-        reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
-        assert reply is not None
+        reply: Reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         if reply.status == 0 and not (patient and reply.timed_out):
-            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
+            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice}"
             if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
                 advice = " If it speaks TLS, give --server https://..."
-            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}).{advice}")
+            away = Away(f"cannot reach {self.product} at {self.address} ({reply.reason}).{advice}")
             away.reason = reply.reason
             raise away
         return reply
 
-    def advice(self) -> str:
-        """Return what to do about a server that cannot be reached."""
-        raise NotImplementedError
-
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         """Return the request that asks for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
         raise NotImplementedError
-
-    def prefixed(self, texts: list[str]) -> list[str]:
-        """Return texts as they are sent."""
-        return [self.prefix + text for text in texts] if self.prefix else texts
 
     def way(self, path: str) -> str:
         """Return for the log how vectors come over a path."""
@@ -1029,53 +1067,55 @@ class HTTPWire:
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
-        self.check(reply, path)
+        import json
+
+        self.check(reply, path, len(texts))
         try:
-            vectors = self.vectors(path, reply.body)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise self.unreadable(path, self.words(reply)) from None
+            vectors = self.vectors(path, json.loads(reply.body))
+        except MALFORMED:
+            words = words_of(reply.body, self.server.hide)
+            self.explain(path, reply.status, words, "no embeddings")
+            raise Garbled(f"the answer holds no embeddings: {words[:100]!r}") from None
         return gate(vectors, texts, self.unit_length)
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
 
-    def words(self, reply: Reply) -> str:
-        """Return what an error's reply says."""
-        return words_of(reply.body, self.server.hide)
-
-    def unreadable(self, path: str, words: str) -> Trouble:
-        """Return what a 200 without vectors means."""
-        return Garbled(f"the answer holds no embeddings: {words[:100]!r}")
-
-    def check(self, reply: Reply, path: str) -> None:
-        """Raise what the reply's status means, unless it is 200."""
+    def check(self, reply: Reply, path: str, texts: int = 1) -> None:
+        """Raise what the reply's status means, unless it is 200; it is an answer to so many texts."""
         status = reply.status
         if status == 200:
             return
         if status == 0:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
-        words = self.words(reply)
+        words = words_of(reply.body, self.server.hide)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
-        if SPEAKS_TLS.search(words):
-            raise Stop(f"{self.server.shown} speaks TLS ({said}). Give --server https://...")
-        if CANNOT_EMBED.search(words):
+        if re.search(SPEAKS_TLS, words):
+            raise Stop(f"{self.address} speaks TLS ({said}). Give --server https://...")
+        if re.search(CANNOT_EMBED, words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
-        if status in (400, 413, 422, 500) and TOO_LONG.search(words):
-            raise TooLong(words)
-        if status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
-            raise Refused(words)
-        if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
+        if status in (400, 413, 422, 500):
+            if re.search(TOO_LONG, words):
+                raise TooLong(words)
+            if re.search(BAD_CONTENT, words):
+                raise Refused(words)
+            if texts > 1 and status != 500 and re.search(TOO_MANY, words):
+                # Of the numbers in the words, the largest below what was sent.
+                below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
+                self.most_texts = min(self.most_texts, max(below, default=texts // 2))
+                raise Superseded
+        if status in (408, 429) or status >= 500 or re.search(DEAD_RUNNER, words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
         if status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set {self.tokens} to the token.")
+            raise Stop(f"{self.address} refuses access ({said}). Set {self.tokens} to the token.")
         if 300 <= status < 400:
-            raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
+            raise Stop(f"{self.address} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        """Raise what a status of 3xx or 4xx means in this protocol alone."""
+        """Raise what a status of 3xx or 4xx, or a 200 without vectors, means in this protocol alone."""
 
 
 # Ollama's paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to
@@ -1094,6 +1134,7 @@ class OllamaWire(HTTPWire):
     product = "Ollama"
     unit_length = True  # both newer paths promise L2-normalised vectors
     cuts = True
+    advice = 'Start it with "ollama serve", or give --server URL.'
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         super().__init__(server, options)
@@ -1102,7 +1143,6 @@ class OllamaWire(HTTPWire):
         self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
         self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
-        self.card_dimensions: int | None = None  # length of the vectors as the model's card has it
 
     def greet(self) -> Conversation:
         import json
@@ -1115,52 +1155,55 @@ class OllamaWire(HTTPWire):
             # A model may come with a shorter context set than it could have (all-minilm does).
             contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
             figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
-        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (Trouble, *MALFORMED):
             contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
         own = [n for key, n in figures if key.endswith(".context_length")]
         lean = own and "options" not in self.common  # which the lean path does not take
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
-        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
-        self.card_dimensions = lengths[0] if lengths else None
-        self.dimensions = self.dimensions or self.card_dimensions
+        self.expected = next((n for key, n in figures if key.endswith(".embedding_length")), None)
         yield from self.identify()
         return []
 
     def agree(self) -> Conversation:
-        yield from super().agree()
-        known = self.dimensions is not None and "dimensions" not in self.common
-        if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
+        # What tells is the model's digest; a server without one is taken at its word about the model's name.
+        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
+        if self.digest and other.digest != self.digest:
+            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
+            self.digest = ""  # for others to be compared with
+            raise Stop(
+                f'{self.address} has another model "{self.model}" ({mine[:12]}) than {other.address} '
+                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
+                f'with "ollama pull {self.model}", or leave out one --server.'
+            )
+        # Those asked for are chosen, the card's are not.
+        if self.dimensions not in (None, self.expected) and "dimensions" not in self.common:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
-    def identify(self) -> Generator[Send | Wait, Reply | None, None]:
+    def identify(self) -> Steps[None]:
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
         for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
             if wait:
                 yield Wait(wait)
-            reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
-            assert reply is not None
+            reply: Reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
             try:
                 self.check(reply, "/api/tags")
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
             except (Unavailable, Silent):
                 continue
-            except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+            except (Trouble, Stop, *MALFORMED):
                 return
             self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
             return
-
-    def advice(self) -> str:
-        return 'Start it with "ollama serve", or give --server URL.'
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked: dict[str, Any]
-        texts = self.prefixed(texts)
+        texts = [self.prefix + text for text in texts]
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
@@ -1172,10 +1215,7 @@ class OllamaWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        answer = json.loads(body)
+    def vectors(self, path: str, answer: Any) -> list[Any]:
         if path == LEGACY:
             return [normalised(answer["embedding"])]
         if path == USUAL:
@@ -1186,27 +1226,18 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def unreadable(self, path: str, words: str) -> Trouble:
-        if path == LEAN and not self.lean_seen:
-            return self.without_lean("no embeddings")
-        return super().unreadable(path, words)
-
-    def without_lean(self, words: str) -> Superseded:
-        """Leave the lean path for the rest of the run."""
-        self.lean_bytes = 0
-        return Superseded(words)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status == 404 and "model" in words and "not found" in words:
-            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
+            raise Stop(f'{self.address} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if path == LEAN and (status == 404 or not self.lean_seen):
-            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+            self.lean_bytes = 0  # an older server, or one behind a proxy that lets through only /api
+            raise Superseded
         if path == USUAL and status == 404:
             self.legacy, self.most_texts = True, 1
-            raise Superseded(said)
+            raise Superseded
         if path == LEGACY and status == 404:
             raise Stop(
-                f"{self.server.shown} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
+                f"{self.address} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
                 "for one that speaks the OpenAI protocol."
             )
 
@@ -1230,17 +1261,7 @@ class NoModel(Stop):
     """The server does not have the model."""
 
 
-# As TEI has it, OpenAI, servers with pydantic, and others.
-TOO_MANY = re.compile(
-    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
-    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
-    re.IGNORECASE,
-)
-NO_MODEL = re.compile(
-    r"\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b",
-    re.IGNORECASE,
-)
+NO_MODEL = r"(?i)\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b"
 
 
 class OpenAIWire(HTTPWire):
@@ -1251,6 +1272,7 @@ class OpenAIWire(HTTPWire):
 
     product = "a server"
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"
+    advice = "Start it, or give --server URL."
     path = "/embeddings"
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
@@ -1260,13 +1282,14 @@ class OpenAIWire(HTTPWire):
         self.base64 = False  # whether vectors are asked for, and come, in that form
 
     def greet(self) -> Conversation:
+        self.base64 = False  # one that was away may be another now
         try:
             first = yield from self.sample(base64=False)
         except NoModel as missing:
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
         except Refused as refused:
-            raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
+            raise Stop(f"{self.address} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
         second = b""
@@ -1274,15 +1297,14 @@ class OpenAIWire(HTTPWire):
             second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
-        if self.certain and len(first) // 4 != self.dimensions:
+        self.expected = len(first) // 4
+        if self.dimensions is None and len(second) == len(first):  # one answer may be a fault, two are the model
+            self.settle(self.expected)
+        elif self.dimensions not in (None, self.expected):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
-        elif not self.certain:
-            self.dimensions = len(first) // 4
-            if len(second) == len(first):  # one answer may be a fault, two are the model
-                self.settle(self.dimensions)
         return []
 
-    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Steps[bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
         request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
@@ -1293,18 +1315,15 @@ class OpenAIWire(HTTPWire):
         except (Unavailable, Silent, Garbled):
             return b""
 
-    def models(self) -> Generator[Send, Reply | None, list[str]]:
+    def models(self) -> Steps[list[str]]:
         """Return the names of the server's models, if it tells them."""
         import json
 
         reply = yield from self.call(Send("/models", b"", self.timeout), patient=True)
         try:
             return [str(model["id"]) for model in json.loads(reply.body)["data"]]
-        except (ValueError, RecursionError, LookupError, TypeError):
+        except MALFORMED:
             return []
-
-    def advice(self) -> str:
-        return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         return self.request_as(self.base64, texts, timeout)
@@ -1313,7 +1332,7 @@ class OpenAIWire(HTTPWire):
         """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
-        asked = {**self.common, "input": self.prefixed(texts)}
+        asked = {**self.common, "input": [self.prefix + text for text in texts]}
         if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
@@ -1321,31 +1340,20 @@ class OpenAIWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if self.base64 else 'decimals'} over {self.server.path}{path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        vectors = in_order(json.loads(body)["data"])
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        vectors = in_order(answer["data"])
         if not all(isinstance(vector, bytes) for vector in vectors):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
 
-    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = self.words(reply) if reply.status in (400, 413, 422) else ""
-        if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # Of the numbers in the words, the largest below what was sent.
-            below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
-            raise Superseded(words)
-        return super().read(path, reply, texts)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        if status in (400, 404) and NO_MODEL.search(words):
-            raise NoModel(f'{self.server.shown} has no model "{self.model}" ({said}).')
+        if status in (400, 404) and re.search(NO_MODEL, words):
+            raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
-            raise Stop(f"{self.server.shown} has no {path} ({said}). Does it serve embeddings?")
-        if self.base64 and "encoding_format" in words:
+            raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
+        if status != 200 and self.base64 and "encoding_format" in words:
             self.base64 = False
-            raise Superseded(said)
+            raise Superseded
 
 
 def normalised(vector: Any) -> Any:
@@ -1363,21 +1371,21 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
     """Return vectors, lists of numbers or packed already, packed if each is sound, or raise Garbled: 200 is no proof.
 
     Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
-    for every text. `unit_length`: the server promises L2 norm 1.
+    for every text. `unit_length`: the server promises L2 norm 1; one that does not keep this shows it in each vector.
     """
     import math
     import struct
 
     if len(vectors) != len(texts):
         raise Garbled(f"{len(vectors)} vectors came for {len(texts)} texts")
-    packed = []
-    for vector in vectors:
-        try:
-            ready = isinstance(vector, bytes)
-            norm = length_of(vector) if ready else math.hypot(*vector)
-            packed.append(vector if ready else pack(vector))
-        except (TypeError, OverflowError, struct.error):
-            raise Garbled("a vector holds something that is no number") from None
+    try:
+        packed = [vector if isinstance(vector, bytes) else pack(vector) for vector in vectors]
+    except (TypeError, OverflowError, struct.error):
+        raise Garbled("a vector holds something that is no number") from None
+    for place, vector in enumerate(packed):
+        if looks_sound(vector) and not (unit_length and place == 0):
+            continue
+        norm = length_of(vector)
         if not 0 < norm < math.inf:
             raise Garbled("a vector is all zero" if norm == 0 else "a vector holds NaN or infinity")
         # float32 and a server's printing of it are good to 1e-4; what is off by more was not normalised.
@@ -1385,7 +1393,8 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
             raise Garbled(f"a vector has length {norm:.3g} instead of 1")
     if len({len(vector) for vector in packed}) > 1:
         raise Garbled("vectors of different dimensions came in one answer")
-    if len(set(packed)) < len(packed) and len(set(packed)) < len(set(map(plain, texts))):
+    # Different beginnings tell that nearly always, and sooner.
+    if len({vector[:64] for vector in packed}) < len(packed) and len(set(packed)) < len(set(map(plain, texts))):
         raise Garbled("different texts were given one vector")
     return packed
 
@@ -1401,7 +1410,7 @@ def plain(text: str) -> str:
     return "".join(character for character in decomposed.casefold() if character.isalnum())
 
 
-class HashWire:
+class HashWire(Wire):
     """No server: signed feature hashing of words and word pairs, computed in this process.
 
     K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
@@ -1409,28 +1418,14 @@ class HashWire:
     """
 
     product = address = "hash:"
-    model = "hash-256"
-    digest = ""  # the name says it all
+    model = "hash-256"  # the name says it all, and there is no digest
     dimensions = 256
-    certain = True
     server = Server("hash", "", 0, "", "")
-    kin: ClassVar[list[Any]] = []
 
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.prefix: str = options.prefix
-
-    def greet(self) -> Conversation:
-        """There is nobody to greet."""
-        return []
-        yield  # makes it a generator
-
-    probe = agree = greet
-
-    def settle(self, dimensions: int) -> None:
-        """There is nothing to be settled."""
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.prefix = options.prefix
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return a conversation that knows the answers without asking anyone."""
         return [hash_embedding(self.prefix, text) or "no words in the text" for text in texts]
         yield  # makes it a generator
 
@@ -1455,27 +1450,18 @@ def hash_embedding(prefix: str, text: str) -> bytes:
     return pack([number / norm for number in vector]) if norm else b""
 
 
-Wire = Union[HTTPWire, HashWire]
-
-
-def wire_for(address: str, options: argparse.Namespace) -> Wire:
-    """Return the wire that speaks to a server."""
-    if address == "hash:":
-        return HashWire(HashWire.server, options)
-    server = parse_server(address)._replace(ca_file=options.ca_file or "")
-    return (OpenAIWire if server.openai else OllamaWire)(server, options)
-
-
 def wires_for(options: argparse.Namespace) -> list[Wire]:
     """Return the wires that speak to the servers of --server."""
-    wires = [wire_for(address, options) for address in options.server]
-    places = [wire.address for wire in wires]
-    for place in places:
-        if places.count(place) > 1:  # rather a slip than a wish, and the server meant would stay idle
-            raise UsageError(f"--server {place} is given twice. Give each server once.")
-    if len(wires) > 1:
-        for wire in wires:
-            wire.kin = wires  # type: ignore[misc]
+    if options.server == ["hash:"]:
+        return [HashWire(options)]
+    wires: list[Wire] = []
+    for text in options.server:
+        server = parse_server(text, options.ca_file or "")
+        wire = (OpenAIWire if server.openai else OllamaWire)(server, options)
+        if wire.address in [other.address for other in wires]:  # rather a slip than a wish: another would stay idle
+            raise UsageError(f"--server {wire.address} is given twice. Give each server once.")
+        wires.append(wire)
+        wire.kin = wires
     return wires
 
 
@@ -1505,17 +1491,14 @@ class Exchange(NamedTuple):
     most: int = sys.maxsize
 
 
+Steps = Generator[Union[Send, Wait, Exchange], Any, T]  # what it is sent back is the Reply to a Send, None otherwise
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
-Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
+Conversation = Steps[Answers]
 
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
 LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
 LEAVE = 5.0  # seconds of trying, where there are other servers, until the texts go there; at once if nobody is there
-SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
-# Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
-# which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
-CRASHES, CRASHES_ALONE = 4, 8
 SUSPICIONS = 3  # of one text, before it fails although the server was not well right after it either
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
@@ -1537,11 +1520,9 @@ class Talk:
 
     def __init__(self, wire: HTTPWire, jitter: Callable[[], float] | None = None, movable: bool = False) -> None:
         """`jitter` gives numbers from 0 to 1 that spread the waits of many clients; `movable` is as in converse()."""
-        if jitter is None:
-            import random
+        import random
 
-            jitter = random.random
-        self.wire, self.jitter, self.timeout, self.movable = wire, jitter, wire.timeout, movable
+        self.wire, self.timeout, self.movable, self.jitter = wire, wire.timeout, movable, jitter or random.random
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
@@ -1554,67 +1535,50 @@ class Talk:
         alone. A single text is failed only when the server embeds a known-good text right after
         it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
-        single = len(texts) == 1
-        if len(texts) > self.wire.most_texts:
+        wire, single, longest = self.wire, len(texts) == 1, max(map(len, texts))
+        if len(texts) > wire.most_texts:
             return (yield from self.apart(texts, on_long, *in_half(texts)))
-        if not single and max(map(len, texts)) >= self.wire.long_from:
-            *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
-            return (yield from self.apart(texts, on_long, [longest], others))
-        garbled = silences = crashes = suspicions = 0
+        if not single and longest >= wire.long_from:
+            *others, last = sorted(texts, key=len)  # if it is taken, so will be the others
+            return (yield from self.apart(texts, on_long, [last], others))
+        points: dict[str, int] = {}  # against the texts, of each kind of trouble
+        suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
-                if single and len(texts[0]) >= self.wire.long_from and on_long != "truncate":
-                    self.wire.long_from = len(texts[0]) + 1
-                return list(vectors)
+                if single and on_long != "truncate":
+                    wire.long_from = max(wire.long_from, longest + 1)
+                return vectors
             except Superseded:
                 return (yield from self.embed(texts, on_long))
-            except TooLong as refused:
-                if single:
-                    # Before it is believed of a text shorter than others, a short one must not be too long.
-                    if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
-                        suspicions += 1
-                        if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                            continue
-                    self.wire.long_from = min(self.wire.long_from, len(texts[0]))
-                    if on_long != "fail":
-                        return [(yield from self.fit(texts[0], on_long, str(refused)))]
-                else:  # by length, so that those at fault are soon among themselves
-                    return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
-                trouble: Trouble = refused
-                suspect = True
-            except Refused as refused:
-                trouble = refused
-                suspect = True
-            except Garbled as unusable:
-                trouble = unusable
-                garbled += 1
-                suspect = garbled > 1
-                if isinstance(unusable, OtherDimensions):
-                    yield from self.until_sane()  # raises Stop if all vectors of this server are like that
-            except Silent as silent:
-                trouble = silent
-                silences += 1
-                suspect = not single or silences >= SILENCES
-                # The server may go on computing what nobody waits for any more: asking again
-                # before it has time for a short text would only lengthen its queue.
+            except Trouble as caught:
+                trouble = caught
+            if isinstance(trouble, (Silent, OtherDimensions)):
+                # After a silence, the server may go on computing what nobody waits for any more: asking again before
+                # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
+                # if all vectors of this server are like that.
                 yield from self.until_sane()
-            except Unavailable as away:
-                trouble = away
-                crashes += away.crashed if single else CRASHES // 2 if away.slow else not away.busy
-                suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
-            if not suspect:
+            points[trouble.kind] = points.get(trouble.kind, 0) + trouble.points(single)
+            if points[trouble.kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
+            too_long = isinstance(trouble, TooLong)
             if not single:
-                if crashes:
+                if points.get("crash") and not too_long:
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
-                return (yield from self.apart(texts, on_long, *in_half(texts)))
-            # Is it the text, or the server? Only the server's word on a known-good text tells.
-            suspicions += 1
-            if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
+                # By length, if that is it, so that those at fault are soon among themselves.
+                return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
+            # Is it the text, or the server? Only the server's word on a known-good text tells; but of the length of
+            # a part, or of a text as long as others that were refused, it is believed.
+            if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
+                suspicions += 1
+                if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                    points["crash"] = 0
+                    continue
+            if not too_long:
                 return [str(trouble)]
-            crashes = 0
+            wire.long_from = min(wire.long_from, longest)
+            return [(yield from self.fit(texts[0], on_long, str(trouble)))]
 
     def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
@@ -1624,28 +1588,24 @@ class Talk:
                 answers.update(zip(group, (yield from self.embed(group, on_long))))
         return [answers[text] for text in texts]
 
-    def fit(self, text: str, on_long: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def fit(self, text: str, on_long: str, refusal: str) -> Steps[bytes | str]:
         """Return the answer for a text that the server does not take as a whole."""
-        if on_long == "split":
-            parts = yield from self.split(text)
-            if isinstance(parts, str):
-                return parts
-            vector = mean(parts)
-            return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
         if on_long == "cut":
-            answer: bytes | str = TooLongFor(refusal)
-            if self.wire.cuts:
-                [answer] = yield from self.embed([text], "truncate")
-            if isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
-                answer = yield from self.cut(text, refusal)
+            answer = yield from self.cut(text, refusal)
             return Cut(answer) if isinstance(answer, bytes) else answer
-        return TooLongFor(refusal)
+        if on_long == "split":
+            return (yield from self.split(text))
+        return refusal if on_long == "fail" else TooLongFor(refusal)
 
-    def cut(self, text: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def cut(self, text: str, refusal: str) -> Steps[bytes | str]:
         """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
 
         Within a sixteenth of its length: each further step costs a request and adds fewer words.
         """
+        if self.wire.cuts:
+            [answer] = yield from self.embed([text], "truncate")
+            if not isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
+                return answer
         best: bytes | str = refusal
         low, high = 0, len(text)
         while high - low > max(low // 16, 1):
@@ -1661,117 +1621,104 @@ class Talk:
                 return answer
         return best
 
-    def split(self, text: str) -> Generator[Any, Reply | None, list[tuple[int, bytes]] | str]:
-        """Return the lengths and vectors of a text's parts, each as the server takes it; or why there is one without.
-
-        The text is known to be too long, and is halved until its parts are not.
-        """
-        found: list[tuple[int, bytes]] = []
-        for part in halves(text):
+    def split(self, text: str) -> Steps[bytes | str]:
+        """Return the mean of the vectors of a text's parts: its halves, or the halves of what is still too long."""
+        found: list[tuple[int, bytes]] = []  # each part's length and vector
+        parts = [*halves(text)]
+        while parts:
+            part = parts.pop(0)
             if not part.strip(BLANKS):
                 continue
             [answer] = yield from self.embed([part], "whole")
             if isinstance(answer, bytes):
                 found.append((len(part), answer))
-            elif isinstance(answer, TooLongFor) and len(part) < len(text):
-                inner = yield from self.split(part)
-                if isinstance(inner, str):
-                    return inner
-                found += inner
+            elif isinstance(answer, TooLongFor) and len(part) > 1:
+                parts[:0] = halves(part)
             else:
                 return str(answer)
-        return found
+        vector = mean(found)
+        return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
 
-    def ask(
-        self, texts: list[str], probe: bool = False, truncate: bool = False
-    ) -> Generator[Any, Reply | None, list[bytes]]:
+    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Conversation:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
         request = self.wire.request(texts, self.timeout, truncate)
-        reply = yield request
-        assert reply is not None
+        reply: Reply = yield request
         try:
-            vectors = self.wire.read(request.path, reply, texts)
+            vectors: Answers = [*self.wire.read(request.path, reply, texts)]
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
-        except Superseded:
-            raise
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
-            # A long silence may mean that much was asked for.
-            if probe or not (isinstance(trouble, Silent) or getattr(trouble, "slow", False)):
+            if probe or not trouble.slow:  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            if probe:
-                yield Exchange(0, reply.seconds, "failed", str(trouble))
-            else:
-                yield Exchange(len(texts), reply.seconds, trouble.outcome, str(trouble))
+            outcome = "failed" if probe else trouble.outcome
+            yield Exchange(0 if probe else len(texts), reply.seconds, outcome, str(trouble))
             raise
         self.trying = self.waits = 0
         if not probe:
             yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path), most=self.wire.most_texts)
         return vectors
 
-    def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
+    def check_dimensions(self, dimensions: int, probe: bool) -> Steps[None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if probe and not wire.certain:
-            return  # nothing is known yet that it could differ from
-        if not wire.certain and dimensions != wire.dimensions:
-            # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            vectors = yield from self.ask([KNOWN_GOOD], probe=True)
-            if not wire.certain and len(vectors[0]) // 4 == dimensions:  # no other conversation has settled it
-                wire.dimensions = dimensions
-        if dimensions != wire.dimensions:
-            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
-        if not wire.certain:
-            wire.settle(dimensions)
+        if wire.dimensions is None:
+            if probe:
+                return  # nothing is known yet that it could differ from
+            if dimensions != wire.expected:
+                # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
+                [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
+                if len(vector) // 4 == dimensions:
+                    wire.expected = dimensions
+        known = wire.dimensions or wire.expected  # another conversation may have settled it meanwhile
+        if dimensions != known:
+            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {known}")
+        wire.settle(dimensions)
+
+    def known_good(self) -> Conversation:
+        """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
+        while True:
+            try:
+                return (yield from self.ask([KNOWN_GOOD], probe=True))
+            except Superseded:
+                continue
+            except OtherDimensions as error:
+                raise Stop(
+                    f"{self.wire.address} does not give what the table holds: {error}. "
+                    "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+                ) from None
 
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
         yield from self.wire.agree()
-        while True:
-            try:
-                return list((yield from self.ask([KNOWN_GOOD], probe=True)))
-            except Superseded:
-                continue
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Trouble as trouble:
-                raise self.away(trouble) from None
+        try:
+            return (yield from self.known_good())
+        except Trouble as trouble:
+            raise self.away(trouble) from None
 
-    def until_sane(self) -> Generator[Any, Reply | None, bool]:
+    def until_sane(self) -> Steps[bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
         at_once = True
         while True:
             try:
-                yield from self.ask([KNOWN_GOOD], probe=True)
+                yield from self.known_good()
                 return at_once
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Superseded:
-                continue
             except Trouble as trouble:
                 at_once = False
                 yield from self.pause(trouble, known_good=True)
 
-    def of_no_use(self, error: OtherDimensions) -> Stop:
-        """Return the end of all work with this server."""
-        return Stop(
-            f"{self.wire.server.shown} does not give what the table holds: {error}. "
-            "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-        )
-
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
         away = Away(
-            f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+            f"{self.wire.product} at {self.wire.address} has given no good answer for "
             f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
         )
         away.reason = str(trouble)
-        away.wait = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        away.wait = min(trouble.retry_after, LONGEST_RETRY_AFTER)
         return away
 
-    def pause(self, trouble: Trouble, known_good: bool = False) -> Generator[Any, Reply | None, None]:
+    def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
         Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
@@ -1779,16 +1726,14 @@ class Talk:
         the server may have broken, unless it cannot bear the known-good text either: they would break the others.
         """
         away = self.away(trouble)
-        asked_for = away.wait
-        if self.trying >= PATIENCE:
-            raise away
-        blameless = known_good or not getattr(trouble, "crashed", False)
-        if self.movable and blameless and (self.trying + asked_for >= LEAVE or getattr(trouble, "gone", False)):
+        blameless = known_good or not trouble.crashed
+        leave = self.movable and blameless and (trouble.gone or self.trying + away.wait >= LEAVE)
+        if leave or self.trying >= PATIENCE:
             raise away
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
-        yield Wait(max(wait, asked_for))
+        yield Wait(max(wait, away.wait))
 
 
 # =============================== pace ===============================
@@ -1825,7 +1770,7 @@ class Pace:
         self.batch_size = batch_size or 4  # a few seconds' work on the slowest laptop
         self.reason = "start"
         self._auto_in_flight, self._auto_batch, self._most = in_flight is None, batch_size is None, most
-        self._largest = self.LARGEST_BATCH if batch_size is None else batch_size
+        self._largest = batch_size or self.LARGEST_BATCH
         self._target, self._timeout = min(self.TARGET, timeout / 60), timeout
         self._rate = self._took = 0.0  # texts/s (0: not known) and seconds per request before the experiment
         self._move, self._needed = "", 0.0  # the experiment under way, and times the throughput it must reach
@@ -1836,47 +1781,53 @@ class Pace:
         self._rested, self._pause = 0.0, self.PAUSE
         self._trouble = 0.0  # from 0, all is well, to 1, nothing is
         self._first = self.in_flight  # answers that may have waited for the model to load
-        self._count = self._texts = self._load = 0  # the measurement so far
-        self._seconds = 0.0
+        self._measure_anew()
 
-    def observe(self, texts: int, seconds: float, outcome: str, under_way: int | None = None) -> None:
+    def __str__(self) -> str:
+        """The settings, and why they are so."""
+        return f"{self.in_flight} in flight, batches of {self.batch_size}: {self.reason}"
+
+    def observe(self, texts: int, seconds: float, outcome: str, load: int) -> None:
         """Learn that an exchange ended: ok, overloaded, timeout, or failed for another reason.
 
-        `under_way` are the texts that were in flight when it was sent, its own included.
+        `load` are the texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
-        load = full if under_way is None else under_way
         self._first -= 1
         if load > full or outcome == "failed" or not (self._auto_in_flight or self._auto_batch):
             return  # sent before the last reduction; or no sign of too much; or nothing to decide
-        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT.get(outcome, 0.0)
+        self._trouble += ((outcome != "ok") - self._trouble) * self.WEIGHT[outcome]
         if outcome != "ok":
             if self._trouble > 0.5:
                 self._back_off(outcome)
         elif self._first >= 0 and seconds > self._target:
             return
         elif load >= 0.75 * full and abs(texts - self.batch_size) <= 0.2 * self.batch_size:  # sent as things are now
-            self._count, self._texts = self._count + 1, self._texts + texts
-            self._load, self._seconds = self._load + load, self._seconds + max(seconds, 0.001)
-            if self._count >= self._enough(self._load / self._seconds):
-                self._decide(self._load / self._seconds)
+            self._count += 1
+            self._texts += texts
+            self._load += load
+            self._seconds += max(seconds, 0.001)
+            rate = self._load / self._seconds
+            if self._count >= self._enough(rate):
+                self._decide(rate)
 
     def limit(self, most: int) -> None:
         """Learn that a request can carry no more texts than that."""
         if most < self._largest:
-            self._largest = most
+            self._largest, self._before = most, (self._before[0], min(self._before[1], most))
             if most < self.batch_size:
-                self._move, self._needed, self._rate = "", 0.0, 0.0
+                self._move, self._rate = "", 0.0
                 self._change(self.in_flight, most, f"no more than {most} texts are taken")
 
     def _measure_anew(self) -> None:
-        self._count, self._texts, self._load, self._seconds = 0, 0, 0, 0.0
+        self._count = self._texts = self._load = 0
+        self._seconds = 0.0
 
     def _enough(self, rate: float) -> int:
         """Return how many answers settle the matter: few if the difference is far beyond noise."""
         import math
 
-        if self._moves[:1] == ["more of both"] or self._move == "more of both":
+        if "more of both" in (self._move, *self._moves[:1]):
             return 2
         if not self._rate:
             return max(8, self.in_flight)
@@ -1887,27 +1838,31 @@ class Pace:
 
     def _decide(self, rate: float) -> None:
         """A measurement is complete: judge the experiment, then start the next one or rest."""
-        ratio, took, elapsed = rate / (self._rate or rate), self._seconds / self._count, self._texts / rate
+        ratio = rate / (self._rate or rate)
         move, self._move = self._move, ""
-        self._measure_anew()
-        if move and ratio < self._needed:
+        needed = self._needed if move else 0.0
+        if ratio < needed:
             self._undo(move, rate, ratio)
-        elif (ratio > self.LEAP and self._needed < 1) or (not move and ratio < 1 / self.LEAP):
+        elif (ratio > self.LEAP and needed < 1) or (not move and ratio < 1 / self.LEAP):
             self._pause, self._rate = self.PAUSE, 0.0  # no experiment explains that: the server has changed
             self._start_round()
         else:
-            self._rate, self._took = rate, took
+            self._rate, self._took = rate, self._seconds / self._count
             if move:  # it worked: once more, but short requests come first, unless throughput soars
-                self._step = 4 if ratio > 1.7 else 2
-                self._put_first(*((move, "more in flight") if self._step == 4 else ("smaller requests", move)))
+                if ratio > 1.7:
+                    self._step = 4
+                    self._put_first(move, "more in flight")
+                else:
+                    self._step = 2
+                    self._put_first("smaller requests", move)
             elif not self._moves:
-                self._rested += elapsed
+                self._rested += self._texts / rate
                 if self._rested >= self._pause:
                     self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
                     self._start_round()
             while self._moves and not self._move:
                 self._try(self._moves.pop(0))
-        self._needed = self._needed if self._move else 0.0
+        self._measure_anew()
 
     def _undo(self, move: str, rate: float, ratio: float) -> None:
         """Back to the settings before; measured anew, as the server may have changed meanwhile."""
@@ -1948,8 +1903,8 @@ class Pace:
             self._change(in_flight, batch, f"trying {move}: {self._rate:.1f} texts/s, {took:.1f} s per request")
 
     def _change(self, in_flight: int, batch: int, reason: str) -> None:
-        was = f" with {self.in_flight} x {self.batch_size}"
-        self.in_flight, self.batch_size, self.reason = in_flight, batch, reason + was
+        self.reason = f"{reason} with {self.in_flight} x {self.batch_size}"
+        self.in_flight, self.batch_size = in_flight, batch
         self._measure_anew()
 
     def _back_off(self, outcome: str) -> None:
@@ -1962,7 +1917,7 @@ class Pace:
             if self._auto_batch and (outcome == "timeout" or in_flight == self.in_flight):
                 batch = max(1, batch // 2)
             self._pause = self.RECOVERY
-        self._move, self._needed, self._moves, self._step = "", 0.0, [], 2
+        self._move, self._moves, self._step = "", [], 2
         self._rate = self._rested = self._trouble = 0.0
         self._change(in_flight, batch, "requests time out" if outcome == "timeout" else "the server is overloaded")
 
@@ -1974,6 +1929,9 @@ class Result(NamedTuple):
     answers: Answers
 
 
+NEVER = float("inf")  # a moment that does not come
+
+
 class Lane:
     """One server of a run: its wire, its pace, and what is under way to it. Moments are seconds of any one clock."""
 
@@ -1982,6 +1940,7 @@ class Lane:
     def __init__(self, place: int, wire: Wire, pace: Pace) -> None:
         """`place` is its number among the servers."""
         self.place, self.wire, self.pace = place, wire, pace
+        self.logged = pace.reason  # the last one that the log has
         self.flying = self.texts = 0  # batches and texts under way
         self.rate = 0.0  # texts/s; 0: not known
         self.free = 0.0  # the moment at which all that is under way should be done
@@ -1990,7 +1949,7 @@ class Lane:
         self.barred = False  # whether it is of no use for the rest of the run
         self.since = self.absent = 0.0  # when it went away, and seconds that it was away before
         self.trying = 0.0  # since when it has been tried in vain
-        self.next_probe: float | None = None  # None: one is under way, or none is needed
+        self.next_probe = NEVER  # where one is under way, or none is needed
         # Answers that came after it went: it may have been started again with another model, which a probe will tell.
         self.held: list[Result] = []
 
@@ -2003,10 +1962,6 @@ class Lane:
             rate = under_way / max(exchange.seconds, 0.001)
             self.rate += (rate - self.rate) * (self.WEIGHT if self.rate else 1.0)
 
-    def away_for(self, now: float) -> float:
-        """Return the seconds that it has been away in all."""
-        return self.absent + (now - self.since if self.trouble else 0.0)
-
 
 class Batch(NamedTuple):
     """Rows whose texts go to a server together; `under_way` texts were in flight to it when they did, these included.
@@ -2018,11 +1973,6 @@ class Batch(NamedTuple):
     under_way: int
     lane: Lane
     moves: int = 0
-
-    @property
-    def texts(self) -> list[str]:
-        """What is to be embedded."""
-        return [row.text for row in self.rows]
 
 
 class Servers:
@@ -2057,11 +2007,9 @@ class Servers:
 
         `left` gives how many rows are not under way yet, as far as that is known.
         """
-        if sum(lane.flying for lane in self.lanes) >= self.most:
-            return None
         there = [lane for lane in self.lanes if not lane.trouble]
         roomy = [lane for lane in there if lane.flying < lane.pace.in_flight]
-        if not roomy:
+        if not roomy or sum(lane.flying for lane in self.lanes) >= self.most:
             return None
         if len(there) == 1:
             return there[0], there[0].pace.batch_size
@@ -2075,24 +2023,23 @@ class Servers:
             return now + abs(lane.free - now) if lane.flying else now
 
         # When would all be done together? A server that is busy for longer than that gets nothing more.
-        rows = left() if left() > 0 else sys.maxsize
-        sharing = sorted(there, key=begin)
-        while True:
-            end = (rows + sum(rate(lane) * begin(lane) for lane in sharing)) / sum(map(rate, sharing))
-            if begin(sharing[-1]) < end or len(sharing) == 1:
-                break
-            sharing.pop()
+        rows, end, begins, rates = max(left(), 0) or sys.maxsize, NEVER, 0.0, 0.0
+        for lane in sorted(there, key=begin):
+            if begin(lane) < end:
+                begins += rate(lane) * begin(lane)
+                rates += rate(lane)
+                end = (rows + begins) / rates
         found = []
         for lane in there:
-            least = -(-lane.pace.batch_size // self.SMALLEST)
+            usual_size = lane.pace.batch_size
             share = (end - begin(lane)) * rate(lane)
             # The soonest first; before all others those not known yet, with little, since they may be slow.
-            most = lane.pace.batch_size if lane.rate else -(-lane.pace.batch_size // self.UNKNOWN)
-            size = int(min(most, max(least, share / 2)))
-            found.append((begin(lane) + size / rate(lane) if lane.rate else 0.0, lane.place, lane, size, share))
-        first = min(found)[2]
-        for _, _, lane, size, share in sorted(found):
-            if lane in roomy and (share >= size / 2 or lane is first):
+            most = usual_size if lane.rate else -(-usual_size // self.UNKNOWN)
+            size = int(min(most, max(-(-usual_size // self.SMALLEST), share / 2)))
+            found.append((begin(lane) + size / lane.rate if lane.rate else 0.0, lane.place, lane, size, share))
+        found.sort()
+        for _, _, lane, size, share in found:
+            if lane in roomy and (share >= size / 2 or lane is found[0][2]):
                 return lane, size
         return None
 
@@ -2100,14 +2047,16 @@ class Servers:
         """Note that a batch is on its way, and return it."""
         begin = max(lane.free, now) if lane.flying else now
         lane.free = begin + len(rows) / lane.rate if lane.rate else now
-        lane.flying, lane.texts = lane.flying + 1, lane.texts + len(rows)
+        lane.flying += 1
+        lane.texts += len(rows)
         return Batch(rows, lane.texts, lane, moves)
 
     def land(self, batch: Batch, now: float) -> None:
         """Note that a batch is no longer under way."""
         lane = batch.lane
         if batch.rows:
-            lane.flying, lane.texts = lane.flying - 1, lane.texts - len(batch.rows)
+            lane.flying -= 1
+            lane.texts -= len(batch.rows)
             lane.free = now + lane.texts / lane.rate if lane.rate else now
 
     def take_returned(self, size: int) -> tuple[list[Row], int]:
@@ -2131,7 +2080,7 @@ class Servers:
         if not known:
             lane.since = lane.trying = now
         if not isinstance(stop, Away):
-            lane.trouble, lane.barred, lane.next_probe = stop.message, True, None
+            lane.trouble, lane.barred, lane.next_probe = stop.message, True, NEVER
             self.redo(lane)
             return f"{stop.message} The other servers do its work."
         lane.trouble = stop.reason or stop.message
@@ -2148,9 +2097,9 @@ class Servers:
 
     def to_probe(self, now: float) -> list[Batch]:
         """Return the questions that are due to servers that are away."""
-        due = [lane for lane in self.lanes if lane.next_probe is not None and lane.next_probe <= now]
+        due = [lane for lane in self.lanes if lane.next_probe <= now]
         for lane in due:
-            lane.next_probe = None
+            lane.next_probe = NEVER
         return [Batch([], 0, lane) for lane in due]
 
     def welcome(self, lane: Lane, now: float) -> str:
@@ -2181,16 +2130,15 @@ class Servers:
 
     def shares(self, elapsed: float, now: float) -> list[str]:
         """Return for the log what each server has done in that many seconds."""
+        if self.alone:
+            return [f"at the end {self.lanes[0].pace}"]
         lines = []
         for lane in self.lanes:
-            pace, away = lane.pace, lane.away_for(now)
-            state = f"{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}"
-            if self.alone:
-                return [f"at the end {state}"]
+            away = lane.absent + (now - lane.since if lane.trouble else 0.0)
             speed = lane.embedded / max(elapsed - away, 0.001)
             lines.append(
                 f"{lane.wire.address}: {lane.embedded} texts, {speed:.1f} texts/s, away for {away:.1f} s; "
-                f"at the end {state}"
+                f"at the end {lane.pace}"
             )
         return lines
 
@@ -2211,7 +2159,7 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+        if self.dimensions and wire.dimensions != self.dimensions:
             wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
@@ -2616,7 +2564,7 @@ class Engine:
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
         lane = self.present()[0]
-        if lane.wire.dimensions is None or not lane.wire.certain:
+        if lane.wire.dimensions is None:
             lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
@@ -2628,7 +2576,7 @@ class Engine:
         """Return what is to be done for a batch."""
         servers = self.servers
         movable = not servers.alone and batch.moves < servers.MOVES
-        return Task(batch.lane.place, batch.texts, movable, servers.dimensions)
+        return Task(batch.lane.place, [row.text for row in batch.rows], movable, servers.dimensions)
 
     def submit(self, batch: Batch) -> None:
         """Send one batch on its way."""
@@ -4638,10 +4586,8 @@ class PostgresStore(Store):
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
             for secret in [*password.split("@"), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
-            usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
-            raise Stop(
-                f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
-            ) from None
+            kind = UsageError if isinstance(error, psycopg.ProgrammingError) else Stop  # the first if the URL is wrong
+            raise kind(f"cannot connect to Postgres ({reason}). Check --database URL.") from None
 
     def close(self) -> None:
         self.connection.close()
@@ -5594,7 +5540,7 @@ class Counts:
         self.to_do, self.limit = rows - existing, limit
         self.generated = self.failed = 0
         self.cut = 0  # of those generated
-        self.reasons: dict[str, int] = {}
+        self.reasons: Counter[str] = Counter()
 
     @property
     def skipped(self) -> int:
@@ -5635,7 +5581,7 @@ class Counts:
     def fail(self, reason: str) -> None:
         """Count a failed row."""
         self.failed += 1
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.reasons[reason] += 1
 
 
 RULE = "=" * 60
@@ -5682,19 +5628,19 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None) -> str:
     eta = clock(elapsed / worked * left) if worked else "?" if left else "00:00"
     tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
     figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
-    percent = f"{percent_of(share):3}%"
-    head = "Generating embeddings: "
+    percent = f"{percent_of(share)}%"
+    head = f"Generating embeddings: {percent:>4}"
     if columns is None:
-        return f"{head}{percent}|{bar(share, PIPE_BAR)}| {figures}"
+        return f"{head}|{bar(share, PIPE_BAR)}| {figures}"
     room = max(columns - 3, 1)  # a terminal's own ^C, of two cells, must not make the line wrap
-    for before in (f"{head}{percent}", percent.strip()):
+    for before in (head, percent):
         cells = room - len(f"{before}|| {figures}")
         if cells >= 4:
             return f"{before}|{bar(share, cells)}| {figures}"
-    for line in (f"{percent.strip()} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
+    for line in (f"{percent} {figures}", f"{counts.done}/{counts.total} {tally}", tally):
         if len(line) <= room:
             return line
-    return percent.strip()[:room]
+    return percent[:room]
 
 
 class Console:
@@ -5725,13 +5671,11 @@ class Console:
     @property
     def columns(self) -> int | None:
         """The terminal's width now, None where there is no terminal."""
-        if not self.is_terminal:
+        if self.out is None or not self.is_terminal:
             return None
-        try:
-            assert self.out is not None
+        with contextlib.suppress(OSError):
             return os.get_terminal_size(self.out.fileno()).columns or 80
-        except OSError:
-            return 80
+        return 80
 
     def write(self, text: str) -> None:
         """Write at once, or lose it: what happens to the output must not touch the work, except that a
@@ -5741,49 +5685,34 @@ class Console:
         try:
             self.out.write(text)
             self.out.flush()
-        except BrokenPipeError:
-            self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
-            self.abandon()
         except (OSError, ValueError) as error:
-            self.abandon()
-            self.is_lost = True
-            complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
+            out, self.out = self.out, None
+            with contextlib.suppress(OSError, ValueError):  # or it was no file to begin with
+                # Where Python's own flush at the exit goes, too.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, out.fileno())
+                os.close(nowhere)
+            if isinstance(error, BrokenPipeError):
+                self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
+            else:
+                self.is_lost = True
+                complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
-    def abandon(self) -> None:
-        """Write no more; and let Python's own flush at the exit go nowhere."""
-        out, self.out = self.out, None
-        try:
-            assert out is not None
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, out.fileno())
-            os.close(nowhere)
-        except (OSError, ValueError):
-            pass  # it was no file to begin with
-
-    def line(self, text: str = "") -> None:
-        """Print one line, below the one that was being redrawn."""
-        self.end_line()
-        self.write(text + "\n")
+    def lines(self, *texts: str) -> None:
+        """Print lines, below the one that was being redrawn, which stays as it is."""
+        if self.drawn:
+            self.drawn = 0
+            self.write("\n")
+        for text in texts:
+            self.write(text + "\n")
 
     def json(self, value: dict[str, Any]) -> None:
         """Print one JSON object; what JSON does not know is given as text."""
         import json
-        import math
 
-        def known(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: known(one) for key, one in value.items()}
-            if isinstance(value, list):
-                return list(map(known, value))
-            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-        self.line(json.dumps(known(value), ensure_ascii=True, default=str))
-
-    def end_line(self) -> None:
-        """Leave the line that was being redrawn as it is."""
-        if self.drawn:
-            self.drawn = 0
-            self.write("\n")
+        text = json.dumps(value, default=str)
+        # Python's NaN and Infinity are no JSON.
+        self.lines(json.dumps(json.loads(text, parse_constant=lambda name: str(float(name)))))
 
     def erase(self) -> None:
         """Take back the line that was being redrawn, and the ^C that a terminal puts behind it."""
@@ -5791,7 +5720,10 @@ class Console:
         self.drawn = 0
 
     def redraw(self, text: str) -> None:
-        """Put the text in place of the last one."""
+        """Put the text in place of the last one; below it, where there is no terminal."""
+        if not self.is_terminal:
+            self.lines(text)
+            return
         width = width_of(text)
         self.write("\r" + text + " " * (self.drawn - width))
         self.drawn = width
@@ -5799,97 +5731,66 @@ class Console:
 
 def complain(text: str) -> None:
     """Write one line to standard error, if there is one."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # there is nowhere left to say it
         if sys.stderr is not None:
             print(text.encode("utf-8", "replace").decode("utf-8"), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass  # there is nowhere left to say it
 
 
 class Report:
-    """What a run prints: the head, the progress, the summary, or one JSON object."""
+    """What is printed: a run's head, progress and summary, what an action has found, or one JSON object."""
 
-    def __init__(self, console: Console, options: argparse.Namespace, table: str, log_path: str) -> None:
-        self.console, self.options, self.log_path = console, options, log_path
-        table = one_line(table)
-        noun = one_line(options.noun or "") or singular(table.replace("_", " ").strip())
-        self.noun = noun.lower()
-        self.nouns = (plural(noun) if options.noun else table.replace("_", " ").strip()).lower()
-        self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding Generator"
-        self.started = self.shown = time.monotonic()
-        self.worked_from = self.started
+    def __init__(self, console: Console, options: argparse.Namespace, log: Log) -> None:
+        self.console, self.options, self.log = console, options, log
         self.talkative = not (options.quiet or options.json)
+        self.started = time.monotonic()
         self.stopping = False  # whether it was said that the run is to stop
         self.ended = 0.0  # when the last row was done
+
+    def name_rows(self, table: str) -> None:
+        """Take what a row is called, also in headings, from --noun or the table's name."""
+        table = one_line(table).replace("_", " ").strip()
+        noun = one_line(self.options.noun or "") or singular(table)
+        self.noun, self.nouns = noun.lower(), (plural(noun) if self.options.noun else table).lower()
+        self.title = " ".join(word[:1].upper() + word[1:] for word in noun.split()) + " Embedding"
+
+    def give(self, facts: dict[str, Any], lines: Iterable[str]) -> None:
+        """Print the facts as one JSON object if that is wanted, and else the lines, without those that are empty."""
+        if self.options.json:
+            self.console.json(facts)
+        else:
+            self.console.lines(*filter(None, lines))
 
     def start(self, counts: Counts) -> None:
         """Print what is going to be done."""
         self.worked_from = self.shown = time.monotonic()
-        if not self.talkative:
-            return
-        say = self.console.line
-        for text in (RULE, f"🧠 {self.title}", RULE, f"📊 Total {self.nouns} to process: {counts.total}"):
-            say(text)
-        say(f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}")
-        say(f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}")
-        say(f"📝 Detailed logs: {self.log_path}")
-        say()
+        if self.talkative:
+            self.console.lines(
+                RULE,
+                f"🧠 {self.title} Generator",
+                RULE,
+                f"📊 Total {self.nouns} to process: {counts.total}",
+                f"⚡ Workers/Concurrent: {self.options.concurrent or 'auto'}",
+                f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}",
+                f"📝 Detailed logs: {self.log.shown}",
+                "",
+            )
 
     def update(self, counts: Counts) -> None:
         """Show the progress, if it is time to."""
-        now = time.monotonic()
-        if self.console.interrupt.code and self.console.is_terminal and self.talkative and not self.stopping:
+        if not self.talkative:
+            return
+        now, in_place = time.monotonic(), self.console.is_terminal
+        if in_place and self.console.interrupt.code and not self.stopping:
             self.stopping = True
             self.console.erase()
-            self.console.line(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
-        if not self.talkative or now - self.shown < (REDRAW if self.console.is_terminal else PIPE_INTERVAL):
-            return
-        self.shown = now
-        self.show(counts, now)
+            self.console.lines(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
+        if now - self.shown >= (REDRAW if in_place else PIPE_INTERVAL):
+            self.show(counts, now)
 
     def show(self, counts: Counts, now: float) -> None:
         """Show the progress."""
-        text = progress_line(counts, now - self.worked_from, self.console.columns)
-        if self.console.is_terminal:
-            self.console.redraw(text)
-        else:
-            self.console.line(text)
-
-    def finish(self, counts: Counts, code: int, error: str = "") -> None:
-        """Print what was done, or how far it came."""
-        self.end(counts)
-        # Rounded first, so that the speed is what a reader gets from the figures printed.
-        elapsed = round(self.ended - self.started, 2) or self.ended - self.started
-        speed = counts.generated / elapsed if elapsed else 0.0
-        if self.options.json:
-            self.finish_json(counts, elapsed, speed, code, error)
-            return
-        if self.talkative:
-            self.console.line()
-        elif code == EXIT_DONE:
-            return
-        complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
-        say = self.console.line
-        say(RULE)
-        say(f"✅ {self.title} Completed" if complete else f"⏹️  {self.title} Stopped")
-        say(RULE)
-        say(f"📊 Total {self.nouns} processed: {counts.done}")
-        say(f"   ✓  Successfully generated: {counts.generated}")
-        if counts.cut:
-            say(f"   ✂  Cut to the model's context: {counts.cut}")
-        say(f"   ⊘  Skipped (already exist): {counts.skipped}")
-        if counts.too_long:
-            say(f"   ✂  Skipped for their length: {counts.too_long}")
-        say(f"   ✗  Failed: {counts.failed}")
-        if not complete:
-            say(f"   …  Left for the next run: {counts.left}")
-        say(f"⏱️  Time elapsed: {elapsed:.2f} seconds")
-        say(f"⚡ Average speed: {speed:.2f} embeddings/second")
-        say(RULE)
-        if self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
-            for reason, times in sorted(counts.reasons.items(), key=lambda item: -item[1])[:5]:
-                say(f"{times} failed: {one_line(reason)}")
-            say(f"Each {self.noun}'s reason is in the log: {self.log_path}")
+        self.shown = now
+        self.console.redraw(progress_line(counts, now - self.worked_from, self.console.columns))
 
     def end(self, counts: Counts) -> None:
         """Show that the last row is done, once."""
@@ -5897,28 +5798,49 @@ class Report:
             self.ended = time.monotonic()
             if self.talkative:
                 self.show(counts, self.ended)
-                self.console.line()
-                self.console.line("💾 Saving embeddings to database...")
+                self.console.lines("", "💾 Saving embeddings to database...")
 
     def show_index(self, share: float) -> None:
         """Show how far the index is; where there is no terminal, only that it is done."""
-        text = f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|"
-        if self.talkative and self.console.is_terminal:
-            self.console.redraw(text)
-        elif self.talkative and share == 1:
-            self.console.line(text)
+        if self.talkative and (self.console.is_terminal or share == 1):
+            self.console.redraw(f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|")
 
-    def finish_json(self, counts: Counts, elapsed: float, speed: float, code: int, error: str) -> None:
-        """Print one JSON object."""
-        summary: dict[str, Any] = {
+    def finish(self, counts: Counts, code: int, error: str = "") -> None:
+        """Print what was done, or how far it came."""
+        self.end(counts)
+        # Rounded first, so that the speed is what a reader gets from the figures printed.
+        elapsed = round(self.ended - self.started, 2) or self.ended - self.started
+        speed = counts.generated / elapsed if elapsed else 0.0
+        facts: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
             "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": round(elapsed, 2),
             "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": self.options.model,
-            "log": self.log_path,
+            "log": self.log.shown,
         }  # fmt: skip
         if error:
-            summary["error"] = error
-        self.console.json(summary)
+            facts["error"] = error
+        complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
+        lines = [
+            RULE,
+            f"✅ {self.title} Generator Completed" if complete else f"⏹️  {self.title} Generator Stopped",
+            RULE,
+            f"📊 Total {self.nouns} processed: {counts.done}",
+            f"   ✓  Successfully generated: {counts.generated}",
+            f"   ✂  Cut to the model's context: {counts.cut}" if counts.cut else "",
+            f"   ⊘  Skipped (already exist): {counts.skipped}",
+            f"   ✂  Skipped for their length: {counts.too_long}" if counts.too_long else "",
+            f"   ✗  Failed: {counts.failed}",
+            "" if complete else f"   …  Left for the next run: {counts.left}",
+            f"⏱️  Time elapsed: {elapsed:.2f} seconds",
+            f"⚡ Average speed: {speed:.2f} embeddings/second",
+            RULE,
+        ]
+        if self.talkative:
+            self.console.lines("")
+        elif self.options.quiet and counts.failed:  # nobody has watched: this is all that a mail from cron will say
+            lines += [f"{times} failed: {one_line(reason)}" for reason, times in counts.reasons.most_common(5)]
+            lines.append(f"Each {self.noun}'s reason is in the log: {self.log.shown}")
+        self.give(facts, [] if self.options.quiet and code == EXIT_DONE else lines)
 
 
 LOG_BYTES, LOG_FILES = 10_000_000, 3  # a log is put aside at this size, and so many old ones are kept
@@ -5926,21 +5848,26 @@ WARNINGS_OF_A_KIND = 20  # warnings with one reason; further ones are info, and 
 
 
 class Log:
-    """The log of a run: a file, rotated by size; without one if it cannot be written.
+    """The log of a run: a file, rotated by size; none before it is begun, and where it cannot be written.
 
     Its lines are as those of `logging`, without the 15 ms that the import of that and of its handlers takes.
     """
 
-    def __init__(self, options: argparse.Namespace, name: str) -> None:
+    path = shown = ""  # shown: as it may be printed; "" before it is begun
+    verbose = False
+    file: Any = None
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def begin(self, options: argparse.Namespace) -> None:
+        """Begin to write, into the file that the engine has."""
         folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
-        self.path = os.path.join(folder, name)
+        self.path, self.verbose = os.path.join(folder, ENGINES[options.engine].log_name), options.verbose
         here = os.path.join(os.path.realpath(os.curdir), "")
         whole = os.path.realpath(self.path)
         # Relative where that is short and clear: from the root folder, everything would be.
-        self.shown = os.path.relpath(whole, here) if whole.startswith(here) and os.path.dirname(here[:-1]) else whole
-        self.seen: dict[str, int] = {}
-        self.verbose: bool = options.verbose
-        self.file: Any = None
+        self.shown = whole.removeprefix(here) if os.path.dirname(here[:-1]) else whole
         try:
             os.makedirs(folder, exist_ok=True)
             self.open()
@@ -5990,7 +5917,7 @@ class Log:
 
     def warn(self, text: str, reason: str) -> None:
         """Log what went wrong; as a warning only the first few times for one reason."""
-        self.seen[reason] = self.seen.get(reason, 0) + 1
+        self.seen[reason] += 1
         self.write("WARNING" if self.seen[reason] <= WARNINGS_OF_A_KIND else "INFO", text)
 
     def sum_up(self) -> None:
@@ -5998,15 +5925,6 @@ class Log:
         for reason, times in self.seen.items():
             if times > WARNINGS_OF_A_KIND:
                 self.write("WARNING", f"{times} times in all: {reason}")
-
-    def error(self, text: str, traceback: bool = False) -> None:
-        """Log why the run ends, with the traceback of the exception being handled if that is wanted."""
-        after = ""
-        if traceback:
-            from traceback import format_exc
-
-            after = format_exc()
-        self.write("ERROR", text, after)
 
     def close(self) -> None:
         """Close the file."""
@@ -6050,16 +5968,15 @@ def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
     """Return the vector of a text, from the first server that is there; raise Stop if it cannot compare."""
     for wire in wires:
         try:
-            answer = embed_here(wire, [text], store.stopping)[0]
+            [answer] = embed_here(wire, [text], store.stopping)
+            break
         except Away:
             if wire is wires[-1]:
                 raise
-            continue
-        if isinstance(answer, str):
-            raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
-        store.check_query(len(answer) // 4, wire.digest)
-        return answer
-    raise AssertionError("there is at least one server")
+    if isinstance(answer, str):
+        raise Stop(f"{wire.address} does not embed the text that is searched for: {answer}.")
+    store.check_query(len(answer) // 4, wire.digest)
+    return answer
 
 
 def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hit]:
@@ -6076,71 +5993,50 @@ def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hi
     return [Hit(similarity, key, columns[key]) for similarity, key in near if key in columns]
 
 
-def search(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def search(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """List the rows nearest to a text."""
-    store.prepare()
-    store.check_searchable(options.model)
-    vector = embed_query(wires, options.search, store)
-    hits = hits_of(store, vector, options.model)
-    show_hits(options, store, console, hits, {"query": options.search}, f'"{options.search}"', vector, options.model)
+    text, model = report.options.search, report.options.model
+    store.check_searchable(model)
+    show_hits(store, report, {"query": text}, f'"{text}"', embed_query(wires, text, store), model)
     return EXIT_DONE
 
 
-def similar(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def similar(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """List the rows nearest to one of them, by the vector that it has already."""
-    store.prepare()
-    key, vector, model = store.row_named(options.similar)
-    noun = Report(console, options, store.relation.name, "").noun
+    key, vector, model = store.row_named(report.options.similar)
+    row = f"{report.noun} {report.options.similar}"
     if vector is None:
-        raise Stop(f"the {noun} {options.similar} has no embedding yet. Run embedgen without --similar first.")
+        raise Stop(f"the {row} has no embedding yet. Run embedgen without --similar first.")
     if not cosine(vector, vector) > 0:  # NaN is not
         raise Stop(
-            f"the {noun} {options.similar} has a vector without a direction (all zeros, or NaN or infinity in it), and "
-            "nothing is near to that. Run embedgen with --force, which replaces it."
+            f"the {row} has a vector without a direction (all zeros, or NaN or infinity in it), and nothing is near to "
+            "that. Run embedgen with --force, which replaces it."
         )
-    hits = hits_of(store, vector, model, but=key)
-    speak_of(model, options, store)
-    show_hits(options, store, console, hits, {"similar_to": key}, f"{noun} {options.similar}", vector, model)
+    speak_of(model, store)
+    show_hits(store, report, {"similar_to": key}, row, vector, model, but=key)
     return EXIT_DONE
 
 
 def show_hits(
-    options: argparse.Namespace,
-    store: Store,
-    console: Console,
-    hits: list[Hit],
-    asked: dict[str, Any],
-    nearest_to: str,
-    vector: bytes,
-    model: str,
+    store: Store, report: Report, asked: dict[str, Any], what: str, vector: bytes, model: str, but: Any = None
 ) -> None:
-    """Print what was found, and say on standard error what could not be."""
-    report = Report(console, options, store.relation.name, "")
-    if options.json:
-        results = [
-            {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
-            for rank, hit in enumerate(hits, 1)
-        ]
-        console.json({**asked, "model": model or None, "results": results})
-    else:
-        cells = console.columns or PIPE_WIDTH
-        if not hits:
-            console.line(f"No {report.nouns} to compare with were found.")
-        elif not options.quiet:
-            console.line(
-                fitted(
-                    f"🔎 {report.nouns[:1].upper()}{report.nouns[1:]} nearest to {nearest_to}, by "
-                    f"{model or 'an unknown model'}",
-                    cells,
-                )
-            )
-        for line in lines_of(hits, cells):
-            console.line(line)
-    if not options.quiet:
-        note_unsearched(options, store, report.nouns, store.comparable(len(vector) // 4, model))
+    """Print the rows nearest to a vector, that of `what` was asked for; on standard error what was not searched."""
+    hits = hits_of(store, vector, model, but)
+    results = [
+        {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
+        for rank, hit in enumerate(hits, 1)
+    ]
+    cells = report.console.columns or PIPE_WIDTH
+    nouns, quiet = report.nouns, report.options.quiet
+    head = f"🔎 {nouns[:1].upper()}{nouns[1:]} nearest to {what}, by {model or 'an unknown model'}"
+    head = "" if quiet else fitted(head, cells)
+    lines = [head, *lines_of(hits, cells)] if hits else [f"No {nouns} to compare with were found."]
+    report.give({**asked, "model": model or None, "results": results}, lines)
+    if not quiet:
+        note_unsearched(store, report, store.comparable(len(vector) // 4, model))
 
 
-def note_unsearched(options: argparse.Namespace, store: Store, nouns: str, comparable: str) -> None:
+def note_unsearched(store: Store, report: Report, comparable: str) -> None:
     """Say on standard error which rows were not searched, or by an older text; those that are `comparable` were."""
     total, stored, found, fresh = store.tally(comparable)
     words: list[str] = []
@@ -6150,11 +6046,11 @@ def note_unsearched(options: argparse.Namespace, store: Store, nouns: str, compa
         (found - fresh, "found by an older text"),
     ):
         if count:
-            whose = "" if words else f" {nouns}"
+            whose = "" if words else f" {report.nouns}"
             words.append(f"{count} of {total}{whose} {'is' if count == 1 else 'are'} {what}")
     if words:
-        ending = f" Run embedgen without --{options.action} to embed them." if total - stored or found - fresh else ""
-        complain(f"note: {'; '.join(words)}.{ending}")
+        cure = f" Run embedgen without --{report.options.action} to embed them."
+        complain(f"note: {'; '.join(words)}.{cure if total - stored or found - fresh else ''}")
 
 
 def lines_of(hits: list[Hit], cells: int) -> list[str]:
@@ -6182,27 +6078,25 @@ def fitted(text: str, cells: int) -> str:
     return text + "…"
 
 
-def speak_of(model: str, options: argparse.Namespace, store: Store) -> None:
+def speak_of(model: str, store: Store) -> None:
     """Take a model that vectors are of, if it is known, for the one that a run would use."""
     if model:
-        apply_card(options, model)
-        store.model, store.prefix = options.model, options.document_prefix
+        apply_card(store.options, model)
+        store.model, store.prefix = store.options.model, store.options.document_prefix
 
 
-def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def status(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Say what is embedded, by which model, and what is left to be done."""
-    store.prepare()
-    origins = store.origins()
+    options, origins = report.options, store.origins()
     models = {model for model, *_ in origins}
     if len(models) == 1 and not options.model_is_named:
-        speak_of(max(models), options, store)
+        speak_of(max(models), store)
     total, _, found, fresh = store.tally(store.has_vector if store.has_target else "")
     unknown = found and not any(models) and not options.model_is_named
-    _, gone = store.orphans()
-    fits = {fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")}
-    facts: dict[str, Any] = {
+    facts = {
         "table": options.table, "target": store.target.name, "rows": total, "embedded": fresh,
-        "missing": total - found, "stale": found - fresh, "orphaned": gone, **fits,
+        "missing": total - found, "stale": found - fresh, "orphaned": store.orphans()[1],
+        **{fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")},
         "model": None if unknown else options.model, "prefix": options.document_prefix,
         "dimensions": store.common_dimensions,
         "updated": moment(store.updated_at()),
@@ -6211,11 +6105,7 @@ def status(options: argparse.Namespace, wires: Sequence[Wire], store: Store, con
             for model, digest, prefix, fit, count in origins
         ],
     }  # fmt: skip
-    if options.json:
-        console.json(facts)
-    else:
-        for line in status_lines(facts, Report(console, options, store.relation.name, ""), store.shown):
-            console.line(line)
+    report.give(facts, status_lines(facts, report, store.shown))
     return EXIT_DONE
 
 
@@ -6223,25 +6113,25 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     """Return what --status prints."""
     total, done = facts["rows"], facts["embedded"]
     share = done / total if total else 1.0
-    figures = [("✓", "Embedded", done), ("…", "Missing", facts["missing"]), ("↻", "Stale", facts["stale"])]
-    figures += [(mark, name, facts[name.lower()]) for mark, name in (("∅", "Orphaned"), ("✂", "Cut"), ("÷", "Split"))
-                if facts[name.lower()]]  # fmt: skip
-    width = max(len(f"{count:,}") for _, _, count in figures)
-    hints = {
-        "Stale": "embedded from another text, prefix or model",
-        "Orphaned": f"without a row in {facts['table']}; see --prune",
-    }
-    title = report.title.replace("Embedding Generator", "Embeddings")
-    lines = [RULE, one_line(f"🧠 {title} in {database}"), RULE]
+    lines = [RULE, one_line(f"🧠 {report.title}s in {database}"), RULE]
     lines.append(f"📊 {percent_of(share)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
-    for mark, name, count in figures:
-        hint = f"   ({hints[name]})" if count and name in hints else ""
-        figure = f"{count:,}".rjust(width)
-        lines.append(f"   {mark}  {name + ':':<10}{figure}{hint}")
-    made: dict[tuple[str, str, str], int] = {}
+    figures = {
+        "Embedded": ("✓", ""),
+        "Missing": ("…", ""),
+        "Stale": ("↻", "embedded from another text, prefix or model"),
+        "Orphaned": ("∅", f"without a row in {facts['table']}; see --prune"),
+        "Cut": ("✂", ""),
+        "Split": ("÷", ""),
+    }
+    width = max(len(f"{facts[name.lower()]:,}") for name in figures)
+    for name, (mark, hint) in figures.items():
+        count = facts[name.lower()]
+        if count or name in ("Embedded", "Missing", "Stale"):
+            why = f"   ({hint})" if count and hint else ""
+            lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{why}")
+    made: Counter[tuple[str, str, str]] = Counter()
     for one in facts["models"]:
-        maker = one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]
-        made[maker] = made.get(maker, 0) + one["rows"]
+        made[one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]] += one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
     for (model, digest, prefix), count in list(made.items())[:3]:
         words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"
@@ -6254,46 +6144,41 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
 
 def moment(value: Any) -> str | None:
     """Return a stored time as text, in UTC where its zone is known."""
-    if hasattr(value, "astimezone") and getattr(value, "tzinfo", None):
-        from datetime import timezone
+    from datetime import datetime, timezone
 
+    if isinstance(value, datetime) and value.tzinfo:
         return f"{value.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     return None if value is None else str(value)
 
 
-def rehearse(
-    options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None
-) -> int:
+def rehearse(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Say what a run would do, and how long it may take by a few texts measured; write nothing."""
-    store.prepare()
-    counts = Counts(*store.count(), options.limit)
-    to_do = counts.total - counts.done
+    counts = Counts(*store.count(), report.options.limit)
+    rows, to_do = counts.skipped + counts.to_do, counts.total - counts.done
+    left = counts.to_do - to_do
     speed = measured_speed(wires, store) if to_do else 0.0
     store.digest = next((wire.digest for wire in wires if wire.digest), "")
     store.check_version()
     lasting = to_do / speed if speed else 0.0
-    report = Report(console, options, store.relation.name, "")
-    if options.json:
-        console.json(
-            {
-                "rows": counts.skipped + counts.to_do, "would_generate": to_do, "would_skip": counts.skipped,
-                "left": counts.to_do - to_do, "seconds": round(lasting, 1) if speed else None,
-                "rate": round(speed, 2) if speed else None, "model": options.model,
-            }
-        )  # fmt: skip
-        return EXIT_DONE
-    lines = [RULE, f"🧠 {report.title}: what it would do", RULE]
-    lines.append(f"📊 Total {report.nouns}: {counts.skipped + counts.to_do}")
-    lines.append(f"   ✓  Would be generated: {to_do}")
-    lines.append(f"   ⊘  Would be skipped (already exist): {counts.skipped}")
-    if counts.to_do > to_do:
-        lines.append(f"   …  Would be left by --limit: {counts.to_do - to_do}")
-    if speed:
-        lines.append(
-            f"⏱️  Estimated time: {clock(max(round(lasting), 1))}, at {speed:.1f} embeddings/second as just measured"
-        )
-    for line in [*lines, "Nothing was written.", RULE]:
-        console.line(line)
+    facts = {
+        "rows": rows, "would_generate": to_do, "would_skip": counts.skipped, "left": left,
+        "seconds": round(lasting, 1) if speed else None, "rate": round(speed, 2) if speed else None,
+        "model": report.options.model,
+    }  # fmt: skip
+    time_left = f"{clock(max(round(lasting), 1))}, at {speed:.1f} embeddings/second as just measured"
+    lines = [
+        RULE,
+        f"🧠 {report.title} Generator: what it would do",
+        RULE,
+        f"📊 Total {report.nouns}: {rows}",
+        f"   ✓  Would be generated: {to_do}",
+        f"   ⊘  Would be skipped (already exist): {counts.skipped}",
+        f"   …  Would be left by --limit: {left}" if left else "",
+        f"⏱️  Estimated time: {time_left}" if speed else "",
+        "Nothing was written.",
+        RULE,
+    ]
+    report.give(facts, lines)
     return EXIT_DONE
 
 
@@ -6303,8 +6188,7 @@ def measured_speed(wires: Sequence[Wire], store: Store) -> float:
 
     rows = itertools.islice(store.pending(None, lambda: TIMED_TEXTS), PAGE_ROWS)
     texts = [row.text for row in rows if row and row.text.strip(BLANKS)][: TIMED_TEXTS + 1]
-    stored = store.stored_dimensions()
-    if stored:
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
     speed, timed = 0.0, texts[1:] or texts
     for wire in wires if texts else []:
@@ -6319,14 +6203,12 @@ def measured_speed(wires: Sequence[Wire], store: Store) -> float:
     return speed
 
 
-def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, console: Console, log: Log | None) -> int:
+def prune(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Remove the embeddings whose row is gone."""
-    store.prepare()
     if not store.has_target:
         raise UsageError(f'there is nothing to prune: no table "{store.target.name}". Give --target NAME.')
     store.check_belonging()
-    total, gone = store.orphans()
-    nouns = Report(console, options, store.relation.name, "").nouns
+    options, (total, gone) = report.options, store.orphans()
     refused = UsageError(
         f'none of the {total} embeddings in "{store.target.name}" belongs to a row of "{store.relation.name}", so that '
         "all would be removed. Give another --table or --target; or --force, if that is meant."
@@ -6334,59 +6216,51 @@ def prune(options: argparse.Namespace, wires: Sequence[Wire], store: Store, cons
     if gone and gone == total and not options.force:
         raise refused
     if not options.dry_run and gone:
-        removed = store.prune()
-        if not removed and store.orphans()[1]:
+        gone = store.prune()
+        if not gone and store.orphans()[1]:
             raise refused  # somebody else was at work meanwhile
-        gone = removed
-    if log:
-        log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
-    if options.json:
-        console.json(
-            {"would_remove" if options.dry_run else "removed": gone, "left": total - gone, "dry_run": options.dry_run}
-        )
-    elif gone or not options.quiet:
-        what = "Would remove" if options.dry_run else "Removed"
-        why = f"whose {nouns} are gone" if gone else f"since all their {nouns} are there"
-        console.line(f"🧹 {what} {gone} of {total} embeddings, {why}.")
+    report.log.info(f"pruned {store.shown}, {store.target.name}: {gone} of {total} embeddings removed")
+    did, what = ("would_remove", "Would remove") if options.dry_run else ("removed", "Removed")
+    why = f"whose {report.nouns} are gone" if gone else f"since all their {report.nouns} are there"
+    line = f"🧹 {what} {gone} of {total} embeddings, {why}."
+    facts = {did: gone, "left": total - gone, "dry_run": options.dry_run}
+    report.give(facts, [line] if gone or not options.quiet else [])
     return EXIT_DONE
 
 
 # =============================== the run ===============================
 
 MOST_CHARACTERS = 1_000_000  # of one request's texts together; one text alone may be longer
-UNSAVED_ROWS, UNSAVED_SECONDS = 1000, 1.0  # finished work is saved when there is so much of it, or it is so old
+# Finished work is saved when there is so much of it, or it is so old. Twice as many rows would take 2 MiB more, and
+# save a twentieth of the time where the server answers at once.
+UNSAVED_ROWS, UNSAVED_SECONDS = 500, 1.0
 
 
 class Run:
     """One run over the table: the loop that both engines and all stores share."""
 
-    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report, log: Log) -> None:
-        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, log
+    def __init__(self, store: Store, engine: Engine, counts: Counts, report: Report) -> None:
+        self.store, self.engine, self.counts, self.report, self.log = store, engine, counts, report, report.log
         self.unsaved: list[tuple[Row, bytes]] = []
         self.oldest = 0.0  # when the first of them came
         self.handed_out = 0  # rows given to the engine, less those that failed: what may yet count for the limit
         self.last_key: Any = None
         self.more = True  # whether the table may hold rows that were not looked at
-        self.reasons = [lane.pace.reason for lane in engine.servers.lanes]  # each pace's last one that was logged
-        self.ways: set[tuple[int, str]] = set()  # in which vectors came, by server, as logged
+        self.ways: set[str] = set()  # in which vectors came, as logged
 
     def work(self) -> None:
         """Embed what is pending. Whatever ends it, what was finished is saved."""
         try:
             self.rounds()
-        except KeyboardInterrupt:
-            raise  # at once: saving could mean to wait for a lock
-        except BaseException:
-            self.save()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):  # at once, then: saving could mean to wait for a lock
+                self.save()
             raise
-        else:
-            self.save()
-            self.counts.elsewhere(*self.store.elsewhere())
-            if not self.more and not self.engine.interrupt.code:
-                self.counts.to_do = (
-                    self.counts.generated + self.counts.failed
-                )  # others were deleted before they were read
-                self.store.end_change()
+        self.save()
+        self.counts.elsewhere(*self.store.elsewhere())
+        if not self.more and not self.engine.interrupt.code:
+            self.counts.to_do = self.counts.generated + self.counts.failed  # others were deleted before they were read
+            self.store.end_change()
 
     def rounds(self) -> None:
         """Embed what is pending, in a second round only where rows of the first have failed and left room."""
@@ -6485,17 +6359,17 @@ class Run:
         at = "" if self.engine.servers.alone else f"{lane.wire.address}: "
         if what.outcome == "ok":
             self.log.debug(f"{at}{what.texts} texts in {what.seconds:.2f} s")
-            if (lane.place, what.way) not in self.ways:
-                self.ways.add((lane.place, what.way))
-                self.log.info(f"{at}vectors come as {what.way}")
+            way = f"{at}vectors come as {what.way}"
+            if way not in self.ways:
+                self.ways.add(way)
+                self.log.info(way)
         else:
             texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
             text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"
             self.log.warn(f"{text}: {what.reason}", what.reason)
-        pace = lane.pace
-        if pace.reason != self.reasons[lane.place]:
-            self.reasons[lane.place] = pace.reason
-            self.log.info(f"{at}{pace.in_flight} in flight, batches of {pace.batch_size}: {pace.reason}")
+        if lane.pace.reason != lane.logged:
+            lane.logged = lane.pace.reason
+            self.log.info(f"{at}{lane.pace}")
 
     def save_if_due(self) -> None:
         """Save what is finished, often enough that little is lost and seldom enough that it costs little."""
@@ -6514,20 +6388,9 @@ class Run:
             self.handed_out -= dropped
 
 
-def generate(
-    options: argparse.Namespace,
-    wires: Sequence[Wire],
-    store: Store,
-    console: Console,
-    log: Log | None,
-) -> int:
+def generate(store: Store, wires: Sequence[Wire], report: Report) -> int:
     """Do the main job and return the exit code."""
-    assert log
-    interrupt = console.interrupt
-    report = Report(console, options, options.table.rpartition(".")[2], log.shown)
-    if options.load:
-        log.info(f"loaded {store.load(options.load)} rows from {options.load}")
-    store.prepare()
+    options, log, interrupt = report.options, report.log, report.console.interrupt
     counts = Counts(*store.count(), options.limit)
     log.info(
         f"{options.engine} engine, {store.shown}, table {options.table}, model {options.model} "
@@ -6537,7 +6400,7 @@ def generate(
     if not store.referable:
         log.info(f'the key "{store.key}" is not declared unique; without an index behind it, reading by pages is slow')
     if counts.total > counts.done:
-        embed(options, store, wires, counts, report, log, interrupt)
+        embed(store, wires, report, counts)
     else:
         report.start(counts)
     if options.index and not interrupt.code:
@@ -6553,20 +6416,11 @@ def generate(
     return code
 
 
-def embed(
-    options: argparse.Namespace,
-    store: Store,
-    wires: Sequence[Wire],
-    counts: Counts,
-    report: Report,
-    log: Log,
-    interrupt: Interrupt,
-) -> None:
+def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -> None:
     """Start an engine and let it work on what is pending; a Stop leaves with the summary printed."""
-    stored = store.stored_dimensions()
-    if stored:
+    options, log, interrupt = report.options, report.log, report.console.interrupt
+    if stored := store.stored_dimensions():
         wires[0].settle(stored)
-    started = False
     servers = servers_for(options, wires)
     engine = ENGINES[options.engine](servers, interrupt)
     try:
@@ -6575,31 +6429,34 @@ def embed(
         store.check_version()
         store.create_target(engine.dimensions)
         if not options.accept_drift:
-            check_drift(options, engine, store.samples())
-        absent = [lane for lane in servers.lanes if lane.trouble]
-        for lane in absent:
-            log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
-            complain(f"warning: {text}")
+            check_drift(engine, store.samples())
+        present = engine.present()
+        for lane in servers.lanes:
+            if lane.trouble:
+                log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
+                complain(f"warning: {text}")
         if remark := store.join():
             log.info(remark)
         report.start(counts)
-        started = interrupt.gentle = True
-        Run(store, engine, counts, report, log).work()
-        for lane in servers.lanes:  # who came back is in the log; who did not may wait to be seen to
-            if lane.trouble and lane not in absent and not interrupt.code:
+        interrupt.gentle = True
+        Run(store, engine, counts, report).work()
+        for lane in present:  # who came back is in the log; who did not may wait to be seen to
+            if lane.trouble and not interrupt.code:
                 complain(f"warning: {lane.wire.address} did not do its share to the end: {lane.trouble}")
     except Stop as stop:
-        if not started:
+        if not interrupt.gentle:  # the run has not begun
             raise
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
         code = interrupt.code or stop.code
         report.finish(counts, code, message)
-        raise Reported(message, code) from stop
+        reported = Reported(message)
+        reported.code = code
+        raise reported from stop
     finally:
         engine.close()
 
 
-def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple[str, bytes]]) -> None:
+def check_drift(engine: Engine, samples: list[tuple[str, bytes]]) -> None:
     """Raise Stop if a server's vectors differ from those that are stored for the same texts, or from each other's.
 
     Where there are several servers, and not all tell the model's digest, its name alone proves nothing: they are
@@ -6609,17 +6466,14 @@ def check_drift(options: argparse.Namespace, engine: Engine, samples: list[tuple
     compare = not servers.alone and not all(lane.wire.digest for lane in servers.lanes)
     texts = [text for text, _ in samples] + [KNOWN_GOOD] * compare
     for lane, answers in engine.each(lambda lane: lane.wire.converse(texts, not servers.alone)) if texts else []:
-        check_alike(options, lane, answers, samples, f'those stored as of the model "{options.model}"')
+        check_alike(lane, answers, samples, f'those stored as of the model "{lane.wire.model}"')
         known = answers[-1]
         if compare and isinstance(known, bytes):
-            if servers.known:
-                check_alike(options, lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
             servers.known, first = servers.known or known, first or lane.wire.address
+            check_alike(lane, [known], [(KNOWN_GOOD, servers.known)], f"{first} does")
 
 
-def check_alike(
-    options: argparse.Namespace, lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str
-) -> None:
+def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], whose: str) -> None:
     """Raise Stop if most of a server's vectors differ from those known for the same texts; a few may by accident."""
     cosines = [
         cosine(answer, vector) if len(answer) == len(vector) else 0.0
@@ -6630,28 +6484,28 @@ def check_alike(
     if 2 * len(different) > len(cosines):
         raise Stop(
             f"{lane.wire.address} gives other vectors than {whose} (cosine {max(different):.3f} for the same text; "
-            f'{ALIKE} or more is usual). It may hold another version of "{options.model}". Give another --server, '
-            "--target NAME for a second table, --force for all rows again, or --accept-drift."
+            f'{ALIKE} or more is usual). It may hold another version of "{lane.wire.model}". Give another '
+            "--server, --target NAME for a second table, --force for all rows again, or --accept-drift."
         )
 
 
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
-    fixed, many = options.in_flight, len(wires)
+    fixed, many = options.concurrent, len(wires)
     lanes = []
     for place, wire in enumerate(wires):
         in_flight = fixed and max(1, fixed // many + (place < fixed % many))
         pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
         lanes.append(Lane(place, wire, pace))
     servers = Servers(lanes, fixed)
-    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    servers.dimensions = wires[0].dimensions
     return servers
 
 
 # =============================== main ===============================
 
-# What can be done; each prepares the store, says what came of it, and returns the exit code.
-ACTIONS: dict[str, Callable[[argparse.Namespace, Sequence[Wire], Store, Console, Optional[Log]], int]] = {
+# What can be done with a prepared store; each says what came of it, and returns the exit code.
+ACTIONS: dict[str, Callable[[Store, Sequence[Wire], Report], int]] = {
     "generate": generate,
     "dry_run": rehearse,
     "search": search,
@@ -6666,16 +6520,14 @@ def hide_arguments(urls: Sequence[str]) -> None:
 
     On Linux alone: proc(5) has the arguments from arg_start in /proc/self/stat on.
     """
-
-    def stars(found: re.Match[bytes]) -> bytes:
-        return found[1] + b"*" * len(found[2])
-
+    secrets = rb"(?s)^((?:.*?://)?[^:/]*:)(.*)(?=@)", rb"((?:password|token|secret|key)=)([^&\s]+)"
     with contextlib.suppress(Exception):  # what cannot be hidden is no reason not to run
         with open("/proc/self/cmdline", "rb") as file:
             hidden = shown = file.read()
         for url in map(os.fsencode, urls):
-            starred = re.sub(rb"(?s)^((?:.*?://)?[^:/]*:)(.*)(?=@)", stars, url)
-            starred = re.sub(rb"((?:password|token|secret|key)=)([^&\s]+)", stars, starred)
+            starred = url
+            for secret in secrets:
+                starred = re.sub(secret, lambda found: found[1] + b"*" * len(found[2]), starred)
             hidden = hidden.replace(url, starred)
         if hidden == shown:
             return
@@ -6687,53 +6539,68 @@ def hide_arguments(urls: Sequence[str]) -> None:
             ctypes.memmove(start, hidden, len(hidden))
 
 
+def leave_out_tls() -> None:
+    """Have asyncio and http.client do without ssl, as they do in a Python that has none; spares 2 MiB and 10 ms."""
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("ssl", None)  # which says that it cannot be imported
+
+
+def traceback_now() -> str:
+    """Return the traceback of the exception that is being handled."""
+    import traceback
+
+    return traceback.format_exc()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import signal
 
-    interrupt = Interrupt()
+    interrupt, log = Interrupt(), Log()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # ignored as in a shell's background: so it stays
             signal.signal(number, interrupt.on_signal)
-    log: Log | None = None
+    given = sys.argv if argv is None else argv
     console = Console(sys.stdout, interrupt)
     try:
         options = parse_arguments(argv)
         if argv is None:
             hide_arguments([*options.server, options.database])
         wires = wires_for(options)
+        if argv is None and not any(wire.server.scheme == "https" for wire in wires):  # this process is the program's
+            leave_out_tls()
         with contextlib.closing(open_store(options)) as store:
             store.stopping = lambda: bool(interrupt.code)
             if not options.reads_only:  # there is nothing to be told of those later
-                log = Log(options, ENGINES[options.engine].log_name)
-            code = ACTIONS[options.action](options, wires, store, console, log)
+                log.begin(options)
+            report = Report(console, options, log)
+            if options.load:
+                log.info(f"loaded {store.load(options.load)} rows from {options.load}")
+            store.prepare()
+            report.name_rows(store.relation.name)
+            code = ACTIONS[options.action](store, wires, report)
             lost = console.is_lost and options.reads_only  # what it was all for
             return interrupt.code or (EXIT_STOPPED if lost else code)
     except Stop as stop:
-        if log:
-            log.error(stop.message, traceback=stop.__cause__ is not None)
-        if "--json" in (sys.argv if argv is None else argv) and not isinstance(stop, Reported):
+        log.write("ERROR", stop.message, traceback_now() if stop.__cause__ else "")
+        if "--json" in given and not isinstance(stop, Reported):
             console.json({"exit_code": stop.code, "error": stop.message})
         complain(f"error: {one_line(stop.message)}")
         return stop.code
     except KeyboardInterrupt:
-        console.end_line()
+        console.lines()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:
-        if log:
-            log.error(f"{type(error).__name__}: {error}", traceback=True)
+        log.write("ERROR", f"{type(error).__name__}: {error}", traceback_now())
         first = one_line(str(error).partition("\n")[0])
-        more = f"the log {log.shown} has more" if log else "--verbose shows more"
+        more = f"the log {log.shown} has more" if log.file else "--verbose shows more"
         complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
-        if not log and "--verbose" in (sys.argv if argv is None else argv):
-            import traceback
-
-            complain(traceback.format_exc().rstrip())
+        if not log.file and "--verbose" in given:
+            complain(traceback_now().rstrip())
         return EXIT_STOPPED
     finally:
         interrupt.over = True
-        if log:
-            log.close()
+        log.close()
 
 
 if __name__ == "__main__":

@@ -377,6 +377,18 @@ class StartUp(unittest.TestCase):
         dear = {"asyncio", "multiprocessing", "http.client", "logging", "socket", "ssl", "json", "traceback"}
         self.assertEqual(set(shown.stdout.decode().split()) & dear, set())
 
+    def test_without_https_no_tls_is_imported(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, Ollama() as ollama:
+            for engine in ENGINES:
+                flags = ["--database", f"{engine}.db", "--log-dir", ".", "--server", ollama.url, "--engine", engine]
+                flags += ["--load", str(MOVIES)]
+                code = "import sys, embedgen; print(embedgen.main(), sys.modules['ssl'], '_ssl' in sys.modules)"
+                env = environment({"PYTHONPATH": str(PROGRAM.parent)})
+                done = subprocess.run(
+                    [sys.executable, "-c", code, *flags], cwd=folder, env=env, stdout=subprocess.PIPE, check=True
+                )
+                self.assertEqual(done.stdout.decode().splitlines()[-1], "0 None False")
+
     def test_only_the_standard_library_is_imported(self) -> None:
         import ast
 

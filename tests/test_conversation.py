@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
+import math
 import random
 import struct
+import sys
 import unittest
 from array import array
 from collections import Counter
@@ -225,7 +228,7 @@ class Conversations(unittest.TestCase):
 
     def test_two_conversations_do_not_confirm_each_others_odd_answers(self) -> None:
         on = wire(dimensions=None)
-        on.dimensions = 8
+        on.expected = 8
         odd = Reply(200, json.dumps({"embeddings": [vector("x", 16)]}).encode())
         one, two = (
             embedgen.Talk(on, lambda: 0.5).embed(["a"], "cut"),
@@ -237,7 +240,7 @@ class Conversations(unittest.TestCase):
             step = conversation.send(as_asked(self.path, odd))
             assert isinstance(step, Send)
             self.assertEqual(json.loads(step.body)["input"], PROBE)
-        self.assertEqual(on.dimensions, 8)
+        self.assertEqual((on.dimensions, on.expected), (None, 8))
 
     def test_one_time_out_and_one_refusal_do_not_end_the_run(self) -> None:
         talked = Talked(TEXTS, script(SILENCE, error(503, "busy")))
@@ -250,7 +253,7 @@ class Conversations(unittest.TestCase):
             for before in (0, 1, 3):
                 with self.subTest(dimensions=dimensions, before=before):
                     on = wire(dimensions=None)
-                    on.dimensions = dimensions
+                    on.expected = dimensions
                     serve = script(*[None] * before, odd)
                     for _ in range(3):
                         self.assertEqual(Talked(TEXTS, serve, on).answers, VECTORS)
@@ -532,8 +535,78 @@ class OverTheLeanPath(Conversations):
                     with self.assertRaises(embedgen.Garbled):
                         embedgen.gate([embedgen.pack(unit)], ["text"], True)
 
+    def test_what_the_gate_tells_by_bytes_alone_is_so(self) -> None:
+        # One of each kind of float32: sign, each exponent, and a fraction of none, a little, and all.
+        for sign, exponent, fraction in itertools.product((0, 1), range(256), (0, 1, 0x7FFFFF)):
+            one = (sign << 31 | exponent << 23 | fraction).to_bytes(4, "little")
+            number = struct.unpack("<f", one)[0]
+            first, second = embedgen.pack([0.6, 0.8]), one + bytes(4)
+            sound = math.isfinite(number) and number != 0
+            for unit_length in (False, True):
+                try:
+                    self.assertEqual(embedgen.gate([first, second], ["one", "other"], unit_length), [first, second])
+                    self.assertTrue(sound and (abs(number) < 2 or not unit_length), number)
+                except embedgen.Garbled as garbled:
+                    self.assertFalse(sound and not unit_length, (number, garbled))
+
+    def test_a_server_that_does_not_normalise_is_told_by_any_of_its_vectors(self) -> None:
+        twice = [[n * 2 for n in vector(text)] for text in TEXTS]
+        for vectors in (twice, list(map(embedgen.pack, twice))):
+            with self.assertRaisesRegex(embedgen.Garbled, "length 2 instead of 1"):
+                embedgen.gate(vectors, TEXTS, True)
+            self.assertEqual(embedgen.gate(vectors, TEXTS, False), list(map(embedgen.pack, twice)))
+
 
 NO_TAGS = error(404, "404 page not found")
+
+
+class Long(unittest.TestCase):
+    """What is learnt from texts that are too long, and how parts are put together."""
+
+    def test_texts_as_long_as_one_that_was_too_long_are_asked_for_alone(self) -> None:
+        def serve(texts: list[str]) -> Reply:
+            too_long = any(text.startswith("long ") for text in texts)
+            return error(400, "the input length exceeds the context length") if too_long else good(texts)
+
+        on = wire(dimensions=8, on_long="skip")
+        self.assertEqual(on.long_from, sys.maxsize)
+        Talked([*TEXTS, "long " * 20], serve, on)
+        self.assertEqual(on.long_from, 100)
+        talked = Talked(["long " * 20, *TEXTS, "long " * 30], serve, on)
+        self.assertEqual(talked.sent[0], ["long " * 30])
+        self.assertEqual([sent for sent in talked.sent if sent != PROBE][1:], [["long " * 20], TEXTS])
+        self.assertEqual([type(answer) for answer in talked.answers[::9]], [embedgen.TooLongFor] * 2)
+        self.assertEqual(talked.answers[1:9], VECTORS)
+        Talked(["long " * 15], serve, on)  # less is too long, too
+        self.assertEqual(on.long_from, 75)
+        taken = ["other" * 20, "other" * 16]
+        self.assertEqual(Talked(taken, serve, on).sent, [taken[:1], taken[1:]])
+        self.assertEqual(on.long_from, 101)  # what was taken is not too long
+        self.assertEqual(Talked(taken, serve, on).sent, [taken])
+
+    def test_a_part_counts_by_its_length(self) -> None:
+        one, other = embedgen.pack([1.0, 0.0]), embedgen.pack([0.0, 1.0])
+        mean = embedgen.unpack(embedgen.mean([(30, one), (40, other)]))
+        self.assertAlmostEqual(mean[0], 0.6, 6)
+        self.assertAlmostEqual(mean[1], 0.8, 6)
+
+    def test_the_parts_of_a_text_are_weighted(self) -> None:
+        text = "one two three four. " * 3 + "five six seven eight nine ten."
+        sent: list[str] = []
+
+        def serve(texts: list[str]) -> Reply:
+            sent.extend(texts)
+            too_long = max(map(len, texts)) > 70
+            return error(400, "the input length exceeds the context length") if too_long else good(texts)
+
+        answer = Talked([text], serve, wire(dimensions=8, on_long="split")).answers[0]
+        parts = [part for part in sent if part not in (text, *PROBE)]
+        self.assertEqual("".join(parts), text)
+        self.assertEqual(len(set(map(len, parts))), 2, "they must differ to show it")
+        sums = [sum(len(part) * vector(part)[i] for part in parts) for i in range(8)]
+        norm = math.hypot(*sums)
+        for number, expected in zip(embedgen.unpack(answer), sums):
+            self.assertAlmostEqual(number, expected / norm, 6)
 
 
 class Greetings(unittest.TestCase):
@@ -552,7 +625,7 @@ class Greetings(unittest.TestCase):
 
     def test_the_model_card_tells_the_dimensions(self) -> None:
         card = {"model_info": {"general.architecture": "bert", "bert.embedding_length": 768}}
-        self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).dimensions, 768)
+        self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).expected, 768)
 
     def test_the_model_card_tells_which_texts_cannot_be_cut(self) -> None:
         margin = embedgen.LEAN_MARGIN
@@ -576,7 +649,7 @@ class Greetings(unittest.TestCase):
                       Reply(200, b'{"model_info": null}'), error(400, "what?"), error(503, "busy")):  # fmt: skip
             with self.subTest(reply=reply):
                 on = self.greet(reply)  # a busy server is not an absent one
-                self.assertIsNone(on.dimensions)
+                self.assertIsNone(on.dimensions or on.expected)
                 self.assertFalse(on.legacy or on.lean_bytes)
 
     def test_the_models_digest(self) -> None:

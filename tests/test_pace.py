@@ -119,6 +119,23 @@ class PaceByHand(unittest.TestCase):
             reasons.add(pace.reason)
         self.assertIn("trying more of both: 80.0 texts/s, 0.1 s per request with 2 x 4", reasons)
 
+    def test_what_a_request_can_carry_is_never_exceeded_again(self) -> None:
+        pace = Pace(None, None)
+
+        def answer(seconds: float) -> None:
+            pace.observe(pace.batch_size, seconds, "ok", pace.in_flight * pace.batch_size)
+
+        for _ in range(300):
+            answer(0.02 * pace.batch_size / 4)
+        while not pace.reason.startswith("trying smaller requests"):
+            answer(5.0)
+        before = pace.batch_size
+        pace.limit(2 * before)  # less than the experiment began with, which is undone now
+        while pace.reason.startswith("trying smaller requests"):
+            answer(50.0)
+        self.assertTrue(pace.reason.startswith("smaller requests did not pay"), pace.reason)
+        self.assertEqual(pace.batch_size, 2 * before)
+
     def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
         pace = Pace(None, None)
         for _ in range(3):

@@ -188,6 +188,9 @@ class Fleet(PostgresCase):
         self.execute("DROP SCHEMA vectors CASCADE")
 
 
+ALIVE = embedgen.Fleet.ALIVE
+
+
 class Interleaved(PostgresCase):
     """Machines in one process, so that each statement of one can be put before or after one of the other's."""
 
@@ -273,6 +276,28 @@ class Interleaved(PostgresCase):
     def keys(self) -> list[int]:
         """Return the keys of the rows that have their embedding."""
         return [key for (key,) in self.execute("SELECT movie_id FROM movie_embeddings ORDER BY 1")]
+
+    def test_a_sign_of_life_lasts_for_a_lease(self) -> None:
+        self.make_movies(30)
+        one, other = self.machine(), self.machine()
+        self.take(one, 10)
+        self.die(one)
+        one.tend()
+        sql = f"SELECT extract(epoch FROM expires - now()) FROM embedgen_machines WHERE id = {one.fleet.machine}"
+        [(seconds,)] = self.execute(sql)
+        self.assertTrue(embedgen.LEASE - 1 < seconds <= embedgen.LEASE, seconds)
+        self.assertEqual([row.key for row in self.take(other)], list(range(11, 31)))
+
+    def test_everybody_has_time_for_a_sign_after_a_start_of_postgres(self) -> None:
+        self.make_movies(30)
+        one, other = self.machine(), self.machine()
+        self.take(one, 10)
+        self.die(one)
+        for ago, keys in (("0 s", range(11, 31)), ("1 hour", range(1, 11))):
+            since = ALIVE.replace("pg_postmaster_start_time()", f"(now() - interval '{ago}')")
+            self.assertNotEqual(since, ALIVE)
+            with mock.patch.object(embedgen.Fleet, "ALIVE", since):
+                self.assertEqual([row.key for row in self.take(other)], [*keys], ago)
 
     def test_each_row_goes_to_one_machine(self) -> None:
         self.make_movies(100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import unittest
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,20 @@ from tests.support import ENGINES, Case, OnPostgres
 
 MODEL = "nomic-embed-text"
 OTHER_SEED = {MODEL: {"seed": "another version"}}
+
+
+class Drift(unittest.TestCase):
+    def test_the_server_has_drifted_if_most_of_its_vectors_have(self) -> None:
+        same, other = embedgen.pack([1.0, 0.0]), embedgen.pack([0.0, 1.0])
+        lane = embedgen.Lane(0, mock.Mock(address="http://host"), mock.Mock())
+        samples = [("text", same)] * 4
+        for different in range(5):
+            answers = [other] * different + [same] * (4 - different)
+            if different <= 2:
+                embedgen.check_alike(lane, answers, samples, "those stored")
+            else:
+                with self.assertRaisesRegex(embedgen.Stop, "cosine 0.000"):
+                    embedgen.check_alike(lane, answers, samples, "those stored")
 
 
 class Provenance(Case):

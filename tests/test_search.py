@@ -427,6 +427,14 @@ class OnlySQLite(SearchCase):
         self.execute("DELETE FROM movies WHERE title = 'b'")
         self.assertEqual(sorted(map(repr, self.keys("--similar", "7"))), ["'x'", "2.5"])
 
+    def test_numbers_that_json_does_not_have(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, rating REAL)")
+        self.execute("INSERT INTO movies VALUES (1, 9e999), (2, -9e999), (3, 1.5), (4, 1e22)")
+        flags = ("--columns", "rating")
+        self.succeed(*flags)
+        found = {one["key"]: one["columns"]["rating"] for one in self.found(*flags, "--similar", 3)}
+        self.assertEqual(found, {1: "inf", 2: "-inf", 4: 1e22})
+
     def test_texts_that_are_none(self) -> None:
         self.make_movies(3)
         self.execute("UPDATE movies SET title = CAST(x'41ff42' AS TEXT) WHERE id = 2")
