@@ -283,7 +283,7 @@ class Interleaved(PostgresCase):
         self.take(one, 10)
         self.die(one)
         one.tend()
-        sql = f"SELECT extract(epoch FROM expires - now()) FROM embedgen_machines WHERE id = {one.fleet.machine}"
+        sql = f"SELECT extract(epoch FROM expires - now()) FROM embedgen_machines WHERE id = {one.machine}"
         [(seconds,)] = self.execute(sql)
         self.assertTrue(embedgen.LEASE - 1 < seconds <= embedgen.LEASE, seconds)
         self.assertEqual([row.key for row in self.take(other)], list(range(11, 31)))
