@@ -47,7 +47,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Optional, TextIO, TypeVar, Union
+from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union
 
 # Modules that only some runs need (asyncio, multiprocessing, http.client, sqlite3 ...)
 # are imported where they are used: --help and a run with nothing to do start in half the time.
@@ -67,12 +67,11 @@ T = TypeVar("T")
 class Stop(Exception):
     """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_STOPPED) -> None:
-        super().__init__(message, code)  # both, so that it pickles
-        self.message, self.code = message, code
+    code = EXIT_STOPPED
 
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class Away(Stop):
@@ -89,8 +88,7 @@ class Reported(Stop):
 class UsageError(Stop):
     """The command line, or what it names, is wrong."""
 
-    def __init__(self, message: str, code: int = EXIT_USAGE) -> None:
-        super().__init__(message, code)
+    code = EXIT_USAGE
 
 
 # ============================ settings and command line ============================
@@ -121,20 +119,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `least` upwards."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
-        return int(text)
-
-    return parse
+def number(least: int, text: str) -> int:
+    """Parse a whole number from `least` upwards."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+    return int(text)
 
 
 def number_or_auto(text: str) -> int | None:
     """Parse a whole number from 1 upwards, or `auto`, which is None."""
-    return None if text == "auto" else number(1)(text)
+    return None if text == "auto" else number(1, text)
 
 
 def seconds(text: str) -> float:
@@ -161,6 +155,68 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def sendable(text: str) -> str:
+    """Return a text without what bytes on the command line may leave in it that is no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# All flags, in groups: their names, what stands for their value if they take one, and what --help says.
+FLAGS: dict[str, dict[str, str]] = {
+    "what is embedded": {
+        "--database URL": "sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, .sqlite or .sqlite3, "
+            "or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)",
+        "--table NAME": "table or view to read (default: movies)",
+        "--id COLUMN": "its key, integer or text (default: the primary key, else id)",
+        "--columns A,B": "columns that make up the text (default: Title, Year, Genres, ...)",
+        "--text TEMPLATE": 'the text itself, such as "{title} ({year}): {overview}"',
+        "--where SQL": "only rows that fulfil this condition",
+        "--target NAME": "table that receives the vectors (default: movie_embeddings for movies)",
+        "--load FILE": "first load a .csv, .tsv, .json or .jsonl file into --table",
+        "--index": "Postgres: build the HNSW index for cosine distance after the run",
+        "--force": "embed every row again, existing or not",
+        "--limit N": "generate at most N embeddings in this run",
+    },
+    "instead of embedding": {
+        "--search TEXT": "list the rows nearest to a text, by cosine similarity",
+        "--similar ID": "list the rows nearest to one of them, given by its key; needs no server",
+        "--status": "say what is embedded, missing or stale; needs no server",
+        "--prune": "remove embeddings whose row is gone",
+        "--top N": "rows to list (default: 10)",
+        "--dry-run": "say what would be done, and write nothing",
+    },
+    "how": {
+        "--engine": "one event loop, or worker processes (default: async)",
+        "--concurrent,--workers N": "requests in flight at most; auto adapts to each server (default: auto)",
+        "--batch-size N": "texts per request (default: auto)",
+    },
+    "the server": {
+        "--server URL": "Ollama; or, if its path ends in /v1, a server of the OpenAI protocol; or hash: for the "
+            "built-in embedder, which finds shared words, not meaning; may be given several times, for servers that "
+            "share the work (default: $OLLAMA_HOST, else http://localhost:11434)",
+        "--model NAME": "(default: $EMBEDGEN_MODEL, else nomic-embed-text)",
+        "--timeout SECONDS": "longest silence of one request (default: 300)",
+        "--ca-file FILE": "certificates of your own authorities, in place of the system's, for https",
+        "--dimensions N": "length of the vectors, for models that offer a choice",
+        "--document-prefix P": "put before every text; empty for none (default: the model's own)",
+        "--query-prefix P": "put before what is searched for; empty for none (default: the model's own)",
+        "--option KEY=VALUE": "model option passed to the server, such as num_ctx=8192; may be given several times",
+        "--on-long": "texts longer than the model takes: embed their beginning, counted and logged; or all parts, to "
+            "store their mean; or fail; or skip them (default: cut)",
+        "--accept-drift": "go on although the server's vectors differ from the stored ones",
+    },
+    "output": {
+        "--noun WORD": "what a row is called in the report (default: from the table's name)",
+        "--quiet": "print nothing when all went well",
+        "--json": "print one JSON object at the end and nothing else",
+        "--log-dir DIR": "where the log goes (default: logs/ beside embedgen.py)",
+        "--verbose": "log every request",
+        "--version": "show program's version number and exit",
+    },
+}  # fmt: skip
+
+ACTION_FLAGS = ("search", "similar", "status", "prune")  # of which one at most may be given
+
+
 def create_parser() -> Parser:
     """Return the parser of the command line; everything is a flag."""
     parser = Parser(
@@ -169,77 +225,37 @@ def create_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    rows = parser.add_argument_group("what is embedded")
-    add = rows.add_argument
-    add("--database", metavar="URL", help="sqlite:///relative.db, sqlite:////absolute.db, a path ending in .db, "
-        ".sqlite or .sqlite3, or postgresql://... (default: $DATABASE_URL, else sqlite:///movies.db)")  # fmt: skip
-    add("--table", metavar="NAME", default="movies", help="table or view to read (default: movies)")
-    add("--id", metavar="COLUMN", help="its key, integer or text (default: the primary key, else id)")
-    add("--columns", metavar="A,B", help="columns that make up the text (default: Title, Year, Genres, ...)")
-    add("--text", metavar="TEMPLATE", help='the text itself, such as "{title} ({year}): {overview}"')
-    add("--where", metavar="SQL", help="only rows that fulfil this condition")
-    add("--target", metavar="NAME", help="table that receives the vectors (default: movie_embeddings for movies)")
-    add("--load", metavar="FILE", help="first load a .csv, .tsv, .json or .jsonl file into --table")
-    add("--index", action="store_true", help="Postgres: build the HNSW index for cosine distance after the run")
-    add("--force", action="store_true", help="embed every row again, existing or not")
-    add("--limit", metavar="N", type=number(0), help="generate at most N embeddings in this run")
-
-    instead = parser.add_argument_group("instead of embedding")
-    add = instead.add_mutually_exclusive_group().add_argument
-    add("--search", metavar="TEXT", help="list the rows nearest to a text, by cosine similarity")
-    add("--similar", metavar="ID", help="list the rows nearest to one of them, given by its key; needs no server")
-    add("--status", action="store_true", help="say what is embedded, missing or stale; needs no server")
-    add("--prune", action="store_true", help="remove embeddings whose row is gone")
-    add = instead.add_argument
-    add("--top", metavar="N", type=number(1), default=10, help="rows to list (default: 10)")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
-
-    way = parser.add_argument_group("how")
-    add = way.add_argument
-    add(
-        "--engine",
-        choices=sorted(ENGINES),
-        default="async",
-        help="one event loop, or worker processes (default: async)",
-    )
-    add("--concurrent", "--workers", dest="in_flight", metavar="N", type=number_or_auto,
-        help="requests in flight at most; auto adapts to each server (default: auto)")  # fmt: skip
-    add("--batch-size", metavar="N", type=number_or_auto, help="texts per request (default: auto)")
-
-    server = parser.add_argument_group("the server")
-    add = server.add_argument
-    add("--server", metavar="URL", action="append", help="Ollama; or, if its path ends in /v1, a server of the OpenAI "
-        "protocol; or hash: for the built-in embedder, which finds shared words, not meaning; may be given several "
-        "times, for servers that share the work (default: $OLLAMA_HOST, else http://localhost:11434)")  # fmt: skip
-    add("--model", metavar="NAME", help="(default: $EMBEDGEN_MODEL, else nomic-embed-text)")
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=300.0,
-        help="longest silence of one request (default: 300)",
-    )
-    add("--ca-file", metavar="FILE", help="certificates of your own authorities, in place of the system's, for https")
-    add("--dimensions", metavar="N", type=number(1), help="length of the vectors, for models that offer a choice")
-    add("--document-prefix", metavar="P", help="put before every text; empty for none (default: the model's own)")
-    add(
-        "--query-prefix", metavar="P", help="put before what is searched for; empty for none (default: the model's own)"
-    )
-    add("--option", metavar="KEY=VALUE", type=key_value, action="append", default=[],
-        help="model option passed to the server, such as num_ctx=8192; may be given several times")  # fmt: skip
-
-    add("--on-long", choices=ON_LONG, default="cut", help="texts longer than the model takes: embed their beginning, "
-        "counted and logged; or all parts, to store their mean; or fail; or skip them (default: cut)")  # fmt: skip
-    add("--accept-drift", action="store_true", help="go on although the server's vectors differ from the stored ones")
-
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--noun", metavar="WORD", help="what a row is called in the report (default: from the table's name)")
-    add("--quiet", action="store_true", help="print nothing when all went well")
-    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
-    add("--log-dir", metavar="DIR", help="where the log goes (default: logs/ beside embedgen.py)")
-    add("--verbose", action="store_true", help="log every request")
-    add("--version", action="version", version=f"embedgen {__version__}")
+    # How a value is read, where it is more than a word.
+    types: dict[str, Callable[[str], Any]] = {
+        "limit": functools.partial(number, 0),
+        **dict.fromkeys(("top", "dimensions"), functools.partial(number, 1)),
+        **dict.fromkeys(("concurrent", "batch_size"), number_or_auto),
+        "timeout": seconds,
+        "option": key_value,
+        **dict.fromkeys(("search", "similar", "document_prefix", "query_prefix"), sendable),
+    }
+    # What else argparse must know. A flag that takes no value and is not here is a switch.
+    more: dict[str, dict[str, Any]] = {
+        "--engine": {"choices": sorted(ENGINES)},
+        "--server": {"action": "append"},
+        "--option": {"action": "append"},
+        "--on-long": {"choices": ON_LONG},
+        "--version": {"action": "version", "version": f"embedgen {__version__}"},
+    }
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        actions = group.add_mutually_exclusive_group() if "--search TEXT" in flags else group
+        for usage, said in flags.items():
+            names, _, value = usage.partition(" ")
+            kind = more.get(names, {})
+            if value:
+                kind = {"metavar": value, **kind}
+            elif not kind:
+                kind = {"action": "store_true"}
+            where = actions if names[2:] in ACTION_FLAGS else group
+            flag = where.add_argument(*names.split(","), help=said, **kind)
+            flag.type = types.get(flag.dest)
+    parser.set_defaults(table="movies", top=10, engine="async", timeout=300.0, option=[], on_long="cut")
     return parser
 
 
@@ -255,20 +271,19 @@ GOES_WITH = {
     "on_long": ("generate", "dry_run", "search"),
     "load": ("generate",),
     **dict.fromkeys(
-        ("limit", "index", "engine", "in_flight", "batch_size", "accept_drift"), ("generate", "dry_run")
+        ("limit", "index", "engine", "concurrent", "batch_size", "accept_drift"), ("generate", "dry_run")
     ),
 }  # fmt: skip
 
 
 def flag_of(name: str) -> str:
     """Return the flag that sets an option."""
-    return "--" + {"in_flight": "concurrent"}.get(name, name).replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def choose_action(options: argparse.Namespace) -> None:
     """Note what is to be done; raise UsageError for flags that do not go with it."""
-    options.action = next((name for name in ("search", "similar", "status", "prune") if name in options.given), "")
-    options.action = options.action or ("dry_run" if options.dry_run else "generate")
+    options.action = next((name for name in (*ACTION_FLAGS, "dry_run") if name in options.given), "generate")
     options.reads_only = options.action in READING or options.dry_run
     for name in sorted(options.given):
         actions = GOES_WITH.get(name, (options.action,))
@@ -284,13 +299,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_parser()
     options = parser.parse_args(argv)
     options.given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    for name in (
-        "database", "table", "id", "columns", "text", "where", "target", "load", "server", "ca_file", "model", "noun",
-        "search", "similar",
-    ):  # fmt: skip
+    for name in sorted(options.given - {"document_prefix", "query_prefix", "log_dir"}):
         # As from a script's unset variable; taking it for "not given" would embed what was not meant.
-        given = getattr(options, name)
-        if given is not None and not all(text.strip() for text in ([given] if isinstance(given, str) else given)):
+        value = getattr(options, name)
+        if any(isinstance(text, str) and not text.strip() for text in (value if name == "server" else [value])):
             raise UsageError(f"{flag_of(name)} is empty. Give it a value, or leave it out.")
     if options.columns and options.text:
         raise UsageError("--columns and --text both say what the text is. Give one of them.")
@@ -299,9 +311,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ca_file:
         check_roots(options.ca_file)
     choose_action(options)
-    for name in ("search", "similar"):
-        if name in options.given:  # bytes on the command line may be no text
-            setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
     options.database = options.database or os.environ.get("DATABASE_URL") or "sqlite:///movies.db"
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t'\"")
     options.server = options.server or [host or "http://localhost:11434"]
@@ -322,16 +331,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def apply_card(options: argparse.Namespace, model: str) -> None:
     """Set the model, and what its card says and no flag says otherwise."""
     # Ollama's names carry :latest or leave it out; both are one model.
-    options.model = model[: -len(":latest")] if model.endswith(":latest") else model
+    options.model = model.removesuffix(":latest")
     card = card_of(options.model)
     options.context = card.context
-    if "document_prefix" not in options.given:
-        options.document_prefix = card.document
-    if "query_prefix" not in options.given:
-        options.query_prefix = card.query
-    # Of what is sent to the server.
-    for name in ("document_prefix", "query_prefix"):  # bytes on the command line that are no text
-        setattr(options, name, getattr(options, name).encode("utf-8", "replace").decode())
+    for name, own in (("document_prefix", card.document), ("query_prefix", card.query)):
+        if name not in options.given:
+            setattr(options, name, own)
     options.prefix = options.query_prefix if options.action == "search" else options.document_prefix
 
 
@@ -350,69 +355,68 @@ class Card(NamedTuple):
 
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
-# By the beginning of a model's name, in Ollama's library and on Hugging Face; the first that fits.
+# By the beginning of a model's name, in Ollama's library and on Hugging Face, what its Card says; the first that fits.
 CARDS = (
     # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
-    ("nomic-embed-text-v2", Card("search_document: ", "search_query: ", 512)),
+    ("nomic-embed-text-v2", "search_document: ", "search_query: ", 512),
     # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
-    ("nomic-embed-text", Card("search_document: ", "search_query: ", 2048)),
+    ("nomic-embed-text", "search_document: ", "search_query: ", 2048),
     # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
-    ("embeddinggemma", Card("title: none | text: ", "task: search result | query: ", 2048)),
+    ("embeddinggemma", "title: none | text: ", "task: search result | query: ", 2048),
     # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
-    ("(multilingual-)?e5-(?!mistral|.*instruct)", Card("passage: ", "query: ", 512)),
+    ("(multilingual-)?e5-(?!mistral|.*instruct)", "passage: ", "query: ", 512),
     # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
-    ("mxbai-embed-large", Card("", PASSAGES, 512)),
+    ("mxbai-embed-large", "", PASSAGES, 512),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
-    ("snowflake-arctic-embed(2|-[lm]-v2)", Card("", "query: ", 8192)),
+    ("snowflake-arctic-embed(2|-[lm]-v2)", "", "query: ", 8192),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
-    ("snowflake-arctic-embed.*long", Card("", PASSAGES, 2048)),
+    ("snowflake-arctic-embed.*long", "", PASSAGES, 2048),
     # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
-    ("snowflake-arctic-embed", Card("", PASSAGES, 512)),
+    ("snowflake-arctic-embed", "", PASSAGES, 512),
     # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
-    ("bge-m3", Card("", "", 8192)),
+    ("bge-m3", "", "", 8192),
     # https://github.com/FlagOpen/FlagEmbedding, the English models
-    ("bge-(small|base|large)(?!-zh)", Card("", PASSAGES, 512)),
+    ("bge-(small|base|large)(?!-zh)", "", PASSAGES, 512),
     # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
-    ("qwen3-embedding", Card("", "Instruct: Given a web search query, retrieve relevant passages "
-        "that answer the query\nQuery:", 32768)),
+    ("qwen3-embedding", "", "Instruct: Given a web search query, retrieve relevant passages "
+        "that answer the query\nQuery:", 32768),
     # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
-    ("all-minilm", Card("", "", 256)),
+    ("all-minilm", "", "", 256),
     # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
-    ("granite-embedding", Card("", "", 512)),
+    ("granite-embedding", "", "", 512),
     # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
-    ("paraphrase-multilingual", Card("", "", 512)),
+    ("paraphrase-multilingual", "", "", 512),
 )  # fmt: skip
 
 
 def card_of(model: str) -> Card:
     """Return the card of a model by its name, such as nomic-embed-text:v1.5 or hf.co/nomic-ai/nomic-embed-text."""
-    name = model.lower().rpartition("/")[2].partition(":")[0]
-    name = re.sub("^text-embedding-", "", name)  # as LM Studio has it
-    return next((card for pattern, card in CARDS if re.match(pattern, name)), Card())
+    name = model.lower().rpartition("/")[2].partition(":")[0].removeprefix("text-embedding-")  # as LM Studio has it
+    return next((Card(*card[1:]) for card in CARDS if re.match(card[0], name)), Card())
 
 
 # The default text: label, and the columns that it is taken from, the first that is not blank.
 LABELS = (
-    ("Title", ("title", "name")),
-    ("Year", ("year",)),
-    ("Genres", ("genres", "genre")),
-    ("Description", ("overview", "plot", "summary", "description")),
-    ("Cast", ("cast",)),
-    ("Language", ("language",)),
-    ("Rating", ("rating",)),
+    ("Title: ", ("title", "name")),
+    ("Year: ", ("year",)),
+    ("Genres: ", ("genres", "genre")),
+    ("Description: ", ("overview", "plot", "summary", "description")),
+    ("Cast: ", ("cast",)),
+    ("Language: ", ("language",)),
+    ("Rating: ", ("rating",)),
 )
-TELLING = {"Title", "Description"}  # without one of them there is no text worth embedding
+TELLING = {"Title: ", "Description: "}  # without one of them there is no text worth embedding
 
 # Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
-IE_NOUNS = {"movies", "cookies", "calories", "zombies", "selfies", "ties", "pies", "brownies", "rookies", "hoodies"}
+IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
 
 
 class Recipe(NamedTuple):
     """How a row becomes a text: literals and columns in turn.
 
     `parts` are (literal, columns) pairs, the literal standing before the value: the
-    first of the columns that is not blank; without columns it ends the text. If
-    `labelled`, a part without a value is left out and the others are joined by " | ".
+    first of the columns that is not blank; without columns it ends the text. If the literals
+    are labels, a part without a value is left out, and the others are joined by " | ".
     """
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
@@ -420,10 +424,8 @@ class Recipe(NamedTuple):
 
     def __str__(self) -> str:
         """The recipe for people, in the form of --text."""
-        fields = [(before, "{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
-        if self.labelled:
-            return " | ".join(f"{label}: {field}" for label, field in fields)
-        return "".join(before + field for before, field in fields)
+        fields = [before + ("{" + " or ".join(columns) + "}" if columns else "") for before, columns in self.parts]
+        return (" | " if self.labelled else "").join(fields)
 
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
@@ -432,24 +434,19 @@ class Recipe(NamedTuple):
         and `literal(text)` that of a string. Built in the database so that a text can
         be hashed and compared there, without being moved.
         """
-        values = [self.first(list(map(value, columns))) for _, columns in self.parts]
-        known = [f"{one} IS NOT NULL" for one in values if one]
-        pieces = []
-        if self.labelled:
-            for position, ((label, _), one) in enumerate(zip(self.parts, values)):
-                piece = f"{literal(label + ': ')} || {one}"
-                if position:
-                    piece = f"CASE WHEN {' OR '.join(known[:position])} THEN ' | ' ELSE '' END || {piece}"
-                pieces.append(f"COALESCE({piece}, '')")
-            return " || ".join(pieces)
-        for (before, _), one in zip(self.parts, values):
-            pieces.append(f"{literal(before)} || COALESCE({one}, '')" if one else literal(before))
-        return f"CASE WHEN {' OR '.join(known)} THEN {' || '.join(pieces)} ELSE '' END"
-
-    @staticmethod
-    def first(values: list[str]) -> str:
-        """Return the SQL of the first value that is not NULL."""
-        return f"COALESCE({', '.join(values)})" if len(values) > 1 else "".join(values)
+        pieces: list[str] = []
+        known: list[str] = []
+        for before, columns in self.parts:
+            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
+            if self.labelled:
+                bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
+                pieces.append(f"COALESCE({bar}{literal(before)} || {one}, '')")
+            else:
+                pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
+            if columns:
+                known.append(f"{one} IS NOT NULL")
+        text = " || ".join(pieces)
+        return text if self.labelled else f"CASE WHEN {' OR '.join(known)} THEN {text} ELSE '' END"
 
 
 # White space, and what takes no space at all: a text of these alone is no text.
@@ -481,17 +478,16 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
 
 def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
-    parts = []
+    parts = {}
     for label, candidates in LABELS:
-        found = tuple(column for name in candidates if (column := match(name, columns)))
-        if found:
-            parts.append((label, found))
-    if not TELLING.intersection(label for label, _ in parts):
+        if found := tuple(column for name in candidates if (column := match(name, columns))):
+            parts[label] = found
+    if not TELLING & parts.keys():
         raise UsageError(
             f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
             f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
         )
-    return Recipe(tuple(parts), labelled=True)
+    return Recipe(tuple(parts.items()), labelled=True)
 
 
 def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
@@ -499,16 +495,16 @@ def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
     import csv
 
     names = [name.strip() for name in next(csv.reader([given], skipinitialspace=True), [])]
-    if not all(names) or not names:
+    if not names or "" in names:
         raise UsageError(f"--columns {given!r} has an empty name in it. Give names with commas between, such as a,b.")
     found = [column_of(name, columns, table) for name in names]
     return Recipe(tuple((label_of(column), (column,)) for column in found), labelled=True)
 
 
 def label_of(column: str) -> str:
-    """Return a column's label in the text: release_year is `Release year`."""
+    """Return a column's label in the text: of release_year `Release year: `."""
     words = column.replace("_", " ").strip() or column
-    return words[:1].upper() + words[1:]
+    return f"{words[:1].upper()}{words[1:]}: "
 
 
 def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe:
@@ -538,11 +534,11 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
 def singular(word: str) -> str:
     """Return the singular of an English noun, by rule: movies, movie; stories, story; boxes, box."""
     low = word.lower()
-    if low.endswith(("ss", "us", "is", "series", "species", "news")) or not low.endswith("s"):
+    if re.search(r"(ss|us|is|series|species|news|[^s])$", low):
         return word
-    if low.endswith("ies") and len(low) > 4 and re.split(r"[^a-z]", low)[-1] not in IE_NOUNS:
+    if re.search(r"(?s)..ies$", low) and not re.search(IE_NOUNS, low):
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if low.endswith(("sses", "xes", "ches", "shes", "zzes", "tuses", "buses", "viruses")) and low[-6:] != "caches":
+    if re.search(r"(ss|x|ch|sh|zz|tus|bus|virus)es$", low) and not low.endswith("caches"):
         return word[:-2]
     return word[:-1]
 
@@ -587,14 +583,14 @@ class TooLongFor(str):
 
 
 # Where a text may be split, best first: behind a sentence or a line, and between words.
-BORDERS = (re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*"), re.compile(r"\s+"))
+BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def halves(text: str) -> tuple[str, str]:
     """Return the two parts of a text, split at the border nearest to its middle, within the middle half of it."""
     middle, margin = len(text) // 2, len(text) // 4
     for border in BORDERS:
-        ends = [found.end() for found in border.finditer(text, middle - margin, middle + margin)]
+        ends = [found.end() for found in re.compile(border).finditer(text, middle - margin, middle + margin)]
         if ends:
             middle = min(ends, key=lambda end: abs(end - middle))
             break
@@ -638,26 +634,47 @@ class Trouble(Exception):
     """A request did not give vectors; the message is for people, the outcome for the pace."""
 
     outcome = "failed"  # as such, no sign that less should be asked for
+    kind = "refusal"  # what is counted together
+    enough = enough_alone = 1  # points, until texts that were sent together are suspected, or a text alone
+    slow = False  # whether less may go through where this did not
+    gone = False  # whether nobody answers, or not to the end
+    crashed = False  # whether the server broke under this request
+    retry_after = 0.0  # seconds that the server asks for
+
+    def points(self, alone: bool) -> int:
+        """Return how much this says against the texts, where `enough` is proof."""
+        return 1
 
 
 class Unavailable(Trouble):
-    """The server cannot now, or is not there: worth another try. `crashed` if it broke under this request."""
+    """The server cannot now, or is not there: worth another try."""
+
+    kind = "crash"
+    # Crashes in a row: some seconds in all for several texts, which are halved then, and most of a minute for one that
+    # would fail. Servers do crash by themselves.
+    enough, enough_alone = 4, 8
 
     def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         """`status` is that of the server's answer, 0 if none came."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
         self.outcome = "overloaded" if status else "failed"
-        self.gone = not status  # nobody answers, or not to the end
+        self.gone = not status
         self.crashed = status in (400, 500)  # the other codes speak of load, or of what stands in front
-        self.busy = status in (429, 503)
-        self.slow = status in (408, 504, 524)  # a time-out on the way: less may go through
+        self.slow = status in (408, 504, 524)  # a time-out on the way
+
+    def points(self, alone: bool) -> int:
+        if alone:
+            return int(self.crashed)
+        return self.enough // 2 if self.slow else int(self.status not in (429, 503))  # which are mere load
 
 
 class Silent(Trouble):
     """No answer within the time."""
 
-    outcome = "timeout"
+    outcome = kind = "timeout"
+    enough_alone = 3  # in a request of its own, a text that times out so often has failed
+    slow = True
 
 
 class Refused(Trouble):
@@ -671,13 +688,16 @@ class TooLong(Refused):
 class Garbled(Trouble):
     """The answer is not what was asked for, and must not be stored."""
 
+    kind = "garbled"
+    enough = enough_alone = 2
+
 
 class OtherDimensions(Garbled):
     """The vectors have another length than those already stored."""
 
 
-class Superseded(Trouble):
-    """The server lacks this path; the wire has changed to an older one, to be tried at once."""
+class Superseded(Exception):
+    """The server lacks this path, or takes fewer texts; the wire has changed to what it does, to be tried at once."""
 
 
 class Server(NamedTuple):
@@ -719,7 +739,7 @@ class Server(NamedTuple):
         return text
 
 
-def parse_server(text: str) -> Server:
+def parse_server(text: str, ca_file: str = "") -> Server:
     """Return the server for a URL or any of OLLAMA_HOST's forms: host, host:port, :port, scheme://host:port/path.
 
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its
@@ -733,34 +753,32 @@ def parse_server(text: str) -> Server:
         raise UsageError(f'--server {hide_password(text)} must begin with http:// or https://, or be "hash:".')
     netloc, slash, path = rest.partition("/")
     userinfo, _, hostport = netloc.rpartition("@")
-    bracketed = re.fullmatch(r"\[([^\]]*)\](?::(.*))?", hostport)
-    if bracketed:
-        host, port = bracketed[1], bracketed[2] or ""
-    elif hostport.count(":") > 1:  # a bare IPv6 address
-        host, port = hostport, ""
-    else:
-        host, _, port = hostport.partition(":")
+    # In brackets, or with several colons, it is an IPv6 address.
+    [(inner, bare, port)] = re.findall(r"(?s)^(?:\[([^\]]*)\]|(.*:.*:.*|[^:]*))(?::(.*))?\Z", hostport)
+    host = inner or bare
     default = 11434 if not given else 443 if scheme == "https" else 80
     if port and not (re.fullmatch(r"\d{1,5}", port, re.ASCII) and int(port) < 65536):
         raise UsageError(f"--server {hide_password(text)} has no number of a port. Give --server http://HOST:PORT.")
     if re.search(r"[\s?#\\]", host + path) or "@" in path:
         raise UsageError(f"--server {hide_password(text)} is not an address. Give --server http://HOST:PORT.")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "")
-    # OpenAI's is none of Ollama's business.
-    tokens = {
-        name: os.environ.get(name, "").strip() for name in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + server.openai]
-    }
-    setting = next(filter(tokens.get, tokens), "")
-    authorization = f"Bearer {tokens[setting]}" if setting else ""
+    server = Server(scheme, host, int(port or default), (slash + path).rstrip("/"), "", ca_file)
+    return server._replace(authorization=authorization_for(userinfo, server.openai))
+
+
+def authorization_for(userinfo: str, openai: bool) -> str:
+    """Return what goes into a request's header: of an address's user and password, or of a token in the environment."""
     if userinfo:
         import base64
         from urllib.parse import unquote
 
-        authorization = "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
-    if not re.fullmatch(r"[\x20-\x7e]*", authorization):
-        raise UsageError(f"{setting} holds characters that a token cannot have.")
-    return server._replace(authorization=authorization)
+        return "Basic " + base64.b64encode(unquote(userinfo).encode()).decode()
+    for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + openai]:  # OpenAI's is none of Ollama's business
+        if token := os.environ.get(setting, "").strip():
+            if not re.fullmatch(r"[\x20-\x7e]*", token):
+                raise UsageError(f"{setting} holds characters that a token cannot have.")
+            return f"Bearer {token}"
+    return ""
 
 
 def hide_password(url: str) -> str:
@@ -820,10 +838,12 @@ def cosine(one: bytes, other: bytes) -> float:
     import math
     from operator import mul
 
+    def dot(x: Sequence[float], y: Sequence[float]) -> float:
+        return math.fsum(map(mul, x, y))
+
     a, b = unpack(one), unpack(other)
     try:
-        squares = math.fsum(map(mul, a, a)), math.fsum(map(mul, b, b))
-        quotient = math.fsum(map(mul, a, b)) / (math.sqrt(squares[0]) * math.sqrt(squares[1]))
+        quotient = dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)))
         return min(max(quotient, -1.0), 1.0)
     except (ZeroDivisionError, ValueError, OverflowError):  # the last two of infinity
         return math.nan
@@ -929,17 +949,22 @@ def retry_after(value: str) -> float:
 # A 400 with one of these is a runner that died under the request, not a bad text (0.13.3 on);
 # and these, whatever their status, speak of the content (NaN was a 500 before 0.14), or of its length: Ollama,
 # llama-server, vLLM, OpenAI, TEI, and those that word it otherwise.
-DEAD_RUNNER = re.compile(r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed")
-BAD_CONTENT = re.compile(r"\bNaN\b")
-TOO_LONG = re.compile(
-    r"context (?:length|size|window)"
+DEAD_RUNNER = r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed"
+BAD_CONTENT = r"\bNaN\b"
+TOO_LONG = (
+    r"(?i)context (?:length|size|window)"
     r"|(?:input|prompt|text|sequence)s?(?: \([^)]*\))? (?:is |are )?too (?:long|big|large to process)"
     r"|less than \d+ tokens|maximum (?:input|model|sequence|token) length|too many tokens"
-    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)",
-    re.IGNORECASE,
+    r"|exceed\w* (?:the )?(?:max\w*|available) (?:\w+ ){0,3}(?:tokens|length)"
 )
-SPEAKS_TLS = re.compile(r"HTTP request (?:was sent )?to (?:an )?HTTPS")
-CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
+# Of too many texts: TEI, OpenAI, servers with pydantic, and others.
+TOO_MANY = (
+    r"(?i)maximum allowed batch size|array too long|too many (?:inputs|items|texts)"
+    r"|max\w* number of (?:inputs|items|texts)|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
+    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)"
+)
+SPEAKS_TLS = r"HTTP request (?:was sent )?to (?:an )?HTTPS"
+CANNOT_EMBED = r"(?i)not support (?:the )?embedding"
 
 
 # Cosine above which two vectors of one text are of one model. Measured with all-MiniLM-L6-v2 on llama-server, on 600
@@ -948,90 +973,90 @@ CANNOT_EMBED = re.compile(r"not support (?:the )?embedding", re.IGNORECASE)
 ALIKE = 0.99
 
 
-class HTTPWire:
-    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+class Wire:
+    """What turns texts into vectors. As it stands here, there is nobody to greet, and nothing to be learned."""
 
     product = ""  # what the server is called in an error
+    address = ""  # for people
+    model: str
+    server: Server
+    prefix: str  # before every text
+    digest = ""  # of the model, as this server has it; "" if it does not tell
+    dimensions: int | None  # that vectors must have: as asked for, as stored, or as they came; None: not known yet
+    kin: Sequence[Wire] = ()  # the wires to all servers of the run
+
+    def settle(self, dimensions: int) -> None:
+        """Know how long the vectors are: of this server, and so of all."""
+        for wire in self.kin:
+            wire.dimensions = dimensions
+
+    def greet(self) -> Conversation:
+        """Return the conversation that checks, before a row is read, that the server has the model."""
+        return []
+        yield  # makes it a generator
+
+    def agree(self) -> Conversation:
+        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others."""
+        return []
+        yield
+
+    def probe(self) -> Conversation:
+        """Return the conversation that finds out whether a server that was away is back, and still the same."""
+        return []
+        yield
+
+    def converse(self, texts: list[str], movable: bool) -> Conversation:
+        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
+        raise NotImplementedError
+
+
+MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what comes of JSON that is none
+
+
+class HTTPWire(Wire):
+    """What all protocols over HTTP share. A subclass says what is sent, what comes, and how a server is greeted."""
+
     unit_length = False  # whether it promises L2-normalised vectors
     cuts = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OLLAMA_API_KEY"  # the setting that carries the token
+    advice = ""  # what to do about a server that cannot be reached
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.server, self.model, self.timeout = server, str(options.model), float(options.timeout)
-        self.address = server.shown
-        self.prefix: str = options.prefix
+        self.server, self.address, self.prefix = server, server.shown, options.prefix
+        self.model, self.timeout = str(options.model), float(options.timeout)
         self.context: int = options.context  # tokens, as the model's card has it; 0 if it does not
         self.common: dict[str, Any] = {"model": self.model}  # in every request
         if options.dimensions:
             self.common["dimensions"] = options.dimensions
-        # Vectors must have this length: as asked for, as stored, or as the server's model card says.
-        self.dimensions: int | None = options.dimensions
-        self.certain = options.dimensions is not None  # a model card may be wrong
+        self.dimensions = options.dimensions
+        self.expected: int | None = None  # dimensions as the server's model card or first answer has it: may be wrong
         self.on_long: str = options.on_long
         self.long_from = sys.maxsize  # characters of a text that is likely to be too long, as far as is known
         self.most_texts = sys.maxsize  # that one request can carry
-        self.digest = ""  # of the model, as this server has it; "" if it does not tell
-        self.kin: list[Any] = [self]  # the wires to all servers of the run
+        self.kin = [self]
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return the conversation that embeds `texts`; `movable`: rather than wait, it may leave them to others."""
         return Talk(self, movable=movable).embed(texts, self.on_long)
 
     def probe(self) -> Conversation:
-        """Return the conversation that finds out whether a server that was away is back, and still the same."""
         return Talk(self).probe()
 
-    def settle(self, dimensions: int) -> None:
-        """Know for certain how long the vectors are: of this server, and so of all."""
-        for wire in self.kin:
-            wire.dimensions, wire.certain = dimensions, True
-
-    def greet(self) -> Conversation:
-        """Return the conversation that checks, before a row is read, that the server has the model."""
-        raise NotImplementedError
-
-    def agree(self) -> Conversation:
-        """Return the conversation that raises Stop if a server, once it is greeted, does not go with the others.
-
-        What tells is the model's digest; a server without one is taken at its word about the model's name.
-        """
-        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
-        if self.digest and other.digest != self.digest:
-            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
-            self.digest = ""  # for others to be compared with
-            raise Stop(
-                f'{self.server.shown} has another model "{self.model}" ({mine[:12]}) than {other.server.shown} '
-                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
-                f'with "ollama pull {self.model}", or leave out one --server.'
-            )
-        return []
-        yield  # makes it a generator
-
-    def call(self, send: Send, patient: bool = False) -> Generator[Send, Reply | None, Reply]:
+    def call(self, send: Send, patient: bool = False) -> Steps[Reply]:
         """Return the reply to a greeting; raise Away if nobody answers it. `patient`: who is silent may be at work."""
         # Two seconds and a half allow for one lost packet; whoever waits here is a person at a prompt.
-        reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
-        assert reply is not None
+        reply: Reply = yield send._replace(timeout=min(self.timeout, 30.0), connect=2.5)
         if reply.status == 0 and not (patient and reply.timed_out):
-            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice()}"
+            advice = "" if re.search("TLS|certificate", reply.reason) else f" {self.advice}"
             if self.server.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reply.reason):  # a TLS alert
                 advice = " If it speaks TLS, give --server https://..."
-            away = Away(f"cannot reach {self.product} at {self.server.shown} ({reply.reason}).{advice}")
+            away = Away(f"cannot reach {self.product} at {self.address} ({reply.reason}).{advice}")
             away.reason = reply.reason
             raise away
         return reply
 
-    def advice(self) -> str:
-        """Return what to do about a server that cannot be reached."""
-        raise NotImplementedError
-
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         """Return the request that asks for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
         raise NotImplementedError
-
-    def prefixed(self, texts: list[str]) -> list[str]:
-        """Return texts as they are sent."""
-        return [self.prefix + text for text in texts] if self.prefix else texts
 
     def way(self, path: str) -> str:
         """Return for the log how vectors come over a path."""
@@ -1042,53 +1067,55 @@ class HTTPWire:
 
         `path` is where the request went: another conversation may have changed the protocol meanwhile.
         """
-        self.check(reply, path)
+        import json
+
+        self.check(reply, path, len(texts))
         try:
-            vectors = self.vectors(path, reply.body)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise self.unreadable(path, self.words(reply)) from None
+            vectors = self.vectors(path, json.loads(reply.body))
+        except MALFORMED:
+            words = words_of(reply.body, self.server.hide)
+            self.explain(path, reply.status, words, "no embeddings")
+            raise Garbled(f"the answer holds no embeddings: {words[:100]!r}") from None
         return gate(vectors, texts, self.unit_length)
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        """Return the vectors in an answer's body, packed or as lists of numbers, or raise any of JSON's surprises."""
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
 
-    def words(self, reply: Reply) -> str:
-        """Return what an error's reply says."""
-        return words_of(reply.body, self.server.hide)
-
-    def unreadable(self, path: str, words: str) -> Trouble:
-        """Return what a 200 without vectors means."""
-        return Garbled(f"the answer holds no embeddings: {words[:100]!r}")
-
-    def check(self, reply: Reply, path: str) -> None:
-        """Raise what the reply's status means, unless it is 200."""
+    def check(self, reply: Reply, path: str, texts: int = 1) -> None:
+        """Raise what the reply's status means, unless it is 200; it is an answer to so many texts."""
         status = reply.status
         if status == 200:
             return
         if status == 0:
             raise Silent(reply.reason) if reply.timed_out else Unavailable(reply.reason)
-        words = self.words(reply)
+        words = words_of(reply.body, self.server.hide)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
-        if SPEAKS_TLS.search(words):
-            raise Stop(f"{self.server.shown} speaks TLS ({said}). Give --server https://...")
-        if CANNOT_EMBED.search(words):
+        if re.search(SPEAKS_TLS, words):
+            raise Stop(f"{self.address} speaks TLS ({said}). Give --server https://...")
+        if re.search(CANNOT_EMBED, words):
             raise Stop(f'the model "{self.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.')
-        if status in (400, 413, 422, 500) and TOO_LONG.search(words):
-            raise TooLong(words)
-        if status in (400, 413, 422, 500) and BAD_CONTENT.search(words):
-            raise Refused(words)
-        if status in (408, 429) or status >= 500 or DEAD_RUNNER.search(words):
+        if status in (400, 413, 422, 500):
+            if re.search(TOO_LONG, words):
+                raise TooLong(words)
+            if re.search(BAD_CONTENT, words):
+                raise Refused(words)
+            if texts > 1 and status != 500 and re.search(TOO_MANY, words):
+                # Of the numbers in the words, the largest below what was sent.
+                below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
+                self.most_texts = min(self.most_texts, max(below, default=texts // 2))
+                raise Superseded
+        if status in (408, 429) or status >= 500 or re.search(DEAD_RUNNER, words):
             raise Unavailable(said, status, reply.retry_after)
         self.explain(path, status, words, said)
         if status in (401, 403):
-            raise Stop(f"{self.server.shown} refuses access ({said}). Set {self.tokens} to the token.")
+            raise Stop(f"{self.address} refuses access ({said}). Set {self.tokens} to the token.")
         if 300 <= status < 400:
-            raise Stop(f"{self.server.shown} sends elsewhere ({said}). Give --server the final address.")
+            raise Stop(f"{self.address} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
 
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        """Raise what a status of 3xx or 4xx means in this protocol alone."""
+        """Raise what a status of 3xx or 4xx, or a 200 without vectors, means in this protocol alone."""
 
 
 # Ollama's paths for vectors, newest first. The first gives 4 bytes a number instead of some 12, and no decimals to
@@ -1107,6 +1134,7 @@ class OllamaWire(HTTPWire):
     product = "Ollama"
     unit_length = True  # both newer paths promise L2-normalised vectors
     cuts = True
+    advice = 'Start it with "ollama serve", or give --server URL.'
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         super().__init__(server, options)
@@ -1115,7 +1143,6 @@ class OllamaWire(HTTPWire):
         self.lean_bytes = 0  # a batch takes the lean path if no text is longer; 0: none does
         self.lean_seen = False  # whether the server has given vectors over it
         self.legacy = False
-        self.card_dimensions: int | None = None  # length of the vectors as the model's card has it
 
     def greet(self) -> Conversation:
         import json
@@ -1128,52 +1155,55 @@ class OllamaWire(HTTPWire):
             # A model may come with a shorter context set than it could have (all-minilm does).
             contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
             figures = [(key, n) for key, n in card["model_info"].items() if isinstance(n, int)]
-        except (Trouble, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (Trouble, *MALFORMED):
             contexts, figures = [], []  # busy, or older, or another server with Ollama's protocol: it will show
         own = [n for key, n in figures if key.endswith(".context_length")]
         lean = own and "options" not in self.common  # which the lean path does not take
         most = min(*own, *contexts, self.context or LEAN_MOST, LEAN_MOST) if lean else 0
         self.lean_bytes = max(most - LEAN_MARGIN, 0)
-        lengths = [n for key, n in figures if key.endswith(".embedding_length")]
-        self.card_dimensions = lengths[0] if lengths else None
-        self.dimensions = self.dimensions or self.card_dimensions
+        self.expected = next((n for key, n in figures if key.endswith(".embedding_length")), None)
         yield from self.identify()
         return []
 
     def agree(self) -> Conversation:
-        yield from super().agree()
-        known = self.dimensions is not None and "dimensions" not in self.common
-        if known and self.card_dimensions != self.dimensions:  # those asked for are chosen, the card's are not
+        # What tells is the model's digest; a server without one is taken at its word about the model's name.
+        other = next((wire for wire in self.kin if wire.digest and wire is not self), self)
+        if self.digest and other.digest != self.digest:
+            mine, its = (one.rpartition(":")[2] for one in (self.digest, other.digest))
+            self.digest = ""  # for others to be compared with
+            raise Stop(
+                f'{self.address} has another model "{self.model}" ({mine[:12]}) than {other.address} '
+                f"({its[:12]}): their vectors do not compare. Fetch the same one on both "
+                f'with "ollama pull {self.model}", or leave out one --server.'
+            )
+        # Those asked for are chosen, the card's are not.
+        if self.dimensions not in (None, self.expected) and "dimensions" not in self.common:
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
         return []
 
-    def identify(self) -> Generator[Send | Wait, Reply | None, None]:
+    def identify(self) -> Steps[None]:
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
         for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
             if wait:
                 yield Wait(wait)
-            reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
-            assert reply is not None
+            reply: Reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
             try:
                 self.check(reply, "/api/tags")
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
             except (Unavailable, Silent):
                 continue
-            except (Trouble, Stop, ValueError, RecursionError, KeyError, TypeError):
+            except (Trouble, Stop, *MALFORMED):
                 return
             self.digest = digests.get(self.model) or digests.get(f"{self.model}:latest", "")
             return
-
-    def advice(self) -> str:
-        return 'Start it with "ollama serve", or give --server URL.'
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         import json
 
         asked: dict[str, Any]
-        texts = self.prefixed(texts)
+        texts = [self.prefix + text for text in texts]
         if self.legacy:
             path, asked = LEGACY, {"prompt": texts[0]}
         elif 0 < max(map(len, map(str.encode, texts))) <= self.lean_bytes:
@@ -1185,10 +1215,7 @@ class OllamaWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if path == LEAN and self.lean_bytes else 'decimals'} over {path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        answer = json.loads(body)
+    def vectors(self, path: str, answer: Any) -> list[Any]:
         if path == LEGACY:
             return [normalised(answer["embedding"])]
         if path == USUAL:
@@ -1199,27 +1226,18 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def unreadable(self, path: str, words: str) -> Trouble:
-        if path == LEAN and not self.lean_seen:
-            return self.without_lean("no embeddings")
-        return super().unreadable(path, words)
-
-    def without_lean(self, words: str) -> Superseded:
-        """Leave the lean path for the rest of the run."""
-        self.lean_bytes = 0
-        return Superseded(words)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
         if status == 404 and "model" in words and "not found" in words:
-            raise Stop(f'{self.server.shown} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
+            raise Stop(f'{self.address} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
         if path == LEAN and (status == 404 or not self.lean_seen):
-            raise self.without_lean(said)  # an older server, or one behind a proxy that lets through only /api
+            self.lean_bytes = 0  # an older server, or one behind a proxy that lets through only /api
+            raise Superseded
         if path == USUAL and status == 404:
             self.legacy, self.most_texts = True, 1
-            raise Superseded(said)
+            raise Superseded
         if path == LEGACY and status == 404:
             raise Stop(
-                f"{self.server.shown} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
+                f"{self.address} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
                 "for one that speaks the OpenAI protocol."
             )
 
@@ -1243,17 +1261,7 @@ class NoModel(Stop):
     """The server does not have the model."""
 
 
-# As TEI has it, OpenAI, servers with pydantic, and others.
-TOO_MANY = re.compile(
-    r"maximum allowed batch size|array too long|too many (?:inputs|items|texts)|max\w* number of (?:inputs|items|texts)"
-    r"|at most \d+ (?:inputs|items|requests|texts)|tokens per request"
-    r"|batch size (?:is )?(?:\d+ )?(?:invalid|exceeds|too large)",
-    re.IGNORECASE,
-)
-NO_MODEL = re.compile(
-    r"\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b",
-    re.IGNORECASE,
-)
+NO_MODEL = r"(?i)\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(?:invalid|unknown|unsupported) model\b"
 
 
 class OpenAIWire(HTTPWire):
@@ -1264,6 +1272,7 @@ class OpenAIWire(HTTPWire):
 
     product = "a server"
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"
+    advice = "Start it, or give --server URL."
     path = "/embeddings"
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
@@ -1273,13 +1282,14 @@ class OpenAIWire(HTTPWire):
         self.base64 = False  # whether vectors are asked for, and come, in that form
 
     def greet(self) -> Conversation:
+        self.base64 = False  # one that was away may be another now
         try:
             first = yield from self.sample(base64=False)
         except NoModel as missing:
             names = yield from self.models()
             raise Stop(f"{missing} It has: {listed(names)}. Give --model NAME." if names else missing.message) from None
         except Refused as refused:
-            raise Stop(f"{self.server.shown} does not embed even a short text: {refused}.") from None
+            raise Stop(f"{self.address} does not embed even a short text: {refused}.") from None
         if not first:
             return []  # busy: it will show
         second = b""
@@ -1287,15 +1297,14 @@ class OpenAIWire(HTTPWire):
             second = yield from self.sample(base64=True)
         if len(second) != len(first) or cosine(first, second) < ALIKE:
             self.base64 = False  # refused, or mangled on the way
-        if self.certain and len(first) // 4 != self.dimensions:
+        self.expected = len(first) // 4
+        if self.dimensions is None and len(second) == len(first):  # one answer may be a fault, two are the model
+            self.settle(self.expected)
+        elif self.dimensions not in (None, self.expected):
             yield from Talk(self).until_sane()  # raises Stop if its vectors really have another length
-        elif not self.certain:
-            self.dimensions = len(first) // 4
-            if len(second) == len(first):  # one answer may be a fault, two are the model
-                self.settle(self.dimensions)
         return []
 
-    def sample(self, base64: bool) -> Generator[Send, Reply | None, bytes]:
+    def sample(self, base64: bool) -> Steps[bytes]:
         """Return the vector of a known-good text, or nothing of a server that cannot now."""
         request = self.request_as(base64, [KNOWN_GOOD], self.timeout)
         reply = yield from self.call(request, patient=True)
@@ -1306,18 +1315,15 @@ class OpenAIWire(HTTPWire):
         except (Unavailable, Silent, Garbled):
             return b""
 
-    def models(self) -> Generator[Send, Reply | None, list[str]]:
+    def models(self) -> Steps[list[str]]:
         """Return the names of the server's models, if it tells them."""
         import json
 
         reply = yield from self.call(Send("/models", b"", self.timeout), patient=True)
         try:
             return [str(model["id"]) for model in json.loads(reply.body)["data"]]
-        except (ValueError, RecursionError, LookupError, TypeError):
+        except MALFORMED:
             return []
-
-    def advice(self) -> str:
-        return "Start it, or give --server URL."
 
     def request(self, texts: list[str], timeout: float, truncate: bool = False) -> Send:
         return self.request_as(self.base64, texts, timeout)
@@ -1326,7 +1332,7 @@ class OpenAIWire(HTTPWire):
         """Return a request for vectors in one of the two forms: other conversations may go on during a greeting."""
         import json
 
-        asked = {**self.common, "input": self.prefixed(texts)}
+        asked = {**self.common, "input": [self.prefix + text for text in texts]}
         if base64:
             asked["encoding_format"] = "base64"
         return Send(self.path, json.dumps(asked).encode(), timeout)
@@ -1334,31 +1340,20 @@ class OpenAIWire(HTTPWire):
     def way(self, path: str) -> str:
         return f"{'base64' if self.base64 else 'decimals'} over {self.server.path}{path}"
 
-    def vectors(self, path: str, body: bytes) -> list[Any]:
-        import json
-
-        vectors = in_order(json.loads(body)["data"])
+    def vectors(self, path: str, answer: Any) -> list[Any]:
+        vectors = in_order(answer["data"])
         if not all(isinstance(vector, bytes) for vector in vectors):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
 
-    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
-        words = self.words(reply) if reply.status in (400, 413, 422) else ""
-        if len(texts) > 1 and TOO_MANY.search(words) and not TOO_LONG.search(words):
-            # Of the numbers in the words, the largest below what was sent.
-            below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < len(texts)]
-            self.most_texts = min(self.most_texts, max(below, default=len(texts) // 2))
-            raise Superseded(words)
-        return super().read(path, reply, texts)
-
     def explain(self, path: str, status: int, words: str, said: str) -> None:
-        if status in (400, 404) and NO_MODEL.search(words):
-            raise NoModel(f'{self.server.shown} has no model "{self.model}" ({said}).')
+        if status in (400, 404) and re.search(NO_MODEL, words):
+            raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
-            raise Stop(f"{self.server.shown} has no {path} ({said}). Does it serve embeddings?")
-        if self.base64 and "encoding_format" in words:
+            raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
+        if status != 200 and self.base64 and "encoding_format" in words:
             self.base64 = False
-            raise Superseded(said)
+            raise Superseded
 
 
 def normalised(vector: Any) -> Any:
@@ -1415,7 +1410,7 @@ def plain(text: str) -> str:
     return "".join(character for character in decomposed.casefold() if character.isalnum())
 
 
-class HashWire:
+class HashWire(Wire):
     """No server: signed feature hashing of words and word pairs, computed in this process.
 
     K. Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
@@ -1423,28 +1418,14 @@ class HashWire:
     """
 
     product = address = "hash:"
-    model = "hash-256"
-    digest = ""  # the name says it all
+    model = "hash-256"  # the name says it all, and there is no digest
     dimensions = 256
-    certain = True
     server = Server("hash", "", 0, "", "")
-    kin: ClassVar[list[Any]] = []
 
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.prefix: str = options.prefix
-
-    def greet(self) -> Conversation:
-        """There is nobody to greet."""
-        return []
-        yield  # makes it a generator
-
-    probe = agree = greet
-
-    def settle(self, dimensions: int) -> None:
-        """There is nothing to be settled."""
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.prefix = options.prefix
 
     def converse(self, texts: list[str], movable: bool) -> Conversation:
-        """Return a conversation that knows the answers without asking anyone."""
         return [hash_embedding(self.prefix, text) or "no words in the text" for text in texts]
         yield  # makes it a generator
 
@@ -1469,27 +1450,18 @@ def hash_embedding(prefix: str, text: str) -> bytes:
     return pack([number / norm for number in vector]) if norm else b""
 
 
-Wire = Union[HTTPWire, HashWire]
-
-
-def wire_for(address: str, options: argparse.Namespace) -> Wire:
-    """Return the wire that speaks to a server."""
-    if address == "hash:":
-        return HashWire(HashWire.server, options)
-    server = parse_server(address)._replace(ca_file=options.ca_file or "")
-    return (OpenAIWire if server.openai else OllamaWire)(server, options)
-
-
 def wires_for(options: argparse.Namespace) -> list[Wire]:
     """Return the wires that speak to the servers of --server."""
-    wires = [wire_for(address, options) for address in options.server]
-    places = [wire.address for wire in wires]
-    for place in places:
-        if places.count(place) > 1:  # rather a slip than a wish, and the server meant would stay idle
-            raise UsageError(f"--server {place} is given twice. Give each server once.")
-    if len(wires) > 1:
-        for wire in wires:
-            wire.kin = wires  # type: ignore[misc]
+    if options.server == ["hash:"]:
+        return [HashWire(options)]
+    wires: list[Wire] = []
+    for text in options.server:
+        server = parse_server(text, options.ca_file or "")
+        wire = (OpenAIWire if server.openai else OllamaWire)(server, options)
+        if wire.address in [other.address for other in wires]:  # rather a slip than a wish: another would stay idle
+            raise UsageError(f"--server {wire.address} is given twice. Give each server once.")
+        wires.append(wire)
+        wire.kin = wires
     return wires
 
 
@@ -1519,17 +1491,14 @@ class Exchange(NamedTuple):
     most: int = sys.maxsize
 
 
+Steps = Generator[Union[Send, Wait, Exchange], Any, T]  # what it is sent back is the Reply to a Send, None otherwise
 Answers = list[Union[bytes, str]]  # for each text its vector, or in words why it has none
-Conversation = Generator[Union[Send, Wait, Exchange], Optional[Reply], Answers]
+Conversation = Steps[Answers]
 
 PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
 LONGEST_RETRY_AFTER = 600.0  # seconds; who asks for more may as well be away
 LEAVE = 5.0  # seconds of trying, where there are other servers, until the texts go there; at once if nobody is there
-SILENCES = 3  # a text that alone, in a request of its own, times out so often has failed
-# Crashes of the server under a request, in a row, until its texts are suspected: some seconds in all for several,
-# which are halved then, and most of a minute for one that would fail. Servers do crash by themselves.
-CRASHES, CRASHES_ALONE = 4, 8
 SUSPICIONS = 3  # of one text, before it fails although the server was not well right after it either
 KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
 
@@ -1551,11 +1520,9 @@ class Talk:
 
     def __init__(self, wire: HTTPWire, jitter: Callable[[], float] | None = None, movable: bool = False) -> None:
         """`jitter` gives numbers from 0 to 1 that spread the waits of many clients; `movable` is as in converse()."""
-        if jitter is None:
-            import random
+        import random
 
-            jitter = random.random
-        self.wire, self.jitter, self.timeout, self.movable = wire, jitter, wire.timeout, movable
+        self.wire, self.timeout, self.movable, self.jitter = wire, wire.timeout, movable, jitter or random.random
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
 
@@ -1568,67 +1535,50 @@ class Talk:
         alone. A single text is failed only when the server embeds a known-good text right after
         it, or after the last of SUSPICIONS: then the fault is not the server's.
         """
-        single = len(texts) == 1
-        if len(texts) > self.wire.most_texts:
+        wire, single, longest = self.wire, len(texts) == 1, max(map(len, texts))
+        if len(texts) > wire.most_texts:
             return (yield from self.apart(texts, on_long, *in_half(texts)))
-        if not single and max(map(len, texts)) >= self.wire.long_from:
-            *others, longest = sorted(texts, key=len)  # if it is taken, so will be the others
-            return (yield from self.apart(texts, on_long, [longest], others))
-        garbled = silences = crashes = suspicions = 0
+        if not single and longest >= wire.long_from:
+            *others, last = sorted(texts, key=len)  # if it is taken, so will be the others
+            return (yield from self.apart(texts, on_long, [last], others))
+        points: dict[str, int] = {}  # against the texts, of each kind of trouble
+        suspicions = 0
         while True:
             try:
                 vectors = yield from self.ask(texts, truncate=on_long == "truncate")
-                if single and len(texts[0]) >= self.wire.long_from and on_long != "truncate":
-                    self.wire.long_from = len(texts[0]) + 1
-                return list(vectors)
+                if single and on_long != "truncate":
+                    wire.long_from = max(wire.long_from, longest + 1)
+                return vectors
             except Superseded:
                 return (yield from self.embed(texts, on_long))
-            except TooLong as refused:
-                if single:
-                    # Before it is believed of a text shorter than others, a short one must not be too long.
-                    if on_long not in ("whole", "fail") and len(texts[0]) < self.wire.long_from:
-                        suspicions += 1
-                        if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
-                            continue
-                    self.wire.long_from = min(self.wire.long_from, len(texts[0]))
-                    if on_long != "fail":
-                        return [(yield from self.fit(texts[0], on_long, str(refused)))]
-                else:  # by length, so that those at fault are soon among themselves
-                    return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len))))
-                trouble: Trouble = refused
-                suspect = True
-            except Refused as refused:
-                trouble = refused
-                suspect = True
-            except Garbled as unusable:
-                trouble = unusable
-                garbled += 1
-                suspect = garbled > 1
-                if isinstance(unusable, OtherDimensions):
-                    yield from self.until_sane()  # raises Stop if all vectors of this server are like that
-            except Silent as silent:
-                trouble = silent
-                silences += 1
-                suspect = not single or silences >= SILENCES
-                # The server may go on computing what nobody waits for any more: asking again
-                # before it has time for a short text would only lengthen its queue.
+            except Trouble as caught:
+                trouble = caught
+            if isinstance(trouble, (Silent, OtherDimensions)):
+                # After a silence, the server may go on computing what nobody waits for any more: asking again before
+                # it has time for a short text would only lengthen its queue. After other dimensions, this raises Stop
+                # if all vectors of this server are like that.
                 yield from self.until_sane()
-            except Unavailable as away:
-                trouble = away
-                crashes += away.crashed if single else CRASHES // 2 if away.slow else not away.busy
-                suspect = crashes >= (CRASHES_ALONE if single else CRASHES)
-            if not suspect:
+            points[trouble.kind] = points.get(trouble.kind, 0) + trouble.points(single)
+            if points[trouble.kind] < (trouble.enough_alone if single else trouble.enough):
                 yield from self.pause(trouble)
                 continue
+            too_long = isinstance(trouble, TooLong)
             if not single:
-                if crashes:
+                if points.get("crash") and not too_long:
                     yield from self.until_sane()  # halves sent to a server that is down would prove nothing
-                return (yield from self.apart(texts, on_long, *in_half(texts)))
-            # Is it the text, or the server? Only the server's word on a known-good text tells.
-            suspicions += 1
-            if (yield from self.until_sane()) or suspicions >= SUSPICIONS:
+                # By length, if that is it, so that those at fault are soon among themselves.
+                return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
+            # Is it the text, or the server? Only the server's word on a known-good text tells; but of the length of
+            # a part, or of a text as long as others that were refused, it is believed.
+            if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
+                suspicions += 1
+                if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
+                    points["crash"] = 0
+                    continue
+            if not too_long:
                 return [str(trouble)]
-            crashes = 0
+            wire.long_from = min(wire.long_from, longest)
+            return [(yield from self.fit(texts[0], on_long, str(trouble)))]
 
     def apart(self, texts: list[str], on_long: str, *groups: list[str]) -> Conversation:
         """Return the answers for `texts`, asked for in groups; to the same text the same answer."""
@@ -1638,28 +1588,24 @@ class Talk:
                 answers.update(zip(group, (yield from self.embed(group, on_long))))
         return [answers[text] for text in texts]
 
-    def fit(self, text: str, on_long: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def fit(self, text: str, on_long: str, refusal: str) -> Steps[bytes | str]:
         """Return the answer for a text that the server does not take as a whole."""
-        if on_long == "split":
-            parts = yield from self.split(text)
-            if isinstance(parts, str):
-                return parts
-            vector = mean(parts)
-            return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
         if on_long == "cut":
-            answer: bytes | str = TooLongFor(refusal)
-            if self.wire.cuts:
-                [answer] = yield from self.embed([text], "truncate")
-            if isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
-                answer = yield from self.cut(text, refusal)
+            answer = yield from self.cut(text, refusal)
             return Cut(answer) if isinstance(answer, bytes) else answer
-        return TooLongFor(refusal)
+        if on_long == "split":
+            return (yield from self.split(text))
+        return refusal if on_long == "fail" else TooLongFor(refusal)
 
-    def cut(self, text: str, refusal: str) -> Generator[Any, Reply | None, bytes | str]:
+    def cut(self, text: str, refusal: str) -> Steps[bytes | str]:
         """Return the vector of a text's beginning, as long as the server takes it, found by bisection.
 
         Within a sixteenth of its length: each further step costs a request and adds fewer words.
         """
+        if self.wire.cuts:
+            [answer] = yield from self.embed([text], "truncate")
+            if not isinstance(answer, TooLongFor):  # some versions of Ollama refuse to cut, too
+                return answer
         best: bytes | str = refusal
         low, high = 0, len(text)
         while high - low > max(low // 16, 1):
@@ -1675,117 +1621,104 @@ class Talk:
                 return answer
         return best
 
-    def split(self, text: str) -> Generator[Any, Reply | None, list[tuple[int, bytes]] | str]:
-        """Return the lengths and vectors of a text's parts, each as the server takes it; or why there is one without.
-
-        The text is known to be too long, and is halved until its parts are not.
-        """
-        found: list[tuple[int, bytes]] = []
-        for part in halves(text):
+    def split(self, text: str) -> Steps[bytes | str]:
+        """Return the mean of the vectors of a text's parts: its halves, or the halves of what is still too long."""
+        found: list[tuple[int, bytes]] = []  # each part's length and vector
+        parts = [*halves(text)]
+        while parts:
+            part = parts.pop(0)
             if not part.strip(BLANKS):
                 continue
             [answer] = yield from self.embed([part], "whole")
             if isinstance(answer, bytes):
                 found.append((len(part), answer))
-            elif isinstance(answer, TooLongFor) and len(part) < len(text):
-                inner = yield from self.split(part)
-                if isinstance(inner, str):
-                    return inner
-                found += inner
+            elif isinstance(answer, TooLongFor) and len(part) > 1:
+                parts[:0] = halves(part)
             else:
                 return str(answer)
-        return found
+        vector = mean(found)
+        return Split(vector) if any(vector) else "the vectors of its parts cancel each other out"
 
-    def ask(
-        self, texts: list[str], probe: bool = False, truncate: bool = False
-    ) -> Generator[Any, Reply | None, list[bytes]]:
+    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Conversation:
         """Return the vectors of `texts` from one request, or raise the Trouble with it."""
         request = self.wire.request(texts, self.timeout, truncate)
-        reply = yield request
-        assert reply is not None
+        reply: Reply = yield request
         try:
-            vectors = self.wire.read(request.path, reply, texts)
+            vectors: Answers = [*self.wire.read(request.path, reply, texts)]
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
-        except Superseded:
-            raise
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
-            # A long silence may mean that much was asked for.
-            if probe or not (isinstance(trouble, Silent) or getattr(trouble, "slow", False)):
+            if probe or not trouble.slow:  # a long silence may mean that much was asked for
                 self.trying += reply.seconds
-            if probe:
-                yield Exchange(0, reply.seconds, "failed", str(trouble))
-            else:
-                yield Exchange(len(texts), reply.seconds, trouble.outcome, str(trouble))
+            outcome = "failed" if probe else trouble.outcome
+            yield Exchange(0 if probe else len(texts), reply.seconds, outcome, str(trouble))
             raise
         self.trying = self.waits = 0
         if not probe:
             yield Exchange(len(texts), reply.seconds, "ok", way=self.wire.way(request.path), most=self.wire.most_texts)
         return vectors
 
-    def check_dimensions(self, dimensions: int, probe: bool) -> Generator[Any, Reply | None, None]:
+    def check_dimensions(self, dimensions: int, probe: bool) -> Steps[None]:
         """Raise OtherDimensions if vectors of that length do not belong with the others."""
         wire = self.wire
-        if probe and not wire.certain:
-            return  # nothing is known yet that it could differ from
-        if not wire.certain and dimensions != wire.dimensions:
-            # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
-            vectors = yield from self.ask([KNOWN_GOOD], probe=True)
-            if not wire.certain and len(vectors[0]) // 4 == dimensions:  # no other conversation has settled it
-                wire.dimensions = dimensions
-        if dimensions != wire.dimensions:
-            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {wire.dimensions}")
-        if not wire.certain:
-            wire.settle(dimensions)
+        if wire.dimensions is None:
+            if probe:
+                return  # nothing is known yet that it could differ from
+            if dimensions != wire.expected:
+                # The model card says otherwise, or nothing. One answer may be a fault, two in a row are the model.
+                [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
+                if len(vector) // 4 == dimensions:
+                    wire.expected = dimensions
+        known = wire.dimensions or wire.expected  # another conversation may have settled it meanwhile
+        if dimensions != known:
+            raise OtherDimensions(f"vectors of {dimensions} dimensions came instead of {known}")
+        wire.settle(dimensions)
+
+    def known_good(self) -> Conversation:
+        """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
+        while True:
+            try:
+                return (yield from self.ask([KNOWN_GOOD], probe=True))
+            except Superseded:
+                continue
+            except OtherDimensions as error:
+                raise Stop(
+                    f"{self.wire.address} does not give what the table holds: {error}. "
+                    "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+                ) from None
 
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
         yield from self.wire.greet()
         yield from self.wire.agree()
-        while True:
-            try:
-                return list((yield from self.ask([KNOWN_GOOD], probe=True)))
-            except Superseded:
-                continue
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Trouble as trouble:
-                raise self.away(trouble) from None
+        try:
+            return (yield from self.known_good())
+        except Trouble as trouble:
+            raise self.away(trouble) from None
 
-    def until_sane(self) -> Generator[Any, Reply | None, bool]:
+    def until_sane(self) -> Steps[bool]:
         """Wait until the server embeds a known-good text; return whether it did so at once."""
         at_once = True
         while True:
             try:
-                yield from self.ask([KNOWN_GOOD], probe=True)
+                yield from self.known_good()
                 return at_once
-            except OtherDimensions as error:
-                raise self.of_no_use(error) from None
-            except Superseded:
-                continue
             except Trouble as trouble:
                 at_once = False
                 yield from self.pause(trouble, known_good=True)
 
-    def of_no_use(self, error: OtherDimensions) -> Stop:
-        """Return the end of all work with this server."""
-        return Stop(
-            f"{self.wire.server.shown} does not give what the table holds: {error}. "
-            "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-        )
-
     def away(self, trouble: Trouble) -> Away:
         """Return the end of this conversation."""
         away = Away(
-            f"{self.wire.product} at {self.wire.server.shown} has given no good answer for "
+            f"{self.wire.product} at {self.wire.address} has given no good answer for "
             f"{self.trying / 60:.0f} minutes ({trouble}). Run the same command again when it does."
         )
         away.reason = str(trouble)
-        away.wait = min(getattr(trouble, "retry_after", 0.0), LONGEST_RETRY_AFTER)
+        away.wait = min(trouble.retry_after, LONGEST_RETRY_AFTER)
         return away
 
-    def pause(self, trouble: Trouble, known_good: bool = False) -> Generator[Any, Reply | None, None]:
+    def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
         Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015.
@@ -1793,16 +1726,14 @@ class Talk:
         the server may have broken, unless it cannot bear the known-good text either: they would break the others.
         """
         away = self.away(trouble)
-        asked_for = away.wait
-        if self.trying >= PATIENCE:
-            raise away
-        blameless = known_good or not getattr(trouble, "crashed", False)
-        if self.movable and blameless and (self.trying + asked_for >= LEAVE or getattr(trouble, "gone", False)):
+        blameless = known_good or not trouble.crashed
+        leave = self.movable and blameless and (trouble.gone or self.trying + away.wait >= LEAVE)
+        if leave or self.trying >= PATIENCE:
             raise away
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
-        yield Wait(max(wait, asked_for))
+        yield Wait(max(wait, away.wait))
 
 
 # =============================== pace ===============================
@@ -2228,7 +2159,7 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and (wire.dimensions != self.dimensions or not wire.certain):
+        if self.dimensions and wire.dimensions != self.dimensions:
             wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
@@ -2633,7 +2564,7 @@ class Engine:
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
         lane = self.present()[0]
-        if lane.wire.dimensions is None or not lane.wire.certain:
+        if lane.wire.dimensions is None:
             lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
@@ -4577,7 +4508,6 @@ class PostgresStore(Store):
     mark = "${}"
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
-
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -4589,8 +4519,6 @@ class PostgresStore(Store):
         if not hasattr(psycopg, "RawCursor"):
             raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
         self.psycopg: Any = psycopg
-        self.fleet: Fleet | None = None
-        self.array_of: Any = None  # the type of a list of vectors that psycopg sends as an array of pgvector's
         self.connection = self.connect()
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
@@ -4602,13 +4530,16 @@ class PostgresStore(Store):
         """Return a new connection; raise Stop where that fails."""
         psycopg, url = self.psycopg, self.options.database
         try:
-            settings = psycopg.conninfo.conninfo_to_dict(url)
-            if "PGCONNECT_TIMEOUT" not in os.environ:
-                settings.setdefault("connect_timeout", 10)  # seconds; libpq would wait for a dead host without end
-            settings.setdefault("tcp_user_timeout", 30_000)  # milliseconds, likewise for one that dies later
-            settings.setdefault("fallback_application_name", "embedgen")
+            settings = {
+                # Seconds; libpq would wait for a dead host without end.
+                "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", 10),
+                "tcp_user_timeout": 30_000,  # milliseconds, likewise for one that dies later
+                "fallback_application_name": "embedgen",
+                **psycopg.conninfo.conninfo_to_dict(url),
+                "client_encoding": "utf8",
+            }
             connection = psycopg.connect(
-                **{**settings, "client_encoding": "utf8"},
+                **settings,
                 autocommit=True,
                 cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
                 prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
@@ -4621,17 +4552,12 @@ class PostgresStore(Store):
         except psycopg.Error as error:
             reason = one_line(re.sub(r"\s*\n\s*", " ", str(error).strip()))
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
-            for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
+            for secret in [*password.split("@"), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
-            usage = isinstance(error, psycopg.ProgrammingError)  # the URL itself is wrong
-            raise Stop(
-                f"cannot connect to Postgres ({reason}). Check --database URL.", EXIT_USAGE if usage else EXIT_STOPPED
-            ) from None
+            kind = UsageError if isinstance(error, psycopg.ProgrammingError) else Stop  # the first if the URL is wrong
+            raise kind(f"cannot connect to Postgres ({reason}). Check --database URL.") from None
 
     def close(self) -> None:
-        if self.fleet:
-            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
-                self.fleet.leave()
         self.connection.close()
 
     def patiently(self, action: Callable[[], T]) -> T:
@@ -4645,8 +4571,9 @@ class PostgresStore(Store):
                 return action()
             except (self.psycopg.Error, Stop) as error:
                 # A row may be deleted between the look at it and the reference to it; not thrice.
-                orphans += isinstance(error, errors.ForeignKeyViolation)
-                again = isinstance(error, errors.TransactionRollback) or 0 < orphans < 3  # the former: a deadlock
+                orphan = isinstance(error, errors.ForeignKeyViolation)
+                orphans += orphan
+                again = isinstance(error, errors.TransactionRollback) or (orphan and orphans < 3)  # or a deadlock
                 if "pooling mode" in str(error):  # PgBouncer's words, after which it hangs up
                     raise Stop(
                         "the pooler in front of Postgres works in statement mode, which tears transactions apart. "
@@ -4655,7 +4582,7 @@ class PostgresStore(Store):
                 if not again and not self.connection.closed:
                     raise self.translated(error) from error
                 deadline = deadline or time.monotonic() + RECONNECT_PATIENCE
-                until = time.monotonic() + wait * (0 if orphans else 1)
+                until = time.monotonic() + (0 if orphan else wait)
                 while time.monotonic() < until:
                     if self.stopping():
                         deadline = min(deadline, time.monotonic() + GRACE / 2)
@@ -4669,21 +4596,23 @@ class PostgresStore(Store):
         if isinstance(error, Stop):
             return error
         text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
-        if isinstance(error, errors.InsufficientPrivilege):
-            return Forbidden(f"Postgres refuses: {text}. Ask its administrator, or give another user in --database.")
-        if isinstance(error, errors.UndefinedFunction):
-            return UsageError(
+        known: dict[type, Stop] = {
+            errors.InsufficientPrivilege: Forbidden(
+                f"Postgres refuses: {text}. Ask its administrator, or give another user in --database."
+            ),
+            errors.UndefinedFunction: UsageError(
                 f"Postgres says: {text}. If keys do not compare, give another --target NAME, or --id COLUMN."
-            )
-        if isinstance(error, errors.DiskFull):
-            return Stop(f"Postgres has no room ({text}). Make room, and run the same command again.")
-        if isinstance(error, errors.LockNotAvailable):
-            return Stop(f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later.")
-        if isinstance(error, errors.ReadOnlySqlTransaction):
-            return Stop(f"Postgres takes no writes ({text}). Give the address of the primary server in --database.")
-        if self.connection.closed:
-            return Stop(f"the connection to Postgres is lost ({text}). Run the same command again when it is back.")
-        return Stop(f"Postgres says: {text}.")
+            ),
+            errors.DiskFull: Stop(f"Postgres has no room ({text}). Make room, and run the same command again."),
+            errors.LockNotAvailable: Stop(
+                f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later."
+            ),
+            errors.ReadOnlySqlTransaction: Stop(
+                f"Postgres takes no writes ({text}). Give the address of the primary server in --database."
+            ),
+        }
+        lost = f"the connection to Postgres is lost ({text}). Run the same command again when it is back."
+        return known.get(type(error)) or Stop(lost if self.connection.closed else f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         run = self.transaction if self.reads_only else self.patiently
@@ -4721,13 +4650,10 @@ class PostgresStore(Store):
         return ""
 
     def find(self, name: str) -> Relation | None:
-        schema, _, rest = name.partition(".")
-        for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
-            # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
-            for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
-                if path and (found := self.relation_at(path)):
-                    return found
-        return None
+        # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
+        paths = [quoted(name), ".".join(map(quoted, name.split(".", 1)))]
+        paths += [path.lower() for path in paths]
+        return next(filter(None, map(self.relation_at, paths)), None)
 
     def place(self, name: str, beside: str = "") -> Relation:
         schema, _, rest = name.partition(".")
@@ -4752,10 +4678,8 @@ class PostgresStore(Store):
         return f"sha256(convert_to({self.whole_text}, 'UTF8'))"
 
     def key_type(self, declared: str) -> str:
-        kind = declared.partition("(")[0]
-        if kind in ("smallint", "integer", "bigint"):
-            return "bigint"
-        return "text" if kind in ("character varying", "text") else declared
+        wider = {"smallint": "bigint", "integer": "bigint", "character varying": "text"}
+        return wider.get(declared.partition("(")[0], declared)
 
     def references_sql(self) -> str:
         sql = "SELECT has_column_privilege(to_regclass($1), $2, 'REFERENCES')"
@@ -4794,14 +4718,13 @@ class PostgresStore(Store):
 
     def use_target(self) -> None:
         super().use_target()
-        declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, _, dimensions = declared.rpartition(".")[2].rstrip(")").partition("(")
+        declared, kind, length = self.vector_type()
         if kind not in MOST_INDEXED:
             raise UsageError(
                 f'the column "embedding" of "{self.target.name}" is of the type {declared}, '
                 "not vector or halfvec. Give --target NAME."
             )
-        self.check_index(kind, int(dimensions or 0))
+        self.check_index(kind, length)
         filled = [*self.target_columns.values(), self.target_key]
         sql = (
             "SELECT attname, attname = ANY($2) FROM pg_attribute a WHERE attrelid = to_regclass($1) AND attnum > 0 "
@@ -4815,14 +4738,16 @@ class PostgresStore(Store):
     def check_index(self, kind: str, dimensions: int) -> None:
         """Raise UsageError if --index is asked for and cannot be had for a column of that type."""
         most = MOST_INDEXED[kind]
-        if self.options.index and dimensions > most:
+        if not self.options.index:
+            return
+        if dimensions > most:
             wider = f"a target made with halfvec({dimensions}), " if dimensions <= MOST_INDEXED["halfvec"] else ""
             raise UsageError(
                 f"--index: pgvector indexes at most {most:,} dimensions of the type {kind}; these vectors have "
                 f"{dimensions:,}. Ways out: {wider}--dimensions {most} or fewer if the model offers it, "
                 "or no index: an exact search needs none."
             )
-        if self.options.index and not dimensions:
+        if not dimensions:
             raise UsageError(
                 f'--index: the column "embedding" of "{self.target.name}" must say its dimensions. '
                 f"Run: ALTER TABLE {self.target.sql} ALTER COLUMN embedding TYPE {kind}(N);"
@@ -4831,47 +4756,14 @@ class PostgresStore(Store):
     def stored_dimensions(self, model: str = "") -> int | None:
         if not self.has_target:
             return None
-        column = self.target_columns["embedding"]
-        declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
-        if declared:
-            return int(declared[1])
+        if length := self.vector_type()[2]:
+            return length
         if self.replaces_all:
             return None
         # As text, which both types have in the same form.
         are_meant = f"{self.has_vector} AND {self.is_by(model)}"
         text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {are_meant}")
         return text.count(",") + 1 if text else None
-
-    def count(self) -> tuple[int, int]:
-        if self.reads_only:
-            return super().count()
-        self.fleet = Fleet(self)
-        tables, exists = self.joined()
-        # In one statement, and so of one moment: what the others do from then on is counted by them.
-        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
-        total, existing, tally = self.rows(sql)[0]
-        self.fleet.to_do = total - existing
-        self.fleet.before = dict(tally or [])
-        return total, existing
-
-    def join(self) -> str:
-        try:
-            assert self.fleet is not None
-            return self.fleet.join()
-        except Forbidden as forbidden:
-            self.fleet = None
-            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
-
-    def tend(self) -> None:
-        if self.fleet:
-            self.fleet.tend()
-
-    def give_up(self, row: Row, failed: bool = True) -> None:
-        if self.fleet:
-            self.fleet.give_up(row, failed)
-
-    def elsewhere(self) -> tuple[int, int]:
-        return self.fleet.others if self.fleet else (0, 0)
 
     def beside(self, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
@@ -4880,10 +4772,9 @@ class PostgresStore(Store):
         probe = f"(SELECT * FROM {self.target.sql} AS t WHERE t.{key} = {self.key_sql} OFFSET 0)"
         return f"LEFT JOIN LATERAL {probe} AS e ON true" if page else super().beside(page)
 
-    def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
-        """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
+    def page(self, above: Any, upto: Any = None, most: int = PAGE_ROWS) -> tuple[list[Row], bool]:
         tables, exists = self.joined(page=True)
-        key = f"s.{quoted(self.key)}"
+        key = self.key_sql
         bounds = [(sign, value) for sign, value in ((">", above), ("<=", upto)) if value is not None]
         within = "".join(f"{key} {sign} ${place} AND " for place, (sign, _) in enumerate(bounds, 1))
         # The sum ends a page early where its texts are long, before they are sent.
@@ -4895,63 +4786,79 @@ class PostgresStore(Store):
         )
         found = self.rows(sql, *(value for _, value in bounds))
         page = [Row(key, text, digest_of(self.prefix + text)) for key, text, _ in found]
-        return page, len(page) == (found[0][2] if found else 0) < most
+        seen = found[0][2] if found else 0
+        return page, len(page) < seen or seen == most
 
     def key_after(self, above: Any, count: int) -> Any:
         """Return the key of the row that is `count` rows after a key (None: the beginning), None if there are fewer."""
-        key = f"s.{quoted(self.key)}"
+        key = self.key_sql
         within, parameters = ("", []) if above is None else (f"WHERE {key} > $1", [above])
         return self.value(
             f"SELECT {key} FROM {self.source} AS s {within} ORDER BY {key} OFFSET {count - 1}", *parameters
         )
 
-    def page(self, after: Any) -> tuple[list[Row], bool]:
-        page, whole = self.read(after, None, PAGE_ROWS)
-        return page, not whole
+    @functools.cached_property
+    def vectors(self) -> Any:
+        """The type of a list of stored vectors that psycopg sends as a binary array of pgvector's.
 
-    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
+        An array is its dimensions, a flag, the element's OID, its length and lower bound, then each element
+        behind its length (array_recv in Postgres); a vector is the number of its dimensions, two bytes of
+        zero, and float32, all big-endian (vector_recv in pgvector).
+        """
+        from array import array as numbers
+        from struct import pack as packed
 
-    def vectors(self, vectors: list[bytes]) -> Any:
-        """Return stored vectors in the form of a statement's parameter, an array of pgvector's type."""
-        if self.array_of is None:
-            _, element, array = self.find_vector()
-            self.array_of, dumper = vectors_type(self.psycopg, element, array)
-            for adapters in (
-                self.psycopg.adapters,
-                self.connection.adapters,
-            ):  # of connections to come, and of this one
-                adapters.register_dumper(self.array_of, dumper)
-        return self.array_of(vectors)
+        _, element, array = self.find_vector()
 
-    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
-        known = {"embedding": "b.embedding", "model": literal(self.model)}
-        known |= {"text_sha256": "substr($3, 32 * b.place::int - 31, 32)", "updated_at": "now()"}
-        known["provenance"] = "b.provenance"
+        class Vectors(list):  # type: ignore[type-arg]
+            pass
+
+        class Dumper(self.psycopg.adapt.Dumper):  # type: ignore[misc,name-defined]
+            format = self.psycopg.pq.Format.BINARY
+            oid = array
+
+            def dump(self, vectors: list[bytes]) -> bytes:
+                pieces = [packed(">5I", 1, 0, element, len(vectors), 1)]
+                for vector in vectors:
+                    swapped = numbers("I", vector)  # four bytes, whatever they mean
+                    if sys.byteorder == "little":
+                        swapped.byteswap()
+                    pieces += (packed(">IHxx", len(vector) + 4, len(vector) // 4), swapped.tobytes())
+                return b"".join(pieces)
+
+        for adapters in (self.psycopg.adapters, self.connection.adapters):  # of connections to come, and of this one
+            adapters.register_dumper(Vectors, Dumper)
+        return Vectors
+
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # `more` stands for CTEs that are to be part of the statement, behind its CTE `saved`.
+        known = {
+            "embedding": "b.embedding",
+            "model": literal(self.model),
+            "text_sha256": "substr($3, 32 * b.place::int - 31, 32)",
+            "updated_at": "now()",
+            "provenance": "b.provenance",
+        }
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
-        share, more = self.fleet.saving(rows) if self.fleet else ("", [])
         # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
         # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
         # is the one in which other programs are likely to lock them.
         sql = (
             f"WITH patience AS (SELECT set_config('lock_timeout', '{ROW_LOCK_PATIENCE}s', true)), saved AS ("
             f"INSERT INTO {self.target.sql} ({key}, {', '.join(names)}) "
-            f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
+            f"SELECT {self.key_sql}, {', '.join(names.values())} "
             "FROM patience, unnest($1::text[], $2, $4::int[]) WITH ORDINALITY AS b(key, embedding, provenance, place) "
-            f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
+            f"JOIN {self.relation.sql} AS s ON {self.key_sql} = b.key::{self.key_declared} ORDER BY 1 "
             f"{replacing(self.target_key, self.target_columns.values())} RETURNING 1"
-            f"){share} SELECT count(*) FROM saved"
+            f"){more} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
         embeddings = self.vectors([vector for _, vector in vectors])
         makers = [self.maker(vector) for _, vector in vectors]
         digests = b"".join(row.digest for row in rows)  # in one piece, which psycopg sends 100 times sooner than a list
-        saved = int(self.rows(sql, keys, embeddings, digests, makers, *more)[0][0])
-        if self.fleet:
-            self.fleet.saved(rows, saved)
-        return saved
+        return int(self.rows(sql, keys, embeddings, digests, makers)[0][0])
 
     def vector_sql(self) -> str:
         return f"{self.stored('embedding')}::text"  # vector and halfvec alike: a JSON array
@@ -4969,14 +4876,14 @@ class PostgresStore(Store):
                 return []
             raise
 
-    def vector_type(self) -> tuple[str, bool]:
-        """Return the name of the type of the target's vectors, vector or halfvec, and whether it has a length."""
+    def vector_type(self) -> tuple[str, str, int]:
+        """Return the type of the target's vectors as declared, its name, and their length, 0 if that may be any."""
         declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, length, _ = declared.rpartition(".")[2].partition("(")
-        return kind, bool(length)
+        kind, _, length = declared.rpartition(".")[2].rstrip(")").partition("(")
+        return declared, kind, int(length) if length.isdigit() else 0
 
     def has_length(self, dimensions: int) -> str:
-        if self.vector_type()[1]:
+        if self.vector_type()[2]:
             return self.has_vector
         return f"{self.find_vector()[0]}.vector_dims({self.stored('embedding')}) = {dimensions}"
 
@@ -4991,12 +4898,11 @@ class PostgresStore(Store):
         return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        schema, kind, key = self.find_vector()[0], self.vector_type()[0], self.key_sql
+        schema, kind, key = self.find_vector()[0], self.vector_type()[1], self.key_sql
         stored = self.stored("embedding")
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
-        version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
         comparable = self.comparable(len(vector) // 4, model)
 
         def look(approximately: bool) -> list[Any]:
@@ -5008,13 +4914,12 @@ class PostgresStore(Store):
                 ") AS e ORDER BY e.distance, e.key"
             )
             # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
-            settings = {}
             if approximately:
-                settings["hnsw.ef_search"] = str(min(max(2 * most, EF_SEARCH), 1000))  # of which pgvector takes no more
+                candidates = min(max(2 * most, EF_SEARCH), 1000)  # pgvector takes no more
+                self.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
+                version = self.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
-                    settings["hnsw.iterative_scan"] = "strict_order"
-            for name, value in settings.items():
-                self.execute("SELECT set_config($1, $2, true)", name, value)
+                    self.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             return self.execute(sql, given)
 
         found = self.transaction(lambda: look(indexed))
@@ -5065,64 +4970,62 @@ class PostgresStore(Store):
         """
         import threading
 
-        column = self.target_columns["embedding"]
-        kind, _ = self.vector_type()
+        column, kind = self.target_columns["embedding"], self.vector_type()[1]
         stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
-        name = f"{stem}_hnsw"
-        index = f"{quoted(self.target.schema)}.{quoted(name)}"
-        progress = (
+        name, drop = quoted(f"{stem}_hnsw"), "DROP INDEX CONCURRENTLY IF EXISTS"
+        sql = (
             "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
             "WHERE relid = to_regclass($1)"
         )
+        progress = functools.partial(self.value, sql, self.target.sql)  # of a build under way, None if there is none
         found = self.indexes()
-        while found and not found[-1][0] and self.rows(progress, self.target.sql):  # by another run
-            yield self.rows(progress, self.target.sql)[0][0]
+        while found and not found[-1][0] and progress() is not None:  # by another run
+            yield progress() or 0.0
             time.sleep(LOOK)
             found = self.indexes()
         if found and found[-1][0]:
             return
-        schema, _, _ = self.find_vector()
+        schema = self.find_vector()[0]
         failure: list[Exception] = []
-        ended = threading.Event()
         builder = self.connect()
 
         def build() -> None:
             try:
                 for _, broken in found:  # left by a build that was broken off
-                    builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {broken}")
+                    builder.execute(f"{drop} {broken}")
                 builder.execute(
-                    f"CREATE INDEX CONCURRENTLY {quoted(name)} ON {self.target.sql} "
+                    f"CREATE INDEX CONCURRENTLY {name} ON {self.target.sql} "
                     f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
                 )
             except Exception as error:
                 failure.append(error)
-            finally:
-                ended.set()
 
         thread = threading.Thread(target=build, daemon=True)
         thread.start()
         try:
-            while not ended.is_set() and not self.stopping():
-                yield next((share for (share,) in self.rows(progress, self.target.sql)), 0.0)
-                ended.wait(LOOK)
+            while thread.is_alive() and not self.stopping():
+                yield progress() or 0.0
+                thread.join(LOOK)
         finally:
-            if not ended.is_set():
+            if thread.is_alive():
                 builder.cancel()
-                if ended.wait(GRACE):
+                thread.join(GRACE)
+                if not thread.is_alive():
                     # Half an index is of use to nobody. If this has to wait for others, the next --index does it.
                     timer = threading.Timer(GRACE / 2, builder.cancel)
                     timer.start()
                     with contextlib.suppress(self.psycopg.Error):
-                        builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+                        builder.execute(f"{drop} {quoted(self.target.schema)}.{name}")
                     timer.cancel()
             builder.close()
         errors = self.psycopg.errors
-        if failure and isinstance(failure[0], (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
-            yield from self.build_index()  # another run was at it in the same moment: see what became of it
-        elif failure and not self.stopping():
-            raise self.translated(failure[0]) from failure[0]
-        else:
-            yield 1.0
+        for error in failure:
+            if isinstance(error, (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
+                yield from self.build_index()  # another run was at it in the same moment: see what became of it
+                return
+            if not self.stopping():
+                raise self.translated(error) from error
+        yield 1.0
 
 
 def as_text(value: Any) -> str:
@@ -5138,8 +5041,16 @@ SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one take
 ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
 
 
-class Fleet:
-    """This machine's part in a table that any number of them fill together, without knowing of one another.
+class Lease:
+    """A stretch of keys whose rows are this machine's to embed."""
+
+    def __init__(self, number: int, rows: int) -> None:
+        self.number, self.rows = number, rows  # those that are neither saved nor given up
+        self.failed = self.left_out = 0  # counted at its end: whoever inherits it tries these rows again
+
+
+class Fleet(PostgresStore):
+    """A table in Postgres that any number of machines fill together, without knowing of one another.
 
     One pass goes through the table, shared by all: whoever needs work reads the next pending
     rows behind the point that the pass has `reached`, and moves that point behind them, which
@@ -5153,7 +5064,7 @@ class Fleet:
     keep them until TCP gives up, hours later. No transaction is open between two statements.
     """
 
-    TABLES: ClassVar[dict[str, str]] = {
+    OWN_TABLES: ClassVar[dict[str, str]] = {
         # One for each kind of work: table, text, model, target.
         "embedgen_passes": "job bytea PRIMARY KEY, target text NOT NULL, model text NOT NULL, "
         "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
@@ -5168,76 +5079,71 @@ class Fleet:
     ALIVE = f"(NOT m.gone AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now())"
     EXPIRY = f"now() + interval '{LEASE} s'"
 
-    def __init__(self, store: PostgresStore) -> None:
-        import collections
-        import hashlib
-
-        options = store.options
-        work = [
-            store.source, store.key, store.whole_text, store.target.sql, store.model, options.dimensions,
-            sorted(map(repr, options.option)), store.force,
-        ]  # fmt: skip
-        self.store, self.job = store, hashlib.sha256(repr(work).encode("utf-8")).digest()
-        schema = quoted(store.target.schema)
-        self.passes, self.machines, self.leases = (f"{schema}.{quoted(name)}" for name in self.TABLES)
-        self.key = store.key_declared
-        self.machine = 0  # our row in machines
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.machine = 0  # our row in the table of machines, 0 as long as we take no part
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
-        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases given back
+        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases at their end
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
         self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
-        self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
-        self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
-        # And how many have failed, and been left out: whoever inherits a lease tries them again.
-        self.given_up: dict[int, tuple[int, int]] = {}
-        self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
-        self.done: list[int] = []  # leases to be given back
-        self.giving: list[int] = []  # those that the statement under way gives back
+        self.ready: list[Row] = []  # rows taken, not yet given to the engine
+        self.undecided: dict[Any, Lease] = {}  # our rows neither saved nor given up, by key: the lease of each
+        self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
-        self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
-        self.bounded = False  # whether it is known
+        # The end of the stretch that is being looked through: None at the table's end, `reached` if it is not known.
+        self.bound: Any = None
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
-        self.last_sign, self.last_look = -LEASE, -LOOK
+        self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
-    def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement."""
-        return self.store.rows(sql, *parameters)
+    def count(self) -> tuple[int, int]:
+        import hashlib
 
-    def exist(self) -> bool:
-        """Whether the tables exist and may be used."""
-        sql = "SELECT COALESCE(has_table_privilege(to_regclass($1), 'SELECT, INSERT, UPDATE, DELETE'), false)"
-        return all(self.rows(sql, name)[0][0] for name in (self.passes, self.machines, self.leases))
-
-    def tally_sql(self) -> str:
-        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
-        if self.store.force or not self.exist():  # with --force, what exists is what the others do in this pass
-            return "NULL::bigint[]"
-        job = f"decode('{self.job.hex()}', 'hex')"
-        return f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        work = [
+            self.source, self.key, self.whole_text, self.target.sql, self.model, self.options.dimensions,
+            sorted(map(repr, self.options.option)), self.force,
+        ]  # fmt: skip
+        self.job = hashlib.sha256(repr(work).encode("utf-8")).digest()
+        schema = quoted(self.target.schema)
+        names = [f"{schema}.{quoted(name)}" for name in self.OWN_TABLES]
+        self.passes, self.machines, self.leases = names
+        usable = (
+            "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
+            "false)) FROM unnest($1::text[]) AS name"
+        )
+        # In one statement, and so of one moment: what the others do from then on is counted by them.
+        # With --force, what exists is what they do in this pass.
+        before = "NULL::bigint[]"
+        if not self.force and self.value(usable, names):
+            job = f"decode('{self.job.hex()}', 'hex')"
+            before = f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        tables, exists = self.joined()
+        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {before} FROM {tables}"
+        total, existing, generated = self.rows(sql)[0]
+        self.to_do, self.before = total - existing, dict(generated or [])
+        return total, existing
 
     # Coming and going
 
     def join(self) -> str:
-        """Take part in the pass that is under way, or begin one; return a remark for the log."""
-        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
-        self.round, self.late, self.machine = self.store.alone(self.enter)
-        self.last_sign = time.monotonic()
+        try:
+            self.alone(self.enter)
+        except Forbidden as forbidden:
+            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
         return "joined a pass over the table that is under way" if self.late else ""
 
-    def enter(self) -> tuple[int, bool, int]:
-        """Return the pass's round, whether it is under way, and the number that this machine has from now on."""
+    def enter(self) -> None:
+        """Take part in the pass that is under way, or begin one, as a new machine; within a transaction."""
         import socket
 
-        execute, schema = self.store.execute, self.store.target.schema
-        for name, columns in self.TABLES.items():
-            if not self.store.is_there(Relation(schema, name, True)):
+        execute, schema, target = self.execute, self.target.schema, self.target.name
+        for name, columns in self.OWN_TABLES.items():
+            if not self.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
-        target = self.store.target.name
-        model = self.store.model + (f"\n{self.store.digest}" if self.store.digest else "")  # no name has that in it
+        model = self.model + (f"\n{self.digest}" if self.digest else "")  # no name has that in it
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
             f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND {alive} AND p.model <> $2 AND ("
@@ -5251,7 +5157,7 @@ class Fleet:
                 f'another run fills "{target}" with vectors of the model {theirs}, which do not compare with '
                 f"those of {ours}. Wait for its end, or give --target NAME."
             )
-        self.store.check_version()  # one that has ended since we looked may have filled it
+        self.check_version()  # one that has ended since we looked may have filled it
         execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
                 self.job, target, model)  # fmt: skip
         left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
@@ -5267,191 +5173,190 @@ class Fleet:
         execute(f"DELETE FROM {self.passes} AS p WHERE job <> $1 AND NOT EXISTS ("
                 f"SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job)", self.job)  # fmt: skip
         sql = f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1"
-        number, under_way = execute(sql, self.job)[0]
+        self.round, self.late = execute(sql, self.job)[0]
         sql = f"INSERT INTO {self.machines} (job, name, round, expires) VALUES ($1, $2, $3, {self.EXPIRY}) RETURNING id"
-        machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", number)[0][0]
-        return number, under_way, machine
+        self.machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", self.round)[0][0]
+        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
+        self.next_sign = time.monotonic() + RENEWAL
 
-    def leave(self) -> None:
-        """Give back what is not done; what was generated and failed stays for the others to count."""
+    def close(self) -> None:
+        # What is not done is given back; what was generated and failed stays for the others to count.
         if self.machine:
-            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, left_out = $4 WHERE id = $1"
-            free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
-            known = [self.machine, self.failed, self.done, self.left_out]
-            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", known)
+            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
+                self.execute(f"WITH {self.sign(', gone = true')} SELECT 1")
+        super().close()
 
     def tend(self) -> None:
-        """Give the others a sign of life and learn what they have done, if it is time to."""
-        if self.machine and time.monotonic() - self.last_sign >= RENEWAL:
+        if self.machine and time.monotonic() >= self.next_sign:
             self.renew()
+
+    def sign(self, more: str = "", ending: Sequence[Lease] = ()) -> str:
+        """Return the CTEs by which this machine says that it lives and what it has done, and gives back leases.
+
+        Those are the leases `done` and those that come to their end in this very statement. It may be repeated
+        where its answer was lost: it has the totals in it, and nothing is noted as given back before it has
+        been executed. `more` is what else there is to set.
+        """
+        failed = self.failed + sum(lease.failed for lease in ending)
+        left_out = self.left_out + sum(lease.left_out for lease in ending)
+        given = ", ".join(map(str, [*self.done, *(lease.number for lease in ending)]))
+        return (
+            f"sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, round = {self.round}, failed = {failed}, "
+            f"left_out = {left_out}{more} WHERE id = {self.machine} RETURNING 1), given AS (DELETE FROM {self.leases} "
+            f"WHERE id = ANY(ARRAY[{given}]::bigint[]) AND machine = {self.machine})"
+        )
 
     def renew(self) -> None:
         """Give the others a sign of life and learn what they have done."""
-        self.giving = list(self.done)
         sql = (
-            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5, "
-            f"left_out = $6 WHERE id = $2 RETURNING 1), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
-            "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
-            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2), m.left_out FROM {self.machines} AS m "
-            "WHERE m.job = $1"
+            f"WITH {self.sign()} SELECT m.id, m.generated, m.failed, m.left_out, m.round >= $2, "
+            f"EXISTS (SELECT 1 FROM sign), ARRAY(SELECT l.id FROM {self.leases} AS l WHERE l.machine = $3) "
+            f"FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.left_out)
-        self.last_sign = time.monotonic()
-        self.given()
-        known = bool(found) and found[0][4]
-        self.lose(set(self.held).difference(found[0][5] if known else []))
+        found = self.rows(sql, self.job, self.round, self.machine)
+        self.next_sign, self.done = time.monotonic() + RENEWAL, []
+        known = bool(found) and found[0][5]
+        # Others have taken over what is not ours any more, since we gave no sign of life for too long.
+        ours = set(found[0][6] if known else ())
+        self.undecided = {key: lease for key, lease in self.undecided.items() if lease.number in ours}
         if not known:
-            self.join()
+            self.alone(self.enter)
             return
-        force = self.store.force  # then only what was done in this pass counts
-        others = [row for row in found if row[0] != self.machine]
-        self.others = (
-            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round)
-            + sum(row[6] for row in others if row[3] >= self.round),
-            sum(row[2] for row in others if row[3] >= self.round),
-        )
+        generated = failed = 0
+        for machine, theirs, fails, skips, in_this_pass, *_ in found:
+            if machine == self.machine:
+                continue
+            if in_this_pass or not self.force:  # then only what was done in this pass counts
+                generated += theirs - self.before.get(machine, 0)
+            if in_this_pass:
+                generated += skips
+                failed += fails
+        self.others = generated, failed
 
-    def lose(self, leases: set[int]) -> None:
-        """Forget leases that others have taken over, since we gave no sign of life for too long."""
-        if leases:
-            self.ready = type(self.ready)(row for row in self.ready if self.lease_of.get(row.key) not in leases)
-            self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
-            for lease in leases:
-                del self.held[lease]
-                self.given_up.pop(lease, None)
+    def elsewhere(self) -> tuple[int, int]:
+        return self.others
 
     # Taking rows
 
-    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield rows that are ours to embed, None where there are none right now; end with the pass."""
+    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        if not self.machine:
+            yield from super().pending(after, wanted)
+            return
         while True:
             while self.ready:
-                yield self.ready.popleft()
+                row = self.ready.pop(0)
+                if row.key in self.undecided:  # not lost meanwhile
+                    yield row
             # A table that is slow to look through is looked through less often.
-            taken = self.take(max(wanted(), int(self.rate * max(SHARE, 4 * self.looking))))
-            if taken is None:
-                self.renew()  # so that the count of what the others have done is the last
-                return
-            self.ready.extend(taken)
-            if not taken and not (self.ended and self.is_look_due()):
+            count = max(wanted(), int(self.rate * max(SHARE, 4 * self.looking)))
+            self.tend()
+            if time.monotonic() >= self.next_look:  # see what the others have left
+                self.ready = self.inherit()
+                if not self.ready and self.is_over():
+                    self.renew()  # so that the count of what the others have done is the last
+                    return
+                if not self.ready:
+                    self.next_look = time.monotonic() + LOOK
+            self.ready = self.ready or self.advance(count)
+            if not self.ready and self.next_look:
                 yield None
-
-    def is_look_due(self) -> bool:
-        """Whether it is time to see what the others have left."""
-        return time.monotonic() - self.last_look >= LOOK
-
-    def take(self, count: int) -> list[Row] | None:
-        """Return rows, about `count`, that are ours from now on; none for none right now, None for none any more."""
-        self.tend()
-        if self.is_look_due():
-            inherited = self.inherit()
-            if inherited or self.is_over():
-                return inherited or None
-            self.last_look = time.monotonic()
-        return self.advance(count)
 
     def inherit(self) -> list[Row]:
         """Return the rows of a lease whose machine gives no sign of life any more."""
+        kind = self.key_declared
         sql = (  # or one of ours that we know nothing of, since the connection broke as we took it
             f"UPDATE {self.leases} SET machine = $2 WHERE id = ANY (ARRAY(SELECT l.id FROM {self.leases} AS l "
             f"WHERE l.job = $1 AND l.id <> ALL($3) AND (l.machine = $2 OR NOT EXISTS ("
             f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
-            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{self.key}, upto::{self.key}"
+            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{kind}, upto::{kind}"
         )
-        while found := self.rows(sql, self.job, self.machine, [*self.held, *self.done]):
+        known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
+        while found := self.rows(sql, self.job, self.machine, known):
             lease, above, upto = found[0]
-            rows: list[Row] = []
-            whole = False
-            while not whole:
-                page, whole = self.store.read(rows[-1].key if rows else above, upto, PAGE_ROWS)
+            rows, more = self.page(above, upto)
+            while more:
+                page, more = self.page(rows[-1].key, upto)
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
         return []
 
-    def hold(self, lease: int, rows: list[Row]) -> list[Row]:
+    def hold(self, number: int, rows: list[Row]) -> list[Row]:
         """Note that a lease is ours, with those of its rows that we have not failed at; return them."""
         rows = [row for row in rows if row.key not in self.hopeless]
-        self.held[lease] = len(rows)
-        self.lease_of.update((row.key, lease) for row in rows)
+        lease = Lease(number, len(rows))
+        self.undecided.update((row.key, lease) for row in rows)
         if not rows:
-            del self.held[lease]
-            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", lease)
+            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
         return rows
 
     def look(self) -> bool:
         """See how far the pass is; return whether other machines hold leases."""
         sql = (
-            f"SELECT p.round, p.reached::{self.key}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
+            f"SELECT p.round, p.reached::{self.key_declared}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
         self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
-        self.bounded = False
+        self.bound = self.reached
         return bool(others)
 
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
-        if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
-            if self.late and not self.store.force:
-                self.begin_again()
+        again = self.late and not self.force  # whether another pass is needed, or a proof that it is not
+        if self.round_seen == self.round:
+            if others or not self.ended:
                 return False
-            return True
-        if others or not self.ended:
-            return False
-        if not self.late or self.store.force:
-            return True
-        if self.held:
-            return False  # wait, or ours would be found pending
-        self.renew()
-        if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
-            return True
-        # Some rows before the point at which we came have been changed, or are new, since they were passed.
-        sql = (
-            f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
-            "WHERE job = $1 AND round = $2 AND ended RETURNING round"
-        )
-        if self.rows(sql, self.job, self.round):
+            if not again:
+                return True
+            if self.undecided:
+                return False  # wait, or ours would be found pending
+            self.renew()
+            if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
+                return True
+            # Some rows before the point at which we came have been changed, or are new, since they were passed.
+            sql = (
+                f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
+                "WHERE job = $1 AND round = $2 AND ended RETURNING round"
+            )
+            if not self.rows(sql, self.job, self.round):
+                return False
             self.round_seen += 1
-            self.begin_again()
-        return False
-
-    def begin_again(self) -> None:
-        """Take part in the pass after ours, which looks at what ours had passed when we came."""
-        self.round, self.late = self.round_seen, False
-        self.renew()
-        self.look()
+        # Our pass had its end, and somebody, maybe we, has begun the next, which looks at what ours had passed
+        # when we came.
+        if again:
+            self.round, self.late = self.round_seen, False
+            self.renew()
+            self.look()
+        return not again
 
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
         began = time.monotonic()
-        while not self.ended and time.monotonic() - began < SHARE:
+        while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
-            if not self.bounded:
-                self.bound, self.bounded = self.store.key_after(self.reached, self.stretch), True
-            rows, whole = self.store.read(self.reached, self.bound, min(count, PAGE_ROWS))
+            if self.bound is self.reached:
+                self.bound = self.key_after(self.reached, self.stretch)
+            rows, more = self.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
             self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
-            ended = whole and self.bound is None
-            upto = self.bound if whole and not ended else rows[-1].key if rows else self.reached
+            ended = not more and self.bound is None
+            last = rows[-1].key if rows else self.reached
+            upto = last if more or ended else self.bound
             lease = self.move(upto, ended, bool(rows))
             if lease is None:  # somebody else was quicker
                 self.look()
-                if self.round_seen != self.round:
-                    break
             else:
                 self.reached, self.ended = upto, ended
-                self.bounded = not whole
                 if ended:
-                    self.last_look = -LOOK  # nothing but what the others may leave
+                    self.next_look = 0.0  # at once: there is nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
                     return rows
         return []
 
     def move(self, upto: Any, ended: bool, take: bool) -> int | None:
         """Move the pass from `reached` to `upto`; return the lease of what is between, 0 if none, None if it failed."""
-        kind = self.key
+        kind = self.key_declared
         sql = (
             f"WITH moved AS (UPDATE {self.passes} SET reached = $3::{kind}::text, ended = $4 "
             f"WHERE job = $1 AND round = $6 AND NOT ended AND reached IS NOT DISTINCT FROM $2::{kind}::text "
@@ -5466,90 +5371,36 @@ class Fleet:
 
     def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
         """Note that one of our rows is saved, has failed, or is left out."""
-        lease = self.lease_of.pop(row.key, 0)
-        if lease in self.held:
-            self.held[lease] -= 1
-            before = self.given_up.get(lease, (0, 0))
-            self.given_up[lease] = before[0] + failed, before[1] + left_out
-            if not self.held[lease]:
-                del self.held[lease]
-                self.failed, self.left_out = self.with_given_up([lease])
-                del self.given_up[lease]
-                self.done.append(lease)
+        if lease := self.undecided.pop(row.key, None):
+            lease.rows -= 1
+            lease.failed += failed
+            lease.left_out += left_out
+            if not lease.rows:
+                self.failed += lease.failed
+                self.left_out += lease.left_out
+                self.done.append(lease.number)
 
-    def with_given_up(self, leases: list[int]) -> tuple[int, int]:
-        """Return the rows that have failed and been left out, those of some leases that are at their end included."""
-        more = [self.given_up.get(lease, (0, 0)) for lease in leases]
-        return self.failed + sum(failed for failed, _ in more), self.left_out + sum(left_out for _, left_out in more)
-
-    def give_up(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed or is left out."""
+    def give_up(self, row: Row, failed: bool = True) -> None:
         if self.late:
             self.hopeless.add(row.key)
         self.decided(row, failed, not failed)
 
-    def given(self) -> None:
-        """Note that the leases of the last statement have been given back."""
-        self.done = [lease for lease in self.done if lease not in self.giving]
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # A lease is given back, and a row counted, in the moment in which it is saved.
+        from collections import Counter
 
-    def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
-        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $5.
-
-        So that a lease is given back, and a row counted, in the moment in which it is saved; counted
-        from a total that does not change if the statement has to be repeated. Nothing is noted as
-        given back before the statement has been executed.
-        """
         now = time.monotonic()
-        self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
-        saved: dict[int, int] = {}
-        for row in rows:
-            lease = self.lease_of.get(row.key, 0)
-            saved[lease] = saved.get(lease, 0) + 1
-        complete = [lease for lease, count in saved.items() if self.held.get(lease) == count]
-        self.giving = self.done + complete
-        failed, left_out = self.with_given_up(complete)
-        sql = (
-            f", sign AS (UPDATE {self.machines} SET generated = $6 + (SELECT count(*) FROM saved), failed = $7, "
-            f"left_out = $9, expires = {self.EXPIRY} WHERE id = $5), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($8) AND machine = $5)"
-        )
-        return sql, [self.machine, self.generated, failed, self.giving, left_out]
-
-    def saved(self, rows: list[Row], count: int) -> None:
-        """Note that the statement has been executed and has saved so many of the rows."""
+        self.rate, self.last_save = len(vectors) / max(now - self.last_save, 0.1), now
+        saved = Counter(self.undecided[row.key] for row, _ in vectors if row.key in self.undecided)
+        ending = [lease for lease, count in saved.items() if count == lease.rows]
+        if self.machine:
+            more = ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
+        count = super().save(vectors, more)
         self.generated += count
-        for row in rows:
+        for row, _ in vectors:
             self.decided(row)
-        self.given()
-
-
-def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
-    """Return a list type of stored vectors, and psycopg's dumper that sends it as a binary array of pgvector's.
-
-    `element` and `array` are OIDs. An array is its dimensions, a flag, the element's OID, its length
-    and lower bound, then each element behind its length (array_recv in Postgres); a vector is the number
-    of its dimensions, two bytes of zero, and float32, all big-endian (vector_recv in pgvector).
-    """
-    from array import array as numbers
-
-    class Vectors(list):  # type: ignore[type-arg]
-        pass
-
-    class Dumper(psycopg.adapt.Dumper):  # type: ignore[misc]
-        format = psycopg.pq.Format.BINARY
-        oid = array
-
-        def dump(self, vectors: list[bytes]) -> bytes:
-            pieces = [b"".join(value.to_bytes(4, "big") for value in (1, 0, element, len(vectors), 1))]
-            for vector in vectors:
-                swapped = numbers("I", vector)  # four bytes, whatever they mean
-                if sys.byteorder == "little":
-                    swapped.byteswap()
-                head = (len(vector) + 4).to_bytes(4, "big") + (len(vector) // 4).to_bytes(2, "big") + b"\0\0"
-                pieces += (head, swapped.tobytes())
-            return b"".join(pieces)
-
-    return Vectors, Dumper
+        self.done = []  # given back
+        return count
 
 
 def open_store(options: argparse.Namespace) -> Store:
@@ -5558,7 +5409,7 @@ def open_store(options: argparse.Namespace) -> Store:
     if re.match(r"sqlite:///.", url) or (not re.match(r"\w{2,}:", url) and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
     if re.match(r"postgres(ql)?://", url):
-        return PostgresStore(options)
+        return PostgresStore(options) if options.reads_only else Fleet(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
         f"sqlite:////absolute.db, a path ending in {', '.join(SQLITE_ENDINGS)}, or postgresql://..."
@@ -5808,7 +5659,7 @@ class Report:
                 f"🧠 {self.title} Generator",
                 RULE,
                 f"📊 Total {self.nouns} to process: {counts.total}",
-                f"⚡ Workers/Concurrent: {self.options.in_flight or 'auto'}",
+                f"⚡ Workers/Concurrent: {self.options.concurrent or 'auto'}",
                 f"🔄 Skip existing: {'No' if self.options.force else 'Yes'}",
                 f"📝 Detailed logs: {self.log.shown}",
                 "",
@@ -6488,7 +6339,9 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         message = f"{stop.message} What was generated is saved; {counts.left} {report.nouns} are left."
         code = interrupt.code or stop.code
         report.finish(counts, code, message)
-        raise Reported(message, code) from stop
+        reported = Reported(message)
+        reported.code = code
+        raise reported from stop
     finally:
         engine.close()
 
@@ -6528,14 +6381,14 @@ def check_alike(lane: Lane, answers: Answers, samples: list[tuple[str, bytes]], 
 
 def servers_for(options: argparse.Namespace, wires: Sequence[Wire]) -> Servers:
     """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
-    fixed, many = options.in_flight, len(wires)
+    fixed, many = options.concurrent, len(wires)
     lanes = []
     for place, wire in enumerate(wires):
         in_flight = fixed and max(1, fixed // many + (place < fixed % many))
         pace = Pace(in_flight, options.batch_size, options.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
         lanes.append(Lane(place, wire, pace))
     servers = Servers(lanes, fixed)
-    servers.dimensions = wires[0].dimensions if wires[0].certain else None
+    servers.dimensions = wires[0].dimensions
     return servers
 
 
@@ -6614,9 +6467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.load:
                 log.info(f"loaded {store.load(options.load)} rows from {options.load}")
             store.prepare()
-            # A run speaks of the table by the name that it was given, all else by the one that it has.
-            runs = options.action == "generate"
-            report.name_rows(options.table.rpartition(".")[2] if runs else store.relation.name)
+            report.name_rows(store.relation.name)
             code = ACTIONS[options.action](store, wires, report)
             lost = console.is_lost and options.reads_only  # what it was all for
             return interrupt.code or (EXIT_STOPPED if lost else code)
@@ -6632,9 +6483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         log.write("ERROR", f"{type(error).__name__}: {error}", traceback_now())
         first = one_line(str(error).partition("\n")[0])
-        more = f"the log {log.shown} has more" if log.shown else "--verbose shows more"
+        more = f"the log {log.shown} has more" if log.file else "--verbose shows more"
         complain(f"error: {type(error).__name__}: {first}. This is a fault of embedgen itself; {more}.")
-        if not log.shown and "--verbose" in given:
+        if not log.file and "--verbose" in given:
             complain(traceback_now().rstrip())
         return EXIT_STOPPED
     finally:

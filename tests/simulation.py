@@ -299,8 +299,8 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
 
     A server's `away` is a crash: what is under way to it then is lost.
     """
-    wires: list[Any] = [SimpleNamespace(address=f"server {place}", certain=False) for place in range(len(servers))]
-    fleet = servers_for(argparse.Namespace(in_flight=most, batch_size=None, timeout=300.0), wires)
+    wires: list[Any] = [SimpleNamespace(address=f"server {place}", dimensions=None) for place in range(len(servers))]
+    fleet = servers_for(argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0), wires)
     events: list[tuple[float, int, Batch | None, float, str]] = [(TICK, -1, None, 0.0, "tick")]
     order = itertools.count()
     now, handed, embedded = 0.0, 0, list[int]()

@@ -228,7 +228,7 @@ class Conversations(unittest.TestCase):
 
     def test_two_conversations_do_not_confirm_each_others_odd_answers(self) -> None:
         on = wire(dimensions=None)
-        on.dimensions = 8
+        on.expected = 8
         odd = Reply(200, json.dumps({"embeddings": [vector("x", 16)]}).encode())
         one, two = (
             embedgen.Talk(on, lambda: 0.5).embed(["a"], "cut"),
@@ -240,7 +240,7 @@ class Conversations(unittest.TestCase):
             step = conversation.send(as_asked(self.path, odd))
             assert isinstance(step, Send)
             self.assertEqual(json.loads(step.body)["input"], PROBE)
-        self.assertEqual(on.dimensions, 8)
+        self.assertEqual((on.dimensions, on.expected), (None, 8))
 
     def test_one_time_out_and_one_refusal_do_not_end_the_run(self) -> None:
         talked = Talked(TEXTS, script(SILENCE, error(503, "busy")))
@@ -253,7 +253,7 @@ class Conversations(unittest.TestCase):
             for before in (0, 1, 3):
                 with self.subTest(dimensions=dimensions, before=before):
                     on = wire(dimensions=None)
-                    on.dimensions = dimensions
+                    on.expected = dimensions
                     serve = script(*[None] * before, odd)
                     for _ in range(3):
                         self.assertEqual(Talked(TEXTS, serve, on).answers, VECTORS)
@@ -625,7 +625,7 @@ class Greetings(unittest.TestCase):
 
     def test_the_model_card_tells_the_dimensions(self) -> None:
         card = {"model_info": {"general.architecture": "bert", "bert.embedding_length": 768}}
-        self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).dimensions, 768)
+        self.assertEqual(self.greet(Reply(200, json.dumps(card).encode())).expected, 768)
 
     def test_the_model_card_tells_which_texts_cannot_be_cut(self) -> None:
         margin = embedgen.LEAN_MARGIN
@@ -649,7 +649,7 @@ class Greetings(unittest.TestCase):
                       Reply(200, b'{"model_info": null}'), error(400, "what?"), error(503, "busy")):  # fmt: skip
             with self.subTest(reply=reply):
                 on = self.greet(reply)  # a busy server is not an absent one
-                self.assertIsNone(on.dimensions)
+                self.assertIsNone(on.dimensions or on.expected)
                 self.assertFalse(on.legacy or on.lean_bytes)
 
     def test_the_models_digest(self) -> None:
