@@ -4509,7 +4509,6 @@ class PostgresStore(Store):
     mark = "${}"
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     type_names: ClassVar[dict[str, str]] = {"INTEGER": "bigint", "REAL": "double precision", "TEXT": "text"}
-
     other_dimensions = ""  # the target's column is declared with its dimensions, and never altered
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -4521,8 +4520,6 @@ class PostgresStore(Store):
         if not hasattr(psycopg, "RawCursor"):
             raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
         self.psycopg: Any = psycopg
-        self.fleet: Fleet | None = None
-        self.array_of: Any = None  # the type of a list of vectors that psycopg sends as an array of pgvector's
         self.connection = self.connect()
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
@@ -4534,13 +4531,16 @@ class PostgresStore(Store):
         """Return a new connection; raise Stop where that fails."""
         psycopg, url = self.psycopg, self.options.database
         try:
-            settings = psycopg.conninfo.conninfo_to_dict(url)
-            if "PGCONNECT_TIMEOUT" not in os.environ:
-                settings.setdefault("connect_timeout", 10)  # seconds; libpq would wait for a dead host without end
-            settings.setdefault("tcp_user_timeout", 30_000)  # milliseconds, likewise for one that dies later
-            settings.setdefault("fallback_application_name", "embedgen")
+            settings = {
+                # Seconds; libpq would wait for a dead host without end.
+                "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", 10),
+                "tcp_user_timeout": 30_000,  # milliseconds, likewise for one that dies later
+                "fallback_application_name": "embedgen",
+                **psycopg.conninfo.conninfo_to_dict(url),
+                "client_encoding": "utf8",
+            }
             connection = psycopg.connect(
-                **{**settings, "client_encoding": "utf8"},
+                **settings,
                 autocommit=True,
                 cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
                 prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
@@ -4553,15 +4553,12 @@ class PostgresStore(Store):
         except psycopg.Error as error:
             reason = one_line(re.sub(r"\s*\n\s*", " ", str(error).strip()))
             password = url.partition("//")[2].partition("/")[0].rpartition("@")[0].partition(":")[2]
-            for secret in [*re.split("@", password), *re.findall(r"password=([^&\s]+)", url)]:
+            for secret in [*password.split("@"), *re.findall(r"password=([^&\s]+)", url)]:
                 reason = reason.replace(secret, "***") if len(secret) > 2 else reason
             kind = UsageError if isinstance(error, psycopg.ProgrammingError) else Stop  # the first if the URL is wrong
             raise kind(f"cannot connect to Postgres ({reason}). Check --database URL.") from None
 
     def close(self) -> None:
-        if self.fleet:
-            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
-                self.fleet.leave()
         self.connection.close()
 
     def patiently(self, action: Callable[[], T]) -> T:
@@ -4575,8 +4572,9 @@ class PostgresStore(Store):
                 return action()
             except (self.psycopg.Error, Stop) as error:
                 # A row may be deleted between the look at it and the reference to it; not thrice.
-                orphans += isinstance(error, errors.ForeignKeyViolation)
-                again = isinstance(error, errors.TransactionRollback) or 0 < orphans < 3  # the former: a deadlock
+                orphan = isinstance(error, errors.ForeignKeyViolation)
+                orphans += orphan
+                again = isinstance(error, errors.TransactionRollback) or (orphan and orphans < 3)  # or a deadlock
                 if "pooling mode" in str(error):  # PgBouncer's words, after which it hangs up
                     raise Stop(
                         "the pooler in front of Postgres works in statement mode, which tears transactions apart. "
@@ -4585,7 +4583,7 @@ class PostgresStore(Store):
                 if not again and not self.connection.closed:
                     raise self.translated(error) from error
                 deadline = deadline or time.monotonic() + RECONNECT_PATIENCE
-                until = time.monotonic() + wait * (0 if orphans else 1)
+                until = time.monotonic() + (0 if orphan else wait)
                 while time.monotonic() < until:
                     if self.stopping():
                         deadline = min(deadline, time.monotonic() + GRACE / 2)
@@ -4599,21 +4597,23 @@ class PostgresStore(Store):
         if isinstance(error, Stop):
             return error
         text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
-        if isinstance(error, errors.InsufficientPrivilege):
-            return Forbidden(f"Postgres refuses: {text}. Ask its administrator, or give another user in --database.")
-        if isinstance(error, errors.UndefinedFunction):
-            return UsageError(
+        known: dict[type, Stop] = {
+            errors.InsufficientPrivilege: Forbidden(
+                f"Postgres refuses: {text}. Ask its administrator, or give another user in --database."
+            ),
+            errors.UndefinedFunction: UsageError(
                 f"Postgres says: {text}. If keys do not compare, give another --target NAME, or --id COLUMN."
-            )
-        if isinstance(error, errors.DiskFull):
-            return Stop(f"Postgres has no room ({text}). Make room, and run the same command again.")
-        if isinstance(error, errors.LockNotAvailable):
-            return Stop(f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later.")
-        if isinstance(error, errors.ReadOnlySqlTransaction):
-            return Stop(f"Postgres takes no writes ({text}). Give the address of the primary server in --database.")
-        if self.connection.closed:
-            return Stop(f"the connection to Postgres is lost ({text}). Run the same command again when it is back.")
-        return Stop(f"Postgres says: {text}.")
+            ),
+            errors.DiskFull: Stop(f"Postgres has no room ({text}). Make room, and run the same command again."),
+            errors.LockNotAvailable: Stop(
+                f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later."
+            ),
+            errors.ReadOnlySqlTransaction: Stop(
+                f"Postgres takes no writes ({text}). Give the address of the primary server in --database."
+            ),
+        }
+        lost = f"the connection to Postgres is lost ({text}). Run the same command again when it is back."
+        return known.get(type(error)) or Stop(lost if self.connection.closed else f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         run = self.transaction if self.reads_only else self.patiently
@@ -4651,13 +4651,10 @@ class PostgresStore(Store):
         return ""
 
     def find(self, name: str) -> Relation | None:
-        schema, _, rest = name.partition(".")
-        for spelled, inside, alone in ((name, schema, rest), (name.lower(), schema.lower(), rest.lower())):
-            # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
-            for path in (quoted(spelled), f"{quoted(inside)}.{quoted(alone)}" if alone else ""):
-                if path and (found := self.relation_at(path)):
-                    return found
-        return None
+        # As given, then in the lower case that SQL makes of a name without quotes; along the search path.
+        paths = [quoted(name), ".".join(map(quoted, name.split(".", 1)))]
+        paths += [path.lower() for path in paths]
+        return next(filter(None, map(self.relation_at, paths)), None)
 
     def place(self, name: str, beside: str = "") -> Relation:
         schema, _, rest = name.partition(".")
@@ -4682,10 +4679,8 @@ class PostgresStore(Store):
         return f"sha256(convert_to({self.whole_text}, 'UTF8'))"
 
     def key_type(self, declared: str) -> str:
-        kind = declared.partition("(")[0]
-        if kind in ("smallint", "integer", "bigint"):
-            return "bigint"
-        return "text" if kind in ("character varying", "text") else declared
+        wider = {"smallint": "bigint", "integer": "bigint", "character varying": "text"}
+        return wider.get(declared.partition("(")[0], declared)
 
     def references_sql(self) -> str:
         sql = "SELECT has_column_privilege(to_regclass($1), $2, 'REFERENCES')"
@@ -4724,14 +4719,13 @@ class PostgresStore(Store):
 
     def use_target(self) -> None:
         super().use_target()
-        declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, _, dimensions = declared.rpartition(".")[2].rstrip(")").partition("(")
+        declared, kind, length = self.vector_type()
         if kind not in MOST_INDEXED:
             raise UsageError(
                 f'the column "embedding" of "{self.target.name}" is of the type {declared}, '
                 "not vector or halfvec. Give --target NAME."
             )
-        self.check_index(kind, int(dimensions or 0))
+        self.check_index(kind, length)
         filled = [*self.target_columns.values(), self.target_key]
         sql = (
             "SELECT attname, attname = ANY($2) FROM pg_attribute a WHERE attrelid = to_regclass($1) AND attnum > 0 "
@@ -4745,14 +4739,16 @@ class PostgresStore(Store):
     def check_index(self, kind: str, dimensions: int) -> None:
         """Raise UsageError if --index is asked for and cannot be had for a column of that type."""
         most = MOST_INDEXED[kind]
-        if self.options.index and dimensions > most:
+        if not self.options.index:
+            return
+        if dimensions > most:
             wider = f"a target made with halfvec({dimensions}), " if dimensions <= MOST_INDEXED["halfvec"] else ""
             raise UsageError(
                 f"--index: pgvector indexes at most {most:,} dimensions of the type {kind}; these vectors have "
                 f"{dimensions:,}. Ways out: {wider}--dimensions {most} or fewer if the model offers it, "
                 "or no index: an exact search needs none."
             )
-        if self.options.index and not dimensions:
+        if not dimensions:
             raise UsageError(
                 f'--index: the column "embedding" of "{self.target.name}" must say its dimensions. '
                 f"Run: ALTER TABLE {self.target.sql} ALTER COLUMN embedding TYPE {kind}(N);"
@@ -4761,47 +4757,14 @@ class PostgresStore(Store):
     def stored_dimensions(self, model: str = "") -> int | None:
         if not self.has_target:
             return None
-        column = self.target_columns["embedding"]
-        declared = re.search(r"\((\d+)\)", self.columns(self.target)[column].type)
-        if declared:
-            return int(declared[1])
+        if length := self.vector_type()[2]:
+            return length
         if self.replaces_all:
             return None
         # As text, which both types have in the same form.
         are_meant = f"{self.has_vector} AND {self.is_by(model)}"
         text = self.value(f"SELECT {self.vector_sql()} FROM {self.target.sql} AS e WHERE {are_meant}")
         return text.count(",") + 1 if text else None
-
-    def count(self) -> tuple[int, int]:
-        if self.reads_only:
-            return super().count()
-        self.fleet = Fleet(self)
-        tables, exists = self.joined()
-        # In one statement, and so of one moment: what the others do from then on is counted by them.
-        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {self.fleet.tally_sql()} FROM {tables}"
-        total, existing, tally = self.rows(sql)[0]
-        self.fleet.to_do = total - existing
-        self.fleet.before = dict(tally or [])
-        return total, existing
-
-    def join(self) -> str:
-        try:
-            assert self.fleet is not None
-            return self.fleet.join()
-        except Forbidden as forbidden:
-            self.fleet = None
-            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
-
-    def tend(self) -> None:
-        if self.fleet:
-            self.fleet.tend()
-
-    def give_up(self, row: Row, failed: bool = True) -> None:
-        if self.fleet:
-            self.fleet.give_up(row, failed)
-
-    def elsewhere(self) -> tuple[int, int]:
-        return self.fleet.others if self.fleet else (0, 0)
 
     def beside(self, page: bool) -> str:
         # A plain join may be made by walking the target's index from its beginning, for each page again. OFFSET 0 keeps
@@ -4810,10 +4773,9 @@ class PostgresStore(Store):
         probe = f"(SELECT * FROM {self.target.sql} AS t WHERE t.{key} = {self.key_sql} OFFSET 0)"
         return f"LEFT JOIN LATERAL {probe} AS e ON true" if page else super().beside(page)
 
-    def read(self, above: Any, upto: Any, most: int) -> tuple[list[Row], bool]:
-        """Return pending rows with keys above `above` and up to `upto` (None: no bound), and whether these are all."""
+    def page(self, above: Any, upto: Any = None, most: int = PAGE_ROWS) -> tuple[list[Row], bool]:
         tables, exists = self.joined(page=True)
-        key = f"s.{quoted(self.key)}"
+        key = self.key_sql
         bounds = [(sign, value) for sign, value in ((">", above), ("<=", upto)) if value is not None]
         within = "".join(f"{key} {sign} ${place} AND " for place, (sign, _) in enumerate(bounds, 1))
         # The sum ends a page early where its texts are long, before they are sent.
@@ -4825,63 +4787,79 @@ class PostgresStore(Store):
         )
         found = self.rows(sql, *(value for _, value in bounds))
         page = [Row(key, text, digest_of(self.prefix + text)) for key, text, _ in found]
-        return page, len(page) == (found[0][2] if found else 0) < most
+        seen = found[0][2] if found else 0
+        return page, len(page) < seen or seen == most
 
     def key_after(self, above: Any, count: int) -> Any:
         """Return the key of the row that is `count` rows after a key (None: the beginning), None if there are fewer."""
-        key = f"s.{quoted(self.key)}"
+        key = self.key_sql
         within, parameters = ("", []) if above is None else (f"WHERE {key} > $1", [above])
         return self.value(
             f"SELECT {key} FROM {self.source} AS s {within} ORDER BY {key} OFFSET {count - 1}", *parameters
         )
 
-    def page(self, after: Any) -> tuple[list[Row], bool]:
-        page, whole = self.read(after, None, PAGE_ROWS)
-        return page, not whole
+    @functools.cached_property
+    def vectors(self) -> Any:
+        """The type of a list of stored vectors that psycopg sends as a binary array of pgvector's.
 
-    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        return self.fleet.pending(wanted) if self.fleet else super().pending(after, wanted)
+        An array is its dimensions, a flag, the element's OID, its length and lower bound, then each element
+        behind its length (array_recv in Postgres); a vector is the number of its dimensions, two bytes of
+        zero, and float32, all big-endian (vector_recv in pgvector).
+        """
+        from array import array as numbers
+        from struct import pack as packed
 
-    def vectors(self, vectors: list[bytes]) -> Any:
-        """Return stored vectors in the form of a statement's parameter, an array of pgvector's type."""
-        if self.array_of is None:
-            _, element, array = self.find_vector()
-            self.array_of, dumper = vectors_type(self.psycopg, element, array)
-            for adapters in (
-                self.psycopg.adapters,
-                self.connection.adapters,
-            ):  # of connections to come, and of this one
-                adapters.register_dumper(self.array_of, dumper)
-        return self.array_of(vectors)
+        _, element, array = self.find_vector()
 
-    def save(self, vectors: list[tuple[Row, bytes]]) -> int:
-        known = {"embedding": "b.embedding", "model": literal(self.model)}
-        known |= {"text_sha256": "substr($3, 32 * b.place::int - 31, 32)", "updated_at": "now()"}
-        known["provenance"] = "b.provenance"
+        class Vectors(list):  # type: ignore[type-arg]
+            pass
+
+        class Dumper(self.psycopg.adapt.Dumper):  # type: ignore[misc,name-defined]
+            format = self.psycopg.pq.Format.BINARY
+            oid = array
+
+            def dump(self, vectors: list[bytes]) -> bytes:
+                pieces = [packed(">5I", 1, 0, element, len(vectors), 1)]
+                for vector in vectors:
+                    swapped = numbers("I", vector)  # four bytes, whatever they mean
+                    if sys.byteorder == "little":
+                        swapped.byteswap()
+                    pieces += (packed(">IHxx", len(vector) + 4, len(vector) // 4), swapped.tobytes())
+                return b"".join(pieces)
+
+        for adapters in (self.psycopg.adapters, self.connection.adapters):  # of connections to come, and of this one
+            adapters.register_dumper(Vectors, Dumper)
+        return Vectors
+
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # `more` stands for CTEs that are to be part of the statement, behind its CTE `saved`.
+        known = {
+            "embedding": "b.embedding",
+            "model": literal(self.model),
+            "text_sha256": "substr($3, 32 * b.place::int - 31, 32)",
+            "updated_at": "now()",
+            "provenance": "b.provenance",
+        }
         names = {quoted(theirs): known[ours] for ours, theirs in self.target_columns.items()}
         key = quoted(self.target_key)
         rows = [row for row, _ in vectors]
-        share, more = self.fleet.saving(rows) if self.fleet else ("", [])
         # An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, no
         # transaction to keep open, and nothing for a pooler to tear apart. In the order of the keys, which
         # is the one in which other programs are likely to lock them.
         sql = (
             f"WITH patience AS (SELECT set_config('lock_timeout', '{ROW_LOCK_PATIENCE}s', true)), saved AS ("
             f"INSERT INTO {self.target.sql} ({key}, {', '.join(names)}) "
-            f"SELECT s.{quoted(self.key)}, {', '.join(names.values())} "
+            f"SELECT {self.key_sql}, {', '.join(names.values())} "
             "FROM patience, unnest($1::text[], $2, $4::int[]) WITH ORDINALITY AS b(key, embedding, provenance, place) "
-            f"JOIN {self.relation.sql} AS s ON s.{quoted(self.key)} = b.key::{self.key_declared} ORDER BY 1 "
+            f"JOIN {self.relation.sql} AS s ON {self.key_sql} = b.key::{self.key_declared} ORDER BY 1 "
             f"{replacing(self.target_key, self.target_columns.values())} RETURNING 1"
-            f"){share} SELECT count(*) FROM saved"
+            f"){more} SELECT count(*) FROM saved"
         )
         keys = [str(row.key) for row in rows]
         embeddings = self.vectors([vector for _, vector in vectors])
         makers = [self.maker(vector) for _, vector in vectors]
         digests = b"".join(row.digest for row in rows)  # in one piece, which psycopg sends 100 times sooner than a list
-        saved = int(self.rows(sql, keys, embeddings, digests, makers, *more)[0][0])
-        if self.fleet:
-            self.fleet.saved(rows, saved)
-        return saved
+        return int(self.rows(sql, keys, embeddings, digests, makers)[0][0])
 
     def vector_sql(self) -> str:
         return f"{self.stored('embedding')}::text"  # vector and halfvec alike: a JSON array
@@ -4899,14 +4877,14 @@ class PostgresStore(Store):
                 return []
             raise
 
-    def vector_type(self) -> tuple[str, bool]:
-        """Return the name of the type of the target's vectors, vector or halfvec, and whether it has a length."""
+    def vector_type(self) -> tuple[str, str, int]:
+        """Return the type of the target's vectors as declared, its name, and their length, 0 if that may be any."""
         declared = self.columns(self.target)[self.target_columns["embedding"]].type
-        kind, length, _ = declared.rpartition(".")[2].partition("(")
-        return kind, bool(length)
+        kind, _, length = declared.rpartition(".")[2].rstrip(")").partition("(")
+        return declared, kind, int(length) if length.isdigit() else 0
 
     def has_length(self, dimensions: int) -> str:
-        if self.vector_type()[1]:
+        if self.vector_type()[2]:
             return self.has_vector
         return f"{self.find_vector()[0]}.vector_dims({self.stored('embedding')}) = {dimensions}"
 
@@ -4921,12 +4899,11 @@ class PostgresStore(Store):
         return int(self.seeing_all(f"WITH gone AS ({sql} RETURNING 1) SELECT count(*) FROM gone")[0][0])
 
     def nearest(self, vector: bytes, model: str, most: int) -> list[tuple[Any, bytes]]:
-        schema, kind, key = self.find_vector()[0], self.vector_type()[0], self.key_sql
+        schema, kind, key = self.find_vector()[0], self.vector_type()[1], self.key_sql
         stored = self.stored("embedding")
         given = "[" + ",".join(f"{number:.9g}" for number in unpack(vector)) + "]"
         distance = f"{stored} OPERATOR({schema}.<=>) $1::{schema}.{kind}"
         indexed = any(valid for valid, _ in self.indexes())
-        version = self.value("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
         comparable = self.comparable(len(vector) // 4, model)
 
         def look(approximately: bool) -> list[Any]:
@@ -4938,13 +4915,12 @@ class PostgresStore(Store):
                 ") AS e ORDER BY e.distance, e.key"
             )
             # For this transaction only. The index looks on where a condition has left too little (pgvector 0.8).
-            settings = {}
             if approximately:
-                settings["hnsw.ef_search"] = str(min(max(2 * most, EF_SEARCH), 1000))  # of which pgvector takes no more
+                candidates = min(max(2 * most, EF_SEARCH), 1000)  # pgvector takes no more
+                self.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
+                version = self.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'")[0][0]
                 if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [0, 8]:
-                    settings["hnsw.iterative_scan"] = "strict_order"
-            for name, value in settings.items():
-                self.execute("SELECT set_config($1, $2, true)", name, value)
+                    self.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             return self.execute(sql, given)
 
         found = self.transaction(lambda: look(indexed))
@@ -4995,64 +4971,62 @@ class PostgresStore(Store):
         """
         import threading
 
-        column = self.target_columns["embedding"]
-        kind, _ = self.vector_type()
+        column, kind = self.target_columns["embedding"], self.vector_type()[1]
         stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
-        name = f"{stem}_hnsw"
-        index = f"{quoted(self.target.schema)}.{quoted(name)}"
-        progress = (
+        name, drop = quoted(f"{stem}_hnsw"), "DROP INDEX CONCURRENTLY IF EXISTS"
+        sql = (
             "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
             "WHERE relid = to_regclass($1)"
         )
+        progress = functools.partial(self.value, sql, self.target.sql)  # of a build under way, None if there is none
         found = self.indexes()
-        while found and not found[-1][0] and self.rows(progress, self.target.sql):  # by another run
-            yield self.rows(progress, self.target.sql)[0][0]
+        while found and not found[-1][0] and progress() is not None:  # by another run
+            yield progress() or 0.0
             time.sleep(LOOK)
             found = self.indexes()
         if found and found[-1][0]:
             return
-        schema, _, _ = self.find_vector()
+        schema = self.find_vector()[0]
         failure: list[Exception] = []
-        ended = threading.Event()
         builder = self.connect()
 
         def build() -> None:
             try:
                 for _, broken in found:  # left by a build that was broken off
-                    builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {broken}")
+                    builder.execute(f"{drop} {broken}")
                 builder.execute(
-                    f"CREATE INDEX CONCURRENTLY {quoted(name)} ON {self.target.sql} "
+                    f"CREATE INDEX CONCURRENTLY {name} ON {self.target.sql} "
                     f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
                 )
             except Exception as error:
                 failure.append(error)
-            finally:
-                ended.set()
 
         thread = threading.Thread(target=build, daemon=True)
         thread.start()
         try:
-            while not ended.is_set() and not self.stopping():
-                yield next((share for (share,) in self.rows(progress, self.target.sql)), 0.0)
-                ended.wait(LOOK)
+            while thread.is_alive() and not self.stopping():
+                yield progress() or 0.0
+                thread.join(LOOK)
         finally:
-            if not ended.is_set():
+            if thread.is_alive():
                 builder.cancel()
-                if ended.wait(GRACE):
+                thread.join(GRACE)
+                if not thread.is_alive():
                     # Half an index is of use to nobody. If this has to wait for others, the next --index does it.
                     timer = threading.Timer(GRACE / 2, builder.cancel)
                     timer.start()
                     with contextlib.suppress(self.psycopg.Error):
-                        builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {index}")
+                        builder.execute(f"{drop} {quoted(self.target.schema)}.{name}")
                     timer.cancel()
             builder.close()
         errors = self.psycopg.errors
-        if failure and isinstance(failure[0], (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
-            yield from self.build_index()  # another run was at it in the same moment: see what became of it
-        elif failure and not self.stopping():
-            raise self.translated(failure[0]) from failure[0]
-        else:
-            yield 1.0
+        for error in failure:
+            if isinstance(error, (errors.DeadlockDetected, errors.DuplicateTable, errors.UniqueViolation)):
+                yield from self.build_index()  # another run was at it in the same moment: see what became of it
+                return
+            if not self.stopping():
+                raise self.translated(error) from error
+        yield 1.0
 
 
 def as_text(value: Any) -> str:
@@ -5068,8 +5042,16 @@ SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one take
 ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
 
 
-class Fleet:
-    """This machine's part in a table that any number of them fill together, without knowing of one another.
+class Lease:
+    """A stretch of keys whose rows are this machine's to embed."""
+
+    def __init__(self, number: int, rows: int) -> None:
+        self.number, self.rows = number, rows  # those that are neither saved nor given up
+        self.failed = self.left_out = 0  # counted at its end: whoever inherits it tries these rows again
+
+
+class Fleet(PostgresStore):
+    """A table in Postgres that any number of machines fill together, without knowing of one another.
 
     One pass goes through the table, shared by all: whoever needs work reads the next pending
     rows behind the point that the pass has `reached`, and moves that point behind them, which
@@ -5083,7 +5065,7 @@ class Fleet:
     keep them until TCP gives up, hours later. No transaction is open between two statements.
     """
 
-    TABLES: ClassVar[dict[str, str]] = {
+    OWN_TABLES: ClassVar[dict[str, str]] = {
         # One for each kind of work: table, text, model, target.
         "embedgen_passes": "job bytea PRIMARY KEY, target text NOT NULL, model text NOT NULL, "
         "round bigint NOT NULL DEFAULT 0, reached text, ended boolean NOT NULL DEFAULT false",
@@ -5098,76 +5080,71 @@ class Fleet:
     ALIVE = f"(NOT m.gone AND greatest(m.expires, pg_postmaster_start_time() + interval '{LEASE} s') > now())"
     EXPIRY = f"now() + interval '{LEASE} s'"
 
-    def __init__(self, store: PostgresStore) -> None:
-        import collections
-        import hashlib
-
-        options = store.options
-        work = [
-            store.source, store.key, store.whole_text, store.target.sql, store.model, options.dimensions,
-            sorted(map(repr, options.option)), store.force,
-        ]  # fmt: skip
-        self.store, self.job = store, hashlib.sha256(repr(work).encode("utf-8")).digest()
-        schema = quoted(store.target.schema)
-        self.passes, self.machines, self.leases = (f"{schema}.{quoted(name)}" for name in self.TABLES)
-        self.key = store.key_declared
-        self.machine = 0  # our row in machines
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.machine = 0  # our row in the table of machines, 0 as long as we take no part
         self.to_do = 0  # rows without their embedding when they were counted, and
         self.before: dict[int, int] = {}  # how many each machine had generated then
         self.others = 0, 0  # rows that the others have generated since, and that have failed with them in this pass
-        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases given back
+        self.generated = self.failed = self.left_out = 0  # rows that this machine has, of leases at their end
         self.round = 0  # of the pass that we take part in
         self.round_seen, self.reached, self.ended = 0, None, False  # of the pass, as last seen
         self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
-        self.ready: collections.deque[Row] = collections.deque()  # rows taken, not yet given to the engine
-        self.held: dict[int, int] = {}  # our leases, and how many of their rows are undecided
-        # And how many have failed, and been left out: whoever inherits a lease tries them again.
-        self.given_up: dict[int, tuple[int, int]] = {}
-        self.lease_of: dict[Any, int] = {}  # the lease of each undecided row, by key
-        self.done: list[int] = []  # leases to be given back
-        self.giving: list[int] = []  # those that the statement under way gives back
+        self.ready: list[Row] = []  # rows taken, not yet given to the engine
+        self.undecided: dict[Any, Lease] = {}  # our rows neither saved nor given up, by key: the lease of each
+        self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
-        self.bound: Any = None  # the end of the stretch that is being looked through, None at the table's end
-        self.bounded = False  # whether it is known
+        # The end of the stretch that is being looked through: None at the table's end, `reached` if it is not known.
+        self.bound: Any = None
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
-        self.last_sign, self.last_look = -LEASE, -LOOK
+        self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
-    def rows(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement."""
-        return self.store.rows(sql, *parameters)
+    def count(self) -> tuple[int, int]:
+        import hashlib
 
-    def exist(self) -> bool:
-        """Whether the tables exist and may be used."""
-        sql = "SELECT COALESCE(has_table_privilege(to_regclass($1), 'SELECT, INSERT, UPDATE, DELETE'), false)"
-        return all(self.rows(sql, name)[0][0] for name in (self.passes, self.machines, self.leases))
-
-    def tally_sql(self) -> str:
-        """Return the SQL of what each machine has generated: an array of [machine, generated]."""
-        if self.store.force or not self.exist():  # with --force, what exists is what the others do in this pass
-            return "NULL::bigint[]"
-        job = f"decode('{self.job.hex()}', 'hex')"
-        return f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        work = [
+            self.source, self.key, self.whole_text, self.target.sql, self.model, self.options.dimensions,
+            sorted(map(repr, self.options.option)), self.force,
+        ]  # fmt: skip
+        self.job = hashlib.sha256(repr(work).encode("utf-8")).digest()
+        schema = quoted(self.target.schema)
+        names = [f"{schema}.{quoted(name)}" for name in self.OWN_TABLES]
+        self.passes, self.machines, self.leases = names
+        usable = (
+            "SELECT bool_and(COALESCE(has_table_privilege(to_regclass(name), 'SELECT, INSERT, UPDATE, DELETE'), "
+            "false)) FROM unnest($1::text[]) AS name"
+        )
+        # In one statement, and so of one moment: what the others do from then on is counted by them.
+        # With --force, what exists is what they do in this pass.
+        before = "NULL::bigint[]"
+        if not self.force and self.value(usable, names):
+            job = f"decode('{self.job.hex()}', 'hex')"
+            before = f"(SELECT array_agg(ARRAY[m.id, m.generated]) FROM {self.machines} AS m WHERE m.job = {job})"
+        tables, exists = self.joined()
+        sql = f"SELECT count(*), count(CASE WHEN {exists} THEN 1 END), {before} FROM {tables}"
+        total, existing, generated = self.rows(sql)[0]
+        self.to_do, self.before = total - existing, dict(generated or [])
+        return total, existing
 
     # Coming and going
 
     def join(self) -> str:
-        """Take part in the pass that is under way, or begin one; return a remark for the log."""
-        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
-        self.round, self.late, self.machine = self.store.alone(self.enter)
-        self.last_sign = time.monotonic()
+        try:
+            self.alone(self.enter)
+        except Forbidden as forbidden:
+            return f"this run shares the table with no other, since it has no place to say so: {forbidden.message}"
         return "joined a pass over the table that is under way" if self.late else ""
 
-    def enter(self) -> tuple[int, bool, int]:
-        """Return the pass's round, whether it is under way, and the number that this machine has from now on."""
+    def enter(self) -> None:
+        """Take part in the pass that is under way, or begin one, as a new machine; within a transaction."""
         import socket
 
-        execute, schema = self.store.execute, self.store.target.schema
-        for name, columns in self.TABLES.items():
-            if not self.store.is_there(Relation(schema, name, True)):
+        execute, schema, target = self.execute, self.target.schema, self.target.name
+        for name, columns in self.OWN_TABLES.items():
+            if not self.is_there(Relation(schema, name, True)):
                 execute(f"CREATE TABLE {quoted(schema)}.{name} ({columns})")
-        target = self.store.target.name
-        model = self.store.model + (f"\n{self.store.digest}" if self.store.digest else "")  # no name has that in it
+        model = self.model + (f"\n{self.digest}" if self.digest else "")  # no name has that in it
         alive = f"EXISTS (SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job AND {self.ALIVE})"
         other = execute(
             f"SELECT p.model FROM {self.passes} AS p WHERE p.target = $1 AND {alive} AND p.model <> $2 AND ("
@@ -5181,7 +5158,7 @@ class Fleet:
                 f'another run fills "{target}" with vectors of the model {theirs}, which do not compare with '
                 f"those of {ours}. Wait for its end, or give --target NAME."
             )
-        self.store.check_version()  # one that has ended since we looked may have filled it
+        self.check_version()  # one that has ended since we looked may have filled it
         execute(f"INSERT INTO {self.passes} (job, target, model) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
                 self.job, target, model)  # fmt: skip
         left = f"EXISTS (SELECT 1 FROM {self.leases} AS l WHERE l.job = p.job)"
@@ -5197,191 +5174,190 @@ class Fleet:
         execute(f"DELETE FROM {self.passes} AS p WHERE job <> $1 AND NOT EXISTS ("
                 f"SELECT 1 FROM {self.machines} AS m WHERE m.job = p.job)", self.job)  # fmt: skip
         sql = f"SELECT round, ended OR reached IS NOT NULL FROM {self.passes} WHERE job = $1"
-        number, under_way = execute(sql, self.job)[0]
+        self.round, self.late = execute(sql, self.job)[0]
         sql = f"INSERT INTO {self.machines} (job, name, round, expires) VALUES ($1, $2, $3, {self.EXPIRY}) RETURNING id"
-        machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", number)[0][0]
-        return number, under_way, machine
+        self.machine = execute(sql, self.job, f"{socket.gethostname()}:{os.getpid()}", self.round)[0][0]
+        self.generated = self.failed = self.left_out = 0  # of this machine as the others know it
+        self.next_sign = time.monotonic() + RENEWAL
 
-    def leave(self) -> None:
-        """Give back what is not done; what was generated and failed stays for the others to count."""
+    def close(self) -> None:
+        # What is not done is given back; what was generated and failed stays for the others to count.
         if self.machine:
-            gone = f"UPDATE {self.machines} SET gone = true, failed = $2, left_out = $4 WHERE id = $1"
-            free = f"DELETE FROM {self.leases} WHERE id = ANY($3) AND machine = $1"
-            known = [self.machine, self.failed, self.done, self.left_out]
-            self.store.connection.execute(f"WITH gone AS ({gone}) {free}", known)
+            with contextlib.suppress(Stop, self.psycopg.Error):  # else the others wait until LEASE is over
+                self.execute(f"WITH {self.sign(', gone = true')} SELECT 1")
+        super().close()
 
     def tend(self) -> None:
-        """Give the others a sign of life and learn what they have done, if it is time to."""
-        if self.machine and time.monotonic() - self.last_sign >= RENEWAL:
+        if self.machine and time.monotonic() >= self.next_sign:
             self.renew()
+
+    def sign(self, more: str = "", ending: Sequence[Lease] = ()) -> str:
+        """Return the CTEs by which this machine says that it lives and what it has done, and gives back leases.
+
+        Those are the leases `done` and those that come to their end in this very statement. It may be repeated
+        where its answer was lost: it has the totals in it, and nothing is noted as given back before it has
+        been executed. `more` is what else there is to set.
+        """
+        failed = self.failed + sum(lease.failed for lease in ending)
+        left_out = self.left_out + sum(lease.left_out for lease in ending)
+        given = ", ".join(map(str, [*self.done, *(lease.number for lease in ending)]))
+        return (
+            f"sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, round = {self.round}, failed = {failed}, "
+            f"left_out = {left_out}{more} WHERE id = {self.machine} RETURNING 1), given AS (DELETE FROM {self.leases} "
+            f"WHERE id = ANY(ARRAY[{given}]::bigint[]) AND machine = {self.machine})"
+        )
 
     def renew(self) -> None:
         """Give the others a sign of life and learn what they have done."""
-        self.giving = list(self.done)
         sql = (
-            f"WITH sign AS (UPDATE {self.machines} SET expires = {self.EXPIRY}, failed = $3, round = $5, "
-            f"left_out = $6 WHERE id = $2 RETURNING 1), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($4) AND machine = $2) "
-            "SELECT m.id, m.generated, m.failed, m.round, EXISTS (SELECT 1 FROM sign), ARRAY("
-            f"SELECT l.id FROM {self.leases} AS l WHERE l.machine = $2), m.left_out FROM {self.machines} AS m "
-            "WHERE m.job = $1"
+            f"WITH {self.sign()} SELECT m.id, m.generated, m.failed, m.left_out, m.round >= $2, "
+            f"EXISTS (SELECT 1 FROM sign), ARRAY(SELECT l.id FROM {self.leases} AS l WHERE l.machine = $3) "
+            f"FROM {self.machines} AS m WHERE m.job = $1"
         )
-        found = self.rows(sql, self.job, self.machine, self.failed, self.giving, self.round, self.left_out)
-        self.last_sign = time.monotonic()
-        self.given()
-        known = bool(found) and found[0][4]
-        self.lose(set(self.held).difference(found[0][5] if known else []))
+        found = self.rows(sql, self.job, self.round, self.machine)
+        self.next_sign, self.done = time.monotonic() + RENEWAL, []
+        known = bool(found) and found[0][5]
+        # Others have taken over what is not ours any more, since we gave no sign of life for too long.
+        ours = set(found[0][6] if known else ())
+        self.undecided = {key: lease for key, lease in self.undecided.items() if lease.number in ours}
         if not known:
-            self.join()
+            self.alone(self.enter)
             return
-        force = self.store.force  # then only what was done in this pass counts
-        others = [row for row in found if row[0] != self.machine]
-        self.others = (
-            sum(row[1] - self.before.get(row[0], 0) for row in others if not force or row[3] >= self.round)
-            + sum(row[6] for row in others if row[3] >= self.round),
-            sum(row[2] for row in others if row[3] >= self.round),
-        )
+        generated = failed = 0
+        for machine, theirs, fails, skips, in_this_pass, *_ in found:
+            if machine == self.machine:
+                continue
+            if in_this_pass or not self.force:  # then only what was done in this pass counts
+                generated += theirs - self.before.get(machine, 0)
+            if in_this_pass:
+                generated += skips
+                failed += fails
+        self.others = generated, failed
 
-    def lose(self, leases: set[int]) -> None:
-        """Forget leases that others have taken over, since we gave no sign of life for too long."""
-        if leases:
-            self.ready = type(self.ready)(row for row in self.ready if self.lease_of.get(row.key) not in leases)
-            self.lease_of = {key: lease for key, lease in self.lease_of.items() if lease not in leases}
-            for lease in leases:
-                del self.held[lease]
-                self.given_up.pop(lease, None)
+    def elsewhere(self) -> tuple[int, int]:
+        return self.others
 
     # Taking rows
 
-    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield rows that are ours to embed, None where there are none right now; end with the pass."""
+    def pending(self, after: Any, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        if not self.machine:
+            yield from super().pending(after, wanted)
+            return
         while True:
             while self.ready:
-                yield self.ready.popleft()
+                row = self.ready.pop(0)
+                if row.key in self.undecided:  # not lost meanwhile
+                    yield row
             # A table that is slow to look through is looked through less often.
-            taken = self.take(max(wanted(), int(self.rate * max(SHARE, 4 * self.looking))))
-            if taken is None:
-                self.renew()  # so that the count of what the others have done is the last
-                return
-            self.ready.extend(taken)
-            if not taken and not (self.ended and self.is_look_due()):
+            count = max(wanted(), int(self.rate * max(SHARE, 4 * self.looking)))
+            self.tend()
+            if time.monotonic() >= self.next_look:  # see what the others have left
+                self.ready = self.inherit()
+                if not self.ready and self.is_over():
+                    self.renew()  # so that the count of what the others have done is the last
+                    return
+                if not self.ready:
+                    self.next_look = time.monotonic() + LOOK
+            self.ready = self.ready or self.advance(count)
+            if not self.ready and self.next_look:
                 yield None
-
-    def is_look_due(self) -> bool:
-        """Whether it is time to see what the others have left."""
-        return time.monotonic() - self.last_look >= LOOK
-
-    def take(self, count: int) -> list[Row] | None:
-        """Return rows, about `count`, that are ours from now on; none for none right now, None for none any more."""
-        self.tend()
-        if self.is_look_due():
-            inherited = self.inherit()
-            if inherited or self.is_over():
-                return inherited or None
-            self.last_look = time.monotonic()
-        return self.advance(count)
 
     def inherit(self) -> list[Row]:
         """Return the rows of a lease whose machine gives no sign of life any more."""
+        kind = self.key_declared
         sql = (  # or one of ours that we know nothing of, since the connection broke as we took it
             f"UPDATE {self.leases} SET machine = $2 WHERE id = ANY (ARRAY(SELECT l.id FROM {self.leases} AS l "
             f"WHERE l.job = $1 AND l.id <> ALL($3) AND (l.machine = $2 OR NOT EXISTS ("
             f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
-            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{self.key}, upto::{self.key}"
+            f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{kind}, upto::{kind}"
         )
-        while found := self.rows(sql, self.job, self.machine, [*self.held, *self.done]):
+        known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
+        while found := self.rows(sql, self.job, self.machine, known):
             lease, above, upto = found[0]
-            rows: list[Row] = []
-            whole = False
-            while not whole:
-                page, whole = self.store.read(rows[-1].key if rows else above, upto, PAGE_ROWS)
+            rows, more = self.page(above, upto)
+            while more:
+                page, more = self.page(rows[-1].key, upto)
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
         return []
 
-    def hold(self, lease: int, rows: list[Row]) -> list[Row]:
+    def hold(self, number: int, rows: list[Row]) -> list[Row]:
         """Note that a lease is ours, with those of its rows that we have not failed at; return them."""
         rows = [row for row in rows if row.key not in self.hopeless]
-        self.held[lease] = len(rows)
-        self.lease_of.update((row.key, lease) for row in rows)
+        lease = Lease(number, len(rows))
+        self.undecided.update((row.key, lease) for row in rows)
         if not rows:
-            del self.held[lease]
-            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", lease)
+            self.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
         return rows
 
     def look(self) -> bool:
         """See how far the pass is; return whether other machines hold leases."""
         sql = (
-            f"SELECT p.round, p.reached::{self.key}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
+            f"SELECT p.round, p.reached::{self.key_declared}, p.ended, EXISTS (SELECT 1 FROM {self.leases} AS l "
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
         self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
-        self.bounded = False
+        self.bound = self.reached
         return bool(others)
 
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
-        if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
-            if self.late and not self.store.force:
-                self.begin_again()
+        again = self.late and not self.force  # whether another pass is needed, or a proof that it is not
+        if self.round_seen == self.round:
+            if others or not self.ended:
                 return False
-            return True
-        if others or not self.ended:
-            return False
-        if not self.late or self.store.force:
-            return True
-        if self.held:
-            return False  # wait, or ours would be found pending
-        self.renew()
-        if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
-            return True
-        # Some rows before the point at which we came have been changed, or are new, since they were passed.
-        sql = (
-            f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
-            "WHERE job = $1 AND round = $2 AND ended RETURNING round"
-        )
-        if self.rows(sql, self.job, self.round):
+            if not again:
+                return True
+            if self.undecided:
+                return False  # wait, or ours would be found pending
+            self.renew()
+            if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
+                return True
+            # Some rows before the point at which we came have been changed, or are new, since they were passed.
+            sql = (
+                f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
+                "WHERE job = $1 AND round = $2 AND ended RETURNING round"
+            )
+            if not self.rows(sql, self.job, self.round):
+                return False
             self.round_seen += 1
-            self.begin_again()
-        return False
-
-    def begin_again(self) -> None:
-        """Take part in the pass after ours, which looks at what ours had passed when we came."""
-        self.round, self.late = self.round_seen, False
-        self.renew()
-        self.look()
+        # Our pass had its end, and somebody, maybe we, has begun the next, which looks at what ours had passed
+        # when we came.
+        if again:
+            self.round, self.late = self.round_seen, False
+            self.renew()
+            self.look()
+        return not again
 
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
         began = time.monotonic()
-        while not self.ended and time.monotonic() - began < SHARE:
+        while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
-            if not self.bounded:
-                self.bound, self.bounded = self.store.key_after(self.reached, self.stretch), True
-            rows, whole = self.store.read(self.reached, self.bound, min(count, PAGE_ROWS))
+            if self.bound is self.reached:
+                self.bound = self.key_after(self.reached, self.stretch)
+            rows, more = self.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
             self.stretch = min(STRETCH, max(STRETCH // 50, int(self.stretch * min(2, 0.1 / (self.looking + 0.001)))))
-            ended = whole and self.bound is None
-            upto = self.bound if whole and not ended else rows[-1].key if rows else self.reached
+            ended = not more and self.bound is None
+            last = rows[-1].key if rows else self.reached
+            upto = last if more or ended else self.bound
             lease = self.move(upto, ended, bool(rows))
             if lease is None:  # somebody else was quicker
                 self.look()
-                if self.round_seen != self.round:
-                    break
             else:
                 self.reached, self.ended = upto, ended
-                self.bounded = not whole
                 if ended:
-                    self.last_look = -LOOK  # nothing but what the others may leave
+                    self.next_look = 0.0  # at once: there is nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
                     return rows
         return []
 
     def move(self, upto: Any, ended: bool, take: bool) -> int | None:
         """Move the pass from `reached` to `upto`; return the lease of what is between, 0 if none, None if it failed."""
-        kind = self.key
+        kind = self.key_declared
         sql = (
             f"WITH moved AS (UPDATE {self.passes} SET reached = $3::{kind}::text, ended = $4 "
             f"WHERE job = $1 AND round = $6 AND NOT ended AND reached IS NOT DISTINCT FROM $2::{kind}::text "
@@ -5396,90 +5372,36 @@ class Fleet:
 
     def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
         """Note that one of our rows is saved, has failed, or is left out."""
-        lease = self.lease_of.pop(row.key, 0)
-        if lease in self.held:
-            self.held[lease] -= 1
-            before = self.given_up.get(lease, (0, 0))
-            self.given_up[lease] = before[0] + failed, before[1] + left_out
-            if not self.held[lease]:
-                del self.held[lease]
-                self.failed, self.left_out = self.with_given_up([lease])
-                del self.given_up[lease]
-                self.done.append(lease)
+        if lease := self.undecided.pop(row.key, None):
+            lease.rows -= 1
+            lease.failed += failed
+            lease.left_out += left_out
+            if not lease.rows:
+                self.failed += lease.failed
+                self.left_out += lease.left_out
+                self.done.append(lease.number)
 
-    def with_given_up(self, leases: list[int]) -> tuple[int, int]:
-        """Return the rows that have failed and been left out, those of some leases that are at their end included."""
-        more = [self.given_up.get(lease, (0, 0)) for lease in leases]
-        return self.failed + sum(failed for failed, _ in more), self.left_out + sum(left_out for _, left_out in more)
-
-    def give_up(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed or is left out."""
+    def give_up(self, row: Row, failed: bool = True) -> None:
         if self.late:
             self.hopeless.add(row.key)
         self.decided(row, failed, not failed)
 
-    def given(self) -> None:
-        """Note that the leases of the last statement have been given back."""
-        self.done = [lease for lease in self.done if lease not in self.giving]
+    def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
+        # A lease is given back, and a row counted, in the moment in which it is saved.
+        from collections import Counter
 
-    def saving(self, rows: list[Row]) -> tuple[str, list[Any]]:
-        """Return what joins the statement that saves these rows, behind its CTE `saved`, with its parameters from $5.
-
-        So that a lease is given back, and a row counted, in the moment in which it is saved; counted
-        from a total that does not change if the statement has to be repeated. Nothing is noted as
-        given back before the statement has been executed.
-        """
         now = time.monotonic()
-        self.rate, self.last_save = len(rows) / max(now - self.last_save, 0.1), now
-        saved: dict[int, int] = {}
-        for row in rows:
-            lease = self.lease_of.get(row.key, 0)
-            saved[lease] = saved.get(lease, 0) + 1
-        complete = [lease for lease, count in saved.items() if self.held.get(lease) == count]
-        self.giving = self.done + complete
-        failed, left_out = self.with_given_up(complete)
-        sql = (
-            f", sign AS (UPDATE {self.machines} SET generated = $6 + (SELECT count(*) FROM saved), failed = $7, "
-            f"left_out = $9, expires = {self.EXPIRY} WHERE id = $5), "
-            f"done AS (DELETE FROM {self.leases} WHERE id = ANY($8) AND machine = $5)"
-        )
-        return sql, [self.machine, self.generated, failed, self.giving, left_out]
-
-    def saved(self, rows: list[Row], count: int) -> None:
-        """Note that the statement has been executed and has saved so many of the rows."""
+        self.rate, self.last_save = len(vectors) / max(now - self.last_save, 0.1), now
+        saved = Counter(self.undecided[row.key] for row, _ in vectors if row.key in self.undecided)
+        ending = [lease for lease, count in saved.items() if count == lease.rows]
+        if self.machine:
+            more = ", " + self.sign(f", generated = {self.generated} + (SELECT count(*) FROM saved)", ending)
+        count = super().save(vectors, more)
         self.generated += count
-        for row in rows:
+        for row, _ in vectors:
             self.decided(row)
-        self.given()
-
-
-def vectors_type(psycopg: Any, element: int, array: int) -> tuple[Any, Any]:
-    """Return a list type of stored vectors, and psycopg's dumper that sends it as a binary array of pgvector's.
-
-    `element` and `array` are OIDs. An array is its dimensions, a flag, the element's OID, its length
-    and lower bound, then each element behind its length (array_recv in Postgres); a vector is the number
-    of its dimensions, two bytes of zero, and float32, all big-endian (vector_recv in pgvector).
-    """
-    from array import array as numbers
-
-    class Vectors(list):  # type: ignore[type-arg]
-        pass
-
-    class Dumper(psycopg.adapt.Dumper):  # type: ignore[misc]
-        format = psycopg.pq.Format.BINARY
-        oid = array
-
-        def dump(self, vectors: list[bytes]) -> bytes:
-            pieces = [b"".join(value.to_bytes(4, "big") for value in (1, 0, element, len(vectors), 1))]
-            for vector in vectors:
-                swapped = numbers("I", vector)  # four bytes, whatever they mean
-                if sys.byteorder == "little":
-                    swapped.byteswap()
-                head = (len(vector) + 4).to_bytes(4, "big") + (len(vector) // 4).to_bytes(2, "big") + b"\0\0"
-                pieces += (head, swapped.tobytes())
-            return b"".join(pieces)
-
-    return Vectors, Dumper
+        self.done = []  # given back
+        return count
 
 
 def open_store(options: argparse.Namespace) -> Store:
@@ -5488,7 +5410,7 @@ def open_store(options: argparse.Namespace) -> Store:
     if re.match(r"sqlite:///.", url) or (not re.match(r"\w{2,}:", url) and url.lower().endswith(SQLITE_ENDINGS)):
         return SQLiteStore(options)
     if re.match(r"postgres(ql)?://", url):
-        return PostgresStore(options)
+        return PostgresStore(options) if options.reads_only else Fleet(options)
     raise UsageError(
         f"--database {hide_password(url)} is not a database's address. Give sqlite:///relative.db, "
         f"sqlite:////absolute.db, a path ending in {', '.join(SQLITE_ENDINGS)}, or postgresql://..."

@@ -249,7 +249,29 @@ class Interleaved(PostgresCase):
 
     def die(self, store: Any) -> None:
         """Let a machine give no sign of life for too long."""
-        self.execute(f"UPDATE embedgen_machines SET expires = now() - interval '1 s' WHERE id = {store.fleet.machine}")
+        self.execute(f"UPDATE embedgen_machines SET expires = now() - interval '1 s' WHERE id = {store.machine}")
+
+    @contextlib.contextmanager
+    def lost_answer(self, store: Any, word: str) -> Iterator[None]:
+        """Have the connection break after the first statement with that word, which has been executed."""
+        real = store.execute
+        lost: list[str] = []
+
+        def execute(sql: str, *parameters: Any) -> Any:
+            found = real(sql, *parameters)
+            if word in sql and not lost:
+                lost.append(sql)
+                store.connection.close()
+                raise store.psycopg.OperationalError("the connection is lost")
+            return found
+
+        with mock.patch.object(store, "execute", execute):
+            yield
+        self.assertTrue(lost, word)
+
+    def leases(self) -> int:
+        """Return how many leases there are."""
+        return int(self.execute("SELECT count(*) FROM embedgen_leases")[0][0])
 
     def keys(self) -> list[int]:
         """Return the keys of the rows that have their embedding."""
@@ -261,7 +283,7 @@ class Interleaved(PostgresCase):
         self.take(one, 10)
         self.die(one)
         one.tend()
-        sql = f"SELECT extract(epoch FROM expires - now()) FROM embedgen_machines WHERE id = {one.fleet.machine}"
+        sql = f"SELECT extract(epoch FROM expires - now()) FROM embedgen_machines WHERE id = {one.machine}"
         [(seconds,)] = self.execute(sql)
         self.assertTrue(embedgen.LEASE - 1 < seconds <= embedgen.LEASE, seconds)
         self.assertEqual([row.key for row in self.take(other)], list(range(11, 31)))
@@ -313,11 +335,73 @@ class Interleaved(PostgresCase):
     def test_a_lease_whose_answer_was_lost(self) -> None:
         self.make_movies(30)
         one = self.machine()
-        one.fleet.look()
-        one.fleet.move(10, False, True)  # executed, but the connection broke before the answer came
-        one.fleet.look()
+        one.look()
+        one.move(10, False, True)  # executed, but the connection broke before the answer came
+        one.look()
         self.finish(one)
         self.assertEqual(self.keys(), list(range(1, 31)))
+
+    def test_a_save_whose_answer_was_lost_counts_once(self) -> None:
+        self.make_movies(30)
+        one, other = self.machine(), self.machine()
+        first, second = self.take(one, 10), self.take(one, 10)
+        one.give_up(first[0])
+        one.give_up(first[1], failed=False)
+        one.give_up(second[0])  # of a lease that is not at its end
+        with self.lost_answer(one, "saved"):
+            self.save(one, first[2:] + second[1:9])
+        other.renew()
+        self.assertEqual(other.elsewhere(), (17, 1))
+        self.assertEqual(self.leases(), 1)
+        self.save(one, second[9:])
+        other.renew()
+        self.assertEqual(other.elsewhere(), (18, 2))
+        self.assertEqual(self.leases(), 0)
+
+    def test_a_sign_of_life_whose_answer_was_lost_counts_once(self) -> None:
+        self.make_movies(30)
+        one, other = self.machine(), self.machine()
+        first, second = self.take(one, 10), self.take(one, 10)
+        for place, row in enumerate(first):
+            one.give_up(row, failed=place > 2)
+        self.assertEqual(self.leases(), 2)
+        with self.lost_answer(one, "FROM sign"):
+            one.tend()
+        self.assertEqual(self.leases(), 1)
+        self.save(one, second)
+        one.close()
+        other.renew()
+        self.assertEqual(other.elsewhere(), (13, 7))
+        self.finish(other)
+        self.assertEqual(self.keys(), list(range(11, 31)))
+
+    def test_a_machine_that_leaves_says_what_has_failed(self) -> None:
+        self.make_movies(30)
+        one, other = self.machine(), self.machine()
+        first, second = self.take(one, 10), self.take(one, 10)
+        for row in first:
+            one.give_up(row)
+        one.give_up(second[0])
+        with mock.patch.object(one, "rows", side_effect=embedgen.Stop("no room")):
+            with self.assertRaises(embedgen.Stop):
+                self.save(one, second[1:])
+        one.close()
+        self.assertEqual(self.leases(), 1)
+        other.renew()
+        self.assertEqual(other.elsewhere(), (0, 10))
+        self.finish(other)
+        self.assertEqual(self.keys(), list(range(11, 31)))
+
+    def test_an_error_after_a_row_was_deleted_is_not_taken_for_another_one(self) -> None:
+        self.make_movies(1)
+        one = self.machine()
+        errors = [one.psycopg.errors.ForeignKeyViolation("gone"), one.psycopg.errors.UndefinedTable("no such table")]
+
+        def action() -> None:
+            raise errors.pop(0)
+
+        with self.assertRaisesRegex(embedgen.Stop, "no such table"):
+            one.patiently(action)
 
     def test_a_second_pass_whose_answer_was_lost(self) -> None:
         self.make_movies(30)
