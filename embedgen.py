@@ -4984,6 +4984,8 @@ class PostgresStore(Store):
             yield progress() or 0.0
             time.sleep(LOOK)
             found = self.indexes()
+            if self.stopping():
+                return
         if found and found[-1][0]:
             return
         schema = self.find_vector()[0]
@@ -5388,8 +5390,6 @@ class Fleet(PostgresStore):
 
     def save(self, vectors: list[tuple[Row, bytes]], more: str = "") -> int:
         # A lease is given back, and a row counted, in the moment in which it is saved.
-        from collections import Counter
-
         now = time.monotonic()
         self.rate, self.last_save = len(vectors) / max(now - self.last_save, 0.1), now
         saved = Counter(self.undecided[row.key] for row, _ in vectors if row.key in self.undecided)
