@@ -6495,8 +6495,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    import gc
+    try:
+        sys.exit(main())
+    finally:
+        import gc
 
-    gc.freeze()  # or Python would search all that there is for cycles, twice, before it ends: some 8 ms
-    sys.exit(exit_code)
+        gc.freeze()  # or Python would search all that there is for cycles, twice, before it ends: some 8 ms
