@@ -437,7 +437,8 @@ class Recipe(NamedTuple):
         pieces: list[str] = []
         known: list[str] = []
         for before, columns in self.parts:
-            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"  # the first that there is
+            one = ", ".join(map(value, columns))
+            one = f"COALESCE({one})" if len(columns) > 1 else one  # the first that there is
             if self.labelled:
                 bar = f"CASE WHEN {' OR '.join(known)} THEN ' | ' ELSE '' END || " if known else ""
                 pieces.append(f"COALESCE({bar}{literal(before)} || {one}, '')")
@@ -3323,10 +3324,10 @@ class Store:
         """Save embeddings in one transaction and return how many; those of rows deleted meanwhile are dropped."""
         raise NotImplementedError
 
-    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+    def insert(self, table: Relation, columns: dict[str, str], key: str, records: Iterable[list[Any]]) -> int:
         """Insert the rows of --load, each in the place of the one of the same key, and return how many.
 
-        The records are in the order of the columns. Within a transaction.
+        The records are in the order of the columns, which come with their types. Within a transaction.
         """
         raise NotImplementedError
 
@@ -3539,12 +3540,12 @@ class Store:
         """Raise UsageError if the target holds vectors of another model that this run will not replace."""
         if not self.has("model"):
             return
-        model = self.stored("model")
-        # Of rows that exist: what is left of deleted ones is in nobody's way. Most tables hold one model, which shows
-        # without a look at the rows.
-        other = self.value(
-            f"SELECT {model} FROM {self.target.sql} AS e WHERE {model} <> {literal(self.model)} AND NOT {self.orphaned}"
-        )
+        model, target = self.stored("model"), f"{self.target.sql} AS e"
+        differs = f"{model} <> {literal(self.model)}"
+        if not self.value(f"SELECT 1 FROM {target} WHERE {differs}"):
+            return  # most tables hold one model, which shows without a look at the rows
+        # Of rows that exist: what is left of deleted ones is in nobody's way.
+        other = self.value(f"SELECT {model} FROM {target} JOIN {self.relation.sql} AS s ON {self.on} WHERE {differs}")
         if other is None:
             return
         name = f'"{self.target.name}" holds vectors of the model "{other}"'
@@ -3594,7 +3595,8 @@ class Store:
         if not self.digest or not self.has_provenance:
             return
         is_this = f"digest = {literal(self.digest)}"
-        if not self.version(f"{is_this} AND {unless}") and (other := self.version(f"NOT {is_this} AND {self.is_used}")):
+        other = self.version(f"NOT {is_this} AND {self.is_used}")
+        if other and not self.version(f"{is_this} AND {unless}"):
             theirs, ours = (digest.rpartition(":")[2][:12] for digest in (other, self.digest))
             raise Stop(
                 f'"{self.target.name}" holds vectors of another version of "{self.model}" (digest {theirs}) than the '
@@ -3723,7 +3725,9 @@ class Store:
     @property
     def orphaned(self) -> str:
         """The condition that an embedding's row is gone from the table, whatever --where says."""
-        return f"NOT EXISTS (SELECT 1 FROM {self.relation.sql} AS s WHERE {self.on})"
+        # In this order: SQLite compares as the left one does, and so by the index of the row's own key.
+        row = f"SELECT 1 FROM {self.relation.sql} AS s WHERE {self.key_sql} = e.{quoted(self.target_key)}"
+        return f"NOT EXISTS ({row})"
 
     def beside(self, page: bool) -> str:
         """Return the join that puts a row's embedding beside it, if there is one; `page`: for few rows, by key."""
@@ -3908,20 +3912,22 @@ class Store:
             raise UsageError(f"--load {path}: the file has no rows.")
         table = found or self.place(self.options.table)
         described = self.columns(table) if found else {name: Column(kind, 0) for name, kind in types.items()}
-        columns = [column_of(name, list(described), table.name) for name in types]
-        key = self.key_name({name: described[name] for name in columns}, path)
+        names = [column_of(name, list(described), table.name) for name in types]
+        if len(set(names)) < len(names):
+            raise UsageError(f'--load {path}: several of its columns are one in "{table.name}": {listed(names)}.')
+        key = self.key_name({name: described[name] for name in names}, path)
         if found and not self.is_unique(table, key):
             raise UsageError(
                 f'"{table.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
 
+        columns = {name: self.type_names.get(described[name].type, described[name].type) for name in names}
+
         def insert_all() -> int:
             if not found:
-                declared = {name: self.type_names.get(kind, kind) for name, kind in types.items()}
-                declared[key] += " PRIMARY KEY NOT NULL"
-                definitions = ", ".join(f"{quoted(name)} {kind}" for name, kind in declared.items())
-                self.execute(f"CREATE TABLE {table.sql} ({definitions})")
-            return self.insert(table, columns, key, records(path, list(types), columns.index(key)))
+                kinds = {**columns, key: f"{columns[key]} PRIMARY KEY NOT NULL"}
+                self.execute(f"CREATE TABLE {table.sql} ({', '.join(f'{quoted(c)} {kinds[c]}' for c in kinds)})")
+            return self.insert(table, columns, key, records(path, list(types), names.index(key)))
 
         return self.transaction(insert_all)
 
@@ -3955,7 +3961,7 @@ class SQLiteStore(Store):
         "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
         "JOIN pragma_table_xinfo(t.name) AS c "
         'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
-        'WHERE f."from" = ?'
+        'WHERE f."from" = ? ORDER BY f.id'
     )
     identity = "INTEGER PRIMARY KEY"
 
@@ -4410,7 +4416,7 @@ class SQLiteStore(Store):
         self.commits += self.connection.total_changes > changes
         return result
 
-    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+    def insert(self, table: Relation, columns: dict[str, str], key: str, records: Iterable[list[Any]]) -> int:
         names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table.sql} ({names}) VALUES ({marks}) {replacing(key, columns)}"
         return max(int(self.connection.executemany(sql, records).rowcount), 0)
@@ -4471,6 +4477,24 @@ def is_locked(error: Exception) -> bool:
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_PATIENCE = 60  # seconds to wait for a row that another transaction holds
 EF_SEARCH = 400  # candidates in an HNSW index: ten times pgvector's default misses less, and costs milliseconds
+TROUBLES: tuple[tuple[str, type[Stop], str], ...] = (  # by their names in psycopg
+    (
+        "InsufficientPrivilege", Forbidden,
+        "Postgres refuses: {}. Ask its administrator, or give another user in --database.",
+    ), (
+        "UndefinedFunction", UsageError,
+        "Postgres says: {}. If keys do not compare, give another --target NAME, or --id COLUMN.",
+    ), (
+        "DiskFull", Stop,
+        "Postgres has no room ({}). Make room, and run the same command again.",
+    ), (
+        "LockNotAvailable", Stop,
+        f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later.",
+    ), (
+        "ReadOnlySqlTransaction", Stop,
+        "Postgres takes no writes ({}). Give the address of the primary server in --database.",
+    ),
+)  # fmt: skip
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW takes, by type
 
 
@@ -4520,6 +4544,7 @@ class PostgresStore(Store):
         if not hasattr(psycopg, "RawCursor"):
             raise Stop(f'psycopg {psycopg.__version__} is too old. Run: pip install --upgrade "psycopg[binary]"')
         self.psycopg: Any = psycopg
+        self.in_transaction = False
         self.connection = self.connect()
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
@@ -4533,7 +4558,7 @@ class PostgresStore(Store):
         try:
             settings = {
                 # Seconds; libpq would wait for a dead host without end.
-                "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT", 10),
+                "connect_timeout": os.environ.get("PGCONNECT_TIMEOUT") or 10,
                 "tcp_user_timeout": 30_000,  # milliseconds, likewise for one that dies later
                 "fallback_application_name": "embedgen",
                 **psycopg.conninfo.conninfo_to_dict(url),
@@ -4562,7 +4587,12 @@ class PostgresStore(Store):
         self.connection.close()
 
     def patiently(self, action: Callable[[], T]) -> T:
-        """Return what the action returns; if the connection is lost, connect again, for two minutes, and repeat it."""
+        """Return what the action returns; if the connection is lost, connect again, for two minutes, and repeat it.
+
+        A part of a transaction is tried once: what is repeated is the whole of it.
+        """
+        if self.in_transaction:
+            return action()
         deadline, wait, orphans = 0.0, FIRST_WAIT, 0
         errors = self.psycopg.errors
         while True:
@@ -4596,24 +4626,13 @@ class PostgresStore(Store):
         """Return the exception to raise for one of psycopg's."""
         if isinstance(error, Stop):
             return error
-        text, errors = one_line(str(error).strip().partition("\n")[0]), self.psycopg.errors
-        known: dict[type, Stop] = {
-            errors.InsufficientPrivilege: Forbidden(
-                f"Postgres refuses: {text}. Ask its administrator, or give another user in --database."
-            ),
-            errors.UndefinedFunction: UsageError(
-                f"Postgres says: {text}. If keys do not compare, give another --target NAME, or --id COLUMN."
-            ),
-            errors.DiskFull: Stop(f"Postgres has no room ({text}). Make room, and run the same command again."),
-            errors.LockNotAvailable: Stop(
-                f"rows have been locked by another transaction for {ROW_LOCK_PATIENCE} s. Run again later."
-            ),
-            errors.ReadOnlySqlTransaction: Stop(
-                f"Postgres takes no writes ({text}). Give the address of the primary server in --database."
-            ),
-        }
-        lost = f"the connection to Postgres is lost ({text}). Run the same command again when it is back."
-        return known.get(type(error)) or Stop(lost if self.connection.closed else f"Postgres says: {text}.")
+        text = one_line(str(error).strip().partition("\n")[0])
+        for name, kind, words in TROUBLES:
+            if isinstance(error, getattr(self.psycopg.errors, name)):
+                return kind(words.format(text))
+        if self.connection.closed:
+            return Stop(f"the connection to Postgres is lost ({text}). Run the same command again when it is back.")
+        return Stop(f"Postgres says: {text}.")
 
     def rows(self, sql: str, *parameters: Any) -> list[Any]:
         run = self.transaction if self.reads_only else self.patiently
@@ -4624,9 +4643,13 @@ class PostgresStore(Store):
 
         def whole() -> T:
             with self.connection.transaction():
-                return action()
+                self.in_transaction = True
+                try:
+                    return action()
+                finally:
+                    self.in_transaction = False
 
-        return self.patiently(whole)
+        return action() if self.in_transaction else self.patiently(whole)
 
     def alone(self, action: Callable[[], T]) -> T:
         def locked() -> T:
@@ -4932,12 +4955,11 @@ class PostgresStore(Store):
         found = self.rows(f"SELECT {self.text}, {self.vector_sql()} {tables}")
         return [(text, vector) for text, stored in found if (vector := self.vector_of(stored))]
 
-    def insert(self, table: Relation, columns: list[str], key: str, records: Iterable[list[Any]]) -> int:
+    def insert(self, table: Relation, columns: dict[str, str], key: str, records: Iterable[list[Any]]) -> int:
         execute, line = self.connection.execute, 0
         names = ", ".join(map(quoted, columns))
         texts = "".join(f", {quoted(name)} text" for name in columns)
-        kinds = {name: kind for name, kind, _ in self.execute(self.COLUMNS, table.sql)}
-        casts = ", ".join(f"{quoted(name)}::{kinds[name]}" for name in columns)
+        casts = ", ".join(f"{quoted(name)}::{kind}" for name, kind in columns.items())
         execute(f'CREATE TEMP TABLE embedgen_load ("embedgen line" bigint{texts}) ON COMMIT DROP')
         try:
             with self.connection.cursor().copy("COPY pg_temp.embedgen_load FROM STDIN") as copy:
@@ -5094,6 +5116,7 @@ class Fleet(PostgresStore):
         self.late = False  # whether the pass was under way when we joined: it proves nothing about its beginning
         self.ready: list[Row] = []  # rows taken, not yet given to the engine
         self.undecided: dict[Any, Lease] = {}  # our rows neither saved nor given up, by key: the lease of each
+        self.handed_out: set[Any] = set()  # keys given to the engine and not back yet, whoever has their lease now
         self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
         # The end of the stretch that is being looked through: None at the table's end, `reached` if it is not known.
@@ -5249,6 +5272,7 @@ class Fleet(PostgresStore):
             while self.ready:
                 row = self.ready.pop(0)
                 if row.key in self.undecided:  # not lost meanwhile
+                    self.handed_out.add(row.key)
                     yield row
             # A table that is slow to look through is looked through less often.
             count = max(wanted(), int(self.rate * max(SHARE, 4 * self.looking)))
@@ -5273,8 +5297,11 @@ class Fleet(PostgresStore):
             f"SELECT 1 FROM {self.machines} AS m WHERE m.id = l.machine AND {self.ALIVE})) "
             f"ORDER BY l.id LIMIT 1 FOR UPDATE SKIP LOCKED)) RETURNING id, above::{kind}, upto::{kind}"
         )
-        known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
-        while found := self.rows(sql, self.job, self.machine, known):
+        while True:
+            known = [*{*self.done, *(lease.number for lease in self.undecided.values())}]
+            found = self.rows(sql, self.job, self.machine, known)
+            if not found:
+                return []
             lease, above, upto = found[0]
             rows, more = self.page(above, upto)
             while more:
@@ -5282,16 +5309,18 @@ class Fleet(PostgresStore):
                 rows += page
             if rows := self.hold(lease, rows):
                 return rows
-        return []
 
     def hold(self, number: int, rows: list[Row]) -> list[Row]:
-        """Note that a lease is ours, with those of its rows that we have not failed at; return them."""
+        """Note that a lease is ours, with those of its rows that we have not failed at; return what is to be embedded.
+
+        Not those that were taken from us while they were being embedded, and come back with what another has left.
+        """
         rows = [row for row in rows if row.key not in self.hopeless]
         lease = Lease(number, len(rows))
         self.undecided.update((row.key, lease) for row in rows)
         if not rows:
             self.rows(f"DELETE FROM {self.leases} WHERE id = $1", number)
-        return rows
+        return [row for row in rows if row.key not in self.handed_out]
 
     def look(self) -> bool:
         """See how far the pass is; return whether other machines hold leases."""
@@ -5374,6 +5403,7 @@ class Fleet(PostgresStore):
 
     def decided(self, row: Row, failed: bool = False, left_out: bool = False) -> None:
         """Note that one of our rows is saved, has failed, or is left out."""
+        self.handed_out.discard(row.key)
         if lease := self.undecided.pop(row.key, None):
             lease.rows -= 1
             lease.failed += failed

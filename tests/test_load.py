@@ -148,7 +148,21 @@ class Load(Case):
         self.assertEqual(len(self.stored("book_embeddings", "book_id")), 1)
 
 
+class LoadInSQLite(Case):
+    def test_columns_that_are_one_in_the_table(self) -> None:
+        self.make_movies(1)
+        (self.folder / "a.csv").write_text("id,title,TITLE\n1,One,Two\n", "utf-8")
+        self.refuse(2, "--load", "a.csv", words=["a.csv", "title, title", '"movies"'])
+        self.assertEqual(self.execute("SELECT title FROM movies"), [("Film 1",)])
+
+
 class LoadOnPostgres(OnPostgres, Load):
+    def test_a_name_that_postgres_cuts(self) -> None:
+        long = "a_question_of_a_survey_that_has_more_than_the_sixty_three_bytes_of_a_name"
+        (self.folder / "a.csv").write_text(f"id,title,{long}\n1,One,yes\n2,Two,no\n", "utf-8")
+        self.succeed("--load", "a.csv", "--columns", "title")
+        self.assertEqual(self.execute(f'SELECT id, "{long[:63]}" FROM movies ORDER BY id'), [(1, "yes"), (2, "no")])
+
     def test_what_the_columns_do_not_take(self) -> None:
         self.make_movies(1)
         for content, words in [("id,title\nx,a\n", ["x"]), ("id,title\n1,a\0b\n", ["NUL"])]:

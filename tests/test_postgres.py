@@ -205,14 +205,19 @@ class Interleaved(PostgresCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def machine(self, *flags: str) -> Any:
-        """Return a store that is ready to take rows, as a run makes one."""
+    def ready(self, *flags: str) -> Any:
+        """Return a store that is ready to take part in filling the table, as a run makes one."""
         options = embedgen.parse_arguments(["--database", self.db.url, "--server", "hash:", *flags])
         store = embedgen.open_store(options)
         self.addCleanup(store.close)
         store.prepare()
         store.count()
         store.create_target(lambda: 256)
+        return store
+
+    def machine(self, *flags: str) -> Any:
+        """Return a store that is ready to take rows."""
+        store = self.ready(*flags)
         store.join()
         return store
 
@@ -321,6 +326,44 @@ class Interleaved(PostgresCase):
         one.close()
         self.finish(other)
         self.assertEqual(self.keys(), list(range(1, 51)))
+
+    def test_what_comes_back_while_it_is_being_embedded_is_not_embedded_twice(self) -> None:
+        self.make_movies(50)
+        one, other = self.machine(), self.machine()
+        under_way = self.take(one, 5)  # of ten
+        self.die(one)
+        self.assertEqual([row.key for row in self.take(other, 5)], list(range(1, 6)))
+        other.close()
+        one.tend()
+        rows = self.take(one)
+        self.assertEqual([row.key for row in rows], list(range(6, 51)))
+        self.save(one, under_way + rows)
+        self.finish(one)
+        self.assertEqual(self.keys(), list(range(1, 51)))
+        self.assertEqual((one.generated, self.leases()), (50, 0))
+
+    def test_a_connection_lost_in_a_transaction(self) -> None:
+        self.make_movies(20)
+        self.machine().close()  # so that there are vectors of a version, and it is looked for
+        for turn in ("before the tables are there", "after"):
+            with self.subTest(turn):
+                if turn != "after":
+                    self.execute("DROP TABLE embedgen_passes, embedgen_machines, embedgen_leases")
+                store = self.ready()
+                entered: list[bool] = []
+
+                def check_version(store: Any = store, entered: list[bool] = entered) -> None:
+                    entered.append(store.in_transaction)
+                    if len(entered) == 1:
+                        self.execute(f"SELECT pg_terminate_backend({store.connection.info.backend_pid})")
+                    store.columns(store.provenance)  # asks the database
+
+                with mock.patch.object(store, "check_version", check_version):
+                    store.join()
+                self.assertEqual(entered, [True, True], "all of it again")
+                self.assertFalse(store.in_transaction)
+                self.finish(store)
+                self.assertEqual(len(self.keys()), 20)
 
     def test_the_share_of_one_that_is_taken_for_dead(self) -> None:
         self.make_movies(50)

@@ -383,6 +383,33 @@ class Prune(Case):
         self.assertIn("Removed 1 of 2", self.succeed("--prune", "--server", "hash:").out)
 
 
+class PruneInSQLite(Case):
+    def test_keys_are_compared_as_the_table_compares_them(self) -> None:
+        self.execute("CREATE TABLE movies (code TEXT PRIMARY KEY COLLATE NOCASE, title TEXT)")
+        self.execute("INSERT INTO movies VALUES ('ABC', 'One'), ('def', 'Two')")
+        self.succeed()
+        self.execute("UPDATE movies SET code = lower(code)")
+        self.assertIn("Would remove 0 of 2", self.succeed("--prune", "--dry-run").out)
+        plan = self.execute(
+            "EXPLAIN QUERY PLAN SELECT count(*) FROM movie_embeddings AS e WHERE NOT EXISTS "
+            "(SELECT 1 FROM movies AS s WHERE s.code = e.movie_id)"
+        )
+        self.assertIn("SEARCH s USING", str(plan), "the table's own index serves")
+
+    def test_the_first_of_several_foreign_keys_counts(self) -> None:
+        self.execute("CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT)")
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY REFERENCES items, title TEXT)")
+        self.execute(
+            "CREATE TABLE movie_embeddings (movie_id INTEGER PRIMARY KEY REFERENCES items(id), embedding BLOB, "
+            "FOREIGN KEY (movie_id) REFERENCES movies(id))"
+        )
+        self.execute("INSERT INTO items VALUES (1, 'x'), (2, 'y')")
+        self.execute("INSERT INTO movies VALUES (1, 'x'), (2, 'y')")
+        self.assertEqual(self.succeed().tally, (2, 0, 0))
+        self.execute("DELETE FROM movies WHERE id = 2")
+        self.assertIn("Removed 1 of 2", self.succeed("--prune").out)
+
+
 class StatusOnlyOnPostgres(OnPostgres, Case):
     """Types that SQLite takes for one another."""
 
