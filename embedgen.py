@@ -2308,12 +2308,10 @@ class BlockingTransport(Transport):
     async def open(self, seconds: float) -> None:
         import http.client
 
-        host, port = self.server.host, self.server.port
+        make: Any = http.client.HTTPConnection
         if self.server.scheme == "https":
-            context = tls_context(self.server.ca_file)
-            self.connection = http.client.HTTPSConnection(host, port, timeout=seconds, context=context)
-        else:
-            self.connection = http.client.HTTPConnection(host, port, timeout=seconds)
+            make = functools.partial(http.client.HTTPSConnection, context=tls_context(self.server.ca_file))
+        self.connection = make(self.server.host, self.server.port, timeout=seconds)
         self.connection.connect()
 
     async def talk(self, send: Send) -> Reply:
@@ -2352,12 +2350,13 @@ class Watch:
     first: only the turn after the one in which the time is up decides.
     """
 
+    timer: Any  # the call of `look` that comes next
+
     def __init__(self, transport: Any, seconds: float) -> None:
         import asyncio
 
         self.transport, self.seconds, self.loop = transport, seconds, asyncio.get_running_loop()
         self.too_late = False
-        self.timer: Any = None
 
     def __enter__(self) -> Watch:
         self.heard()
@@ -2615,8 +2614,7 @@ class Engine:
         if isinstance(said, list):
             said = servers.check(batch, said) or said
         if isinstance(said, Stop) and servers.can_spare(batch):
-            news = "" if self.stopping() else servers.lose(batch, said, now)
-            if news:
+            if not self.stopping() and (news := servers.lose(batch, said, now)):
                 yield Heard(lane, news)
         elif isinstance(said, list):
             result = Result(batch.rows, said)
@@ -2653,8 +2651,8 @@ class AsyncEngine(Engine):
         import asyncio
 
         tasks = [self.start(self.converse(lane.place, talk)) for lane, talk in talks]
-        self.loop.run_until_complete(asyncio.wait(tasks))
-        return [task.exception() or task.result() for task in tasks]
+        said: list[Any] = self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        return said
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Start a task, and return it."""
