@@ -2579,7 +2579,7 @@ class Engine:
             while not stopping and (more or servers.returned) and (choice := servers.choose(left, time.monotonic())):
                 lane, self.batch_size = choice
                 rows, moves = servers.take_returned(self.batch_size) if servers.returned else (next(batches, None), 0)
-                if not rows:
+                if not rows:  # at the end of the table, or nothing right now
                     more = rows is not None
                     break
                 self.submit(servers.launch(lane, rows, moves, time.monotonic()))
@@ -2588,15 +2588,15 @@ class Engine:
                 servers.redo(*servers.lanes)  # nothing else is left to be done: others do it sooner
             if not flying and (stopping or not (more or servers.returned)):
                 break
-            if stopping and deadline == NEVER:
-                deadline = time.monotonic() + GRACE
-                self.halt()
-            if time.monotonic() >= deadline:
-                break
             if not stopping:
                 for question in servers.to_probe(time.monotonic()):
                     self.submit(question)
                 self.failure = servers.given_up(time.monotonic())
+            elif deadline == NEVER:
+                deadline = time.monotonic() + GRACE
+                self.halt()
+            elif time.monotonic() >= deadline:
+                break
             for batch, said in self.wait(TICK):
                 yield from self.hear(batch, said)
             yield None
