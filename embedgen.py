@@ -2726,8 +2726,11 @@ DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: so
 class Worker:
     """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
 
-    def __init__(self, context: Any, name: str, wires: Sequence[Wire], kin: Sequence[Worker]) -> None:
+    def __init__(self, name: str, wires: Sequence[Wire], kin: Sequence[Worker]) -> None:
         """`kin` are the workers that live already."""
+        import multiprocessing
+
+        context: Any = multiprocessing.get_context(START_METHOD)
         self.pipe, child = context.Pipe()
         # A forked child inherits the parent's ends of all pipes. As long as one copy is open,
         # no worker would see that the parent has died.
@@ -2820,7 +2823,6 @@ class ProcessEngine(Engine):
 
     def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import gc
-        import multiprocessing
 
         super().__init__(servers, interrupt)
         # Forked workers share what is loaded now. What they import themselves, and what the garbage
@@ -2829,7 +2831,6 @@ class ProcessEngine(Engine):
             importlib.import_module(name)
         gc.collect()
         gc.freeze()
-        self.context = multiprocessing.get_context(START_METHOD)
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
@@ -2860,7 +2861,7 @@ class ProcessEngine(Engine):
         chosen = min(idle, key=lambda worker: worker.place != task.place, default=None)  # it is still connected
         if chosen is None:
             self.started += 1
-            chosen = Worker(self.context, f"Worker-{self.started}", self.wires, self.workers)
+            chosen = Worker(f"Worker-{self.started}", self.wires, self.workers)
             self.workers.append(chosen)
         chosen.batch, chosen.place = batch, task.place
         chosen.send(task)
