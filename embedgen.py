@@ -2003,12 +2003,17 @@ class Servers:
         """Texts under way."""
         return sum(lane.texts for lane in self.lanes)
 
+    @property
+    def present(self) -> list[Lane]:
+        """The servers that are not away."""
+        return [lane for lane in self.lanes if not lane.trouble]
+
     def choose(self, left: Callable[[], int], now: float) -> tuple[Lane, int] | None:
         """Return the server for the next batch and its size, or None if there is room nowhere.
 
         `left` gives how many rows are not under way yet, as far as that is known.
         """
-        there = [lane for lane in self.lanes if not lane.trouble]
+        there = self.present
         roomy = [lane for lane in there if lane.flying < lane.pace.in_flight]
         if not roomy or sum(lane.flying for lane in self.lanes) >= self.most:
             return None
@@ -2091,10 +2096,11 @@ class Servers:
             lane.next_probe = now + max(self.PROBE, (now - lane.since) / self.LATE, stop.wait)
         return "" if known else f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work"
 
-    def redo(self, lane: Lane) -> None:
+    def redo(self, *lanes: Lane) -> None:
         """Give the rows of answers that cannot be trusted to other servers."""
-        self.returned += [(result.rows, 0) for result in lane.held]
-        lane.held = []
+        for lane in lanes:
+            self.returned += [(result.rows, 0) for result in lane.held]
+            lane.held = []
 
     def to_probe(self, now: float) -> list[Batch]:
         """Return the questions that are due to servers that are away."""
@@ -2109,16 +2115,19 @@ class Servers:
         lane.absent, lane.trouble = lane.absent + gone, ""
         return f"{lane.wire.address} is back after {gone:.1f} s"
 
-    def check(self, lane: Lane, answers: Answers) -> Stop | None:
-        """Return the end of the work with a server whose vectors are not as long as those of the others."""
-        lengths = {len(answer) // 4 for answer in answers if isinstance(answer, bytes)}
+    def check(self, batch: Batch, answers: Answers) -> Stop | None:
+        """Return the end of the work with a server whose vectors are not like those of the others, or like before."""
+        if self.alone:
+            return None
+        address = batch.lane.wire.address
+        vectors = [answer for answer in answers if isinstance(answer, bytes)]
+        lengths = {len(vector) // 4 for vector in vectors}
         if self.dimensions is None and len(lengths) == 1:
             self.dimensions = min(lengths)
-        wrong = lengths - {self.dimensions}
-        if wrong:
-            return Stop(
-                f"{lane.wire.address} gives vectors of {min(wrong)} dimensions, and the others of {self.dimensions}."
-            )
+        if wrong := lengths - {self.dimensions}:
+            return Stop(f"{address} gives vectors of {min(wrong)} dimensions, and the others of {self.dimensions}.")
+        if self.known and vectors and not batch.rows and cosine(vectors[0], self.known) < ALIKE:
+            return Stop(f"{address} has come back with other vectors than before.")
         return None
 
     def given_up(self, now: float) -> Stop | None:
@@ -2160,7 +2169,7 @@ class Task(NamedTuple):
     def begin(self, wires: Sequence[Wire]) -> Conversation:
         """Return the conversation."""
         wire = wires[self.place]
-        if self.dimensions and wire.dimensions != self.dimensions:
+        if self.dimensions:
             wire.settle(self.dimensions)  # what the run knows counts, not what this process may have learnt
         return wire.converse(self.texts, self.movable) if self.texts else wire.probe()
 
@@ -2172,8 +2181,8 @@ class Heard(NamedTuple):
     what: Exchange | str
 
 
-# What is heard of a batch: a request of its conversation, its answers, or the exception that ended it.
-Event = tuple[Batch, Union[Exchange, Answers, Exception]]
+Said = Union[Exchange, Answers, Exception]  # a request of a batch's conversation, its answers, or what ended it
+Event = tuple[Batch, Said]
 
 TICK = 0.1  # seconds; how often the run saves, redraws and looks at its signals while nothing comes
 GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
@@ -2202,7 +2211,7 @@ class Interrupt:
 
 
 class Transport:
-    """One connection to a server, kept alive. Subclasses have `open`, `talk` and `close` for it."""
+    """One connection to a server, kept alive. Subclasses have `open`, `talk`, `close` and `sleep` for it."""
 
     connected = False
 
@@ -2218,7 +2227,7 @@ class Transport:
         """Send one request over the connection and return the reply.
 
         Raises ConnectionError or EOFError where nothing of an answer came, any other OSError
-        where it broke off, TimeoutError where it took too long.
+        where it broke off, a time-out where it took too long.
         """
         raise NotImplementedError
 
@@ -2228,6 +2237,25 @@ class Transport:
     async def sleep(self, seconds: float) -> None:
         """Let time pass."""
         raise NotImplementedError
+
+    async def hold(
+        self, conversation: Conversation, tell: Callable[[Exchange], None] = lambda exchange: None
+    ) -> Answers:
+        """Carry out a conversation's steps and return its answers; each Exchange is passed on to `tell`."""
+        reply: Reply | None = None
+        try:
+            while True:
+                step = conversation.send(reply)
+                reply = None
+                if isinstance(step, Send):
+                    reply = await self.exchange(step)
+                elif isinstance(step, Wait):
+                    await self.pause(step.seconds)
+                else:
+                    tell(step)
+        except StopIteration as end:
+            answers: Answers = end.value
+            return answers
 
     async def pause(self, seconds: float) -> None:
         """Let time pass, in short steps, or raise Abandoned."""
@@ -2248,32 +2276,29 @@ class Transport:
         once: embedding is idempotent.
         """
         self.go_on()
-        started = time.monotonic()
-        kept = self.connected
+        started, kept = time.monotonic(), self.connected
         while True:
             try:
                 if not self.connected:
-                    await self.connect(send.connect)
+                    await self.open(send.connect)
+                    self.connected = True
                 reply = await self.talk(send)
                 return reply._replace(seconds=time.monotonic() - started)
             except (OSError, EOFError, ValueError) as error:
+                connected = self.connected
                 self.close()
                 if kept and isinstance(error, (ConnectionError, EOFError)):
                     kept = False
                     continue
-                timed_out = isinstance(error, TimeoutError)
-                reason = (
-                    f"no answer within {send.timeout:g} s" if timed_out else self.server.hide(describe(error))[:200]
-                )
-                return Reply(0, seconds=time.monotonic() - started, reason=reason, timed_out=timed_out)
-
-    async def connect(self, seconds: float) -> None:
-        """Open the connection; taking too long is not the silence of a server that is at work."""
-        try:
-            await self.open(seconds)
-        except TimeoutError:
-            raise ConnectionError(f"no connection within {seconds:g} s") from None
-        self.connected = True
+                late = type(error).__name__ in ("TimeoutError", "timeout")  # the latter is socket's before Python 3.10
+                if not late:
+                    reason = self.server.hide(describe(error))[:200]
+                elif connected:
+                    reason = f"no answer within {send.timeout:g} s"
+                else:  # which is not the silence of a server that is at work
+                    reason = f"no connection within {send.connect:g} s"
+                seconds = time.monotonic() - started
+                return Reply(0, seconds=seconds, reason=reason, timed_out=late and connected)
 
 
 class BlockingTransport(Transport):
@@ -2284,32 +2309,28 @@ class BlockingTransport(Transport):
     async def open(self, seconds: float) -> None:
         import http.client
 
-        host, port = self.server.host, self.server.port
+        make: Any = http.client.HTTPConnection
         if self.server.scheme == "https":
-            context = tls_context(self.server.ca_file)
-            self.connection = http.client.HTTPSConnection(host, port, timeout=seconds, context=context)
-        else:
-            self.connection = http.client.HTTPConnection(host, port, timeout=seconds)
-        with builtin_timeout():
-            self.connection.connect()
+            make = functools.partial(http.client.HTTPSConnection, context=tls_context(self.server.ca_file))
+        self.connection = make(self.server.host, self.server.port, timeout=seconds)
+        self.connection.connect()
 
     async def talk(self, send: Send) -> Reply:
         import http.client
 
-        with builtin_timeout():
-            self.connection.sock.settimeout(send.timeout)
-            try:
-                path, method = self.server.path + send.path, "POST" if send.body else "GET"
-                self.connection.request(method, path, send.body or None, headers_for(self.server))
-                response = self.connection.getresponse()
-            except http.client.RemoteDisconnected:
-                raise EOFError from None
-            except http.client.HTTPException as error:
-                raise OSError(f"malformed answer: {error!r}") from None
-            try:
-                body = response.read()
-            except (http.client.HTTPException, ConnectionError):
-                raise OSError("the answer was cut off") from None
+        self.connection.sock.settimeout(send.timeout)
+        try:
+            path, method = self.server.path + send.path, "POST" if send.body else "GET"
+            self.connection.request(method, path, send.body or None, headers_for(self.server))
+            response = self.connection.getresponse()
+        except http.client.RemoteDisconnected:
+            raise EOFError from None
+        except http.client.HTTPException as error:
+            raise OSError(f"malformed answer: {error!r}") from None
+        try:
+            body = response.read()
+        except (http.client.HTTPException, ConnectionError):
+            raise OSError("the answer was cut off") from None
         if response.will_close:
             self.close()
         return Reply(response.status, body, retry_after=retry_after(response.headers.get("Retry-After", "")))
@@ -2323,17 +2344,6 @@ class BlockingTransport(Transport):
         time.sleep(seconds)
 
 
-class builtin_timeout:
-    """Translates the timeouts of older Pythons (socket's before 3.10, asyncio's before 3.11) to TimeoutError."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is not None and kind.__name__ in ("timeout", "TimeoutError") and kind is not TimeoutError:
-            raise TimeoutError(str(error)) from None
-
-
 class Watch:
     """Within it, a connection that is silent for so many seconds is dropped, which raises TimeoutError.
 
@@ -2341,12 +2351,13 @@ class Watch:
     first: only the turn after the one in which the time is up decides.
     """
 
+    timer: Any  # the call of `look` that comes next
+
     def __init__(self, transport: Any, seconds: float) -> None:
         import asyncio
 
         self.transport, self.seconds, self.loop = transport, seconds, asyncio.get_running_loop()
         self.too_late = False
-        self.timer: Any = None
 
     def __enter__(self) -> Watch:
         self.heard()
@@ -2385,10 +2396,11 @@ class StreamTransport(Transport):
 
         server = self.server
         context = tls_context(server.ca_file) if server.scheme == "https" else None
-        with builtin_timeout():
-            self.reader, self.writer = await asyncio.wait_for(
-                asyncio.open_connection(server.host, server.port, ssl=context, limit=STREAM_BYTES), seconds
-            )
+        opened = asyncio.open_connection(server.host, server.port, ssl=context, limit=STREAM_BYTES)
+        try:
+            self.reader, self.writer = await asyncio.wait_for(opened, seconds)
+        except asyncio.TimeoutError:  # which is one of its own before Python 3.11
+            raise TimeoutError from None
         headers = {"Host": server.shown.split("/")[2], **headers_for(server)}
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
@@ -2403,28 +2415,24 @@ class StreamTransport(Transport):
             self.watch.heard()
             status = 100
             while 100 <= status < 200:  # interim answers
-                lines = (await self.head()).decode("latin-1").split("\r\n")
-                version, code = (lines[0].split() + ["", ""])[:2]
-                if not version.startswith("HTTP/1.") or not code.isdigit():
-                    raise OSError(f"malformed answer: {lines[0]!r}")
-                status = int(code)
-            fields = (line.partition(":") for line in lines[1:] if line)
-            headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+                version, status, headers = await self.head()
+            chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+            size = headers.get("content-length")
             try:
-                body = await self.body(headers)
+                pieces = await (self.chunks() if chunked else self.pieces(None if size is None else int(size)))
             except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
                 raise OSError("the answer was cut off") from None
         keep = headers.get("connection", "").lower()
-        if keep == "close" or (version == "HTTP/1.0" and keep != "keep-alive") or not self.framed(headers):
+        if keep == "close" or (version == "1.0" and keep != "keep-alive") or not (chunked or size):
             self.close()
-        return Reply(status, body, retry_after=retry_after(headers.get("retry-after", "")))
+        return Reply(status, b"".join(pieces), retry_after=retry_after(headers.get("retry-after", "")))
 
-    async def head(self) -> bytes:
-        """Return an answer up to the end of its headers."""
+    async def head(self) -> tuple[str, int, dict[str, str]]:
+        """Return the version, the status and the headers of an answer, their names in lower case."""
         import asyncio
 
         try:
-            head = await self.reader.readuntil(b"\r\n\r\n")
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         except asyncio.IncompleteReadError as error:
             if not error.partial:
                 raise
@@ -2434,41 +2442,32 @@ class StreamTransport(Transport):
         except asyncio.LimitOverrunError:
             raise OSError("malformed answer: endless headers") from None
         self.watch.heard()
-        return head
+        start, *lines = head.split("\r\n")
+        found = re.match(r"\s*HTTP/(1\.\S*)\s+(\d+)(?!\S)", start)
+        if not found:
+            raise OSError(f"malformed answer: {start!r}")
+        fields = (line.partition(":") for line in lines)
+        return found[1], int(found[2]), {name.strip().lower(): value.strip() for name, _, value in fields}
 
-    @staticmethod
-    def framed(headers: dict[str, str]) -> bool:
-        """Whether the body's end shows without the connection being closed."""
-        return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()
-
-    async def body(self, headers: dict[str, str]) -> bytes:
-        """Return the body that follows the headers; EOFError or ValueError if it is not whole."""
-        if "chunked" in headers.get("transfer-encoding", "").lower():
-            pieces = []
-            while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-                pieces += await self.exactly(size)
-                await self.reader.readexactly(2)
-            while await self.reader.readuntil(b"\r\n") != b"\r\n":
-                pass  # trailers
-            return b"".join(pieces)
-        if "content-length" in headers:
-            return b"".join(await self.exactly(int(headers["content-length"])))
+    async def chunks(self) -> list[bytes]:
+        """Return a chunked body in pieces as they come; EOFError or ValueError if it is not whole."""
         pieces = []
-        while piece := await self.reader.read(STREAM_BYTES):
+        while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            pieces += await self.pieces(size)
+            await self.reader.readexactly(2)
+        while await self.reader.readuntil(b"\r\n") != b"\r\n":
+            pass  # trailers
+        return pieces
+
+    async def pieces(self, size: int | None) -> list[bytes]:
+        """Return that many bytes in pieces as they come, EOFError if there are fewer; None: all until the end."""
+        pieces, left = [], sys.maxsize if size is None else size
+        while left and (piece := await self.reader.read(left)):
             self.watch.heard()
             pieces.append(piece)
-        return b"".join(pieces)
-
-    async def exactly(self, size: int) -> list[bytes]:
-        """Return that many bytes, in pieces as they come."""
-        pieces = []
-        while size:
-            piece = await self.reader.read(size)
-            if not piece:
-                raise EOFError
-            self.watch.heard()
-            pieces.append(piece)
-            size -= len(piece)
+            left -= len(piece)
+        if left and size is not None:
+            raise EOFError
         return pieces
 
     def close(self) -> None:
@@ -2480,26 +2479,6 @@ class StreamTransport(Transport):
         import asyncio
 
         await asyncio.sleep(seconds)
-
-
-async def drive(
-    conversation: Conversation, transport: BlockingTransport | StreamTransport, tell: Callable[[Exchange], None]
-) -> Answers:
-    """Carry out a conversation's steps and return its answers; each Exchange is passed on to `tell`."""
-    reply: Reply | None = None
-    try:
-        while True:
-            step = conversation.send(reply)
-            reply = None
-            if isinstance(step, Send):
-                reply = await transport.exchange(step)
-            elif isinstance(step, Wait):
-                await transport.pause(step.seconds)
-            else:
-                tell(step)
-    except StopIteration as end:
-        answers: Answers = end.value
-        return answers
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -2536,42 +2515,38 @@ class Engine:
 
     def greet(self) -> None:
         """Check that the servers can do the work; raise Stop if one cannot, or none is there."""
-        self.each(lambda lane: lane.wire.greet())
-        self.each(lambda lane: lane.wire.agree())
+        self.each(lambda wire: wire.greet())
+        self.each(lambda wire: wire.agree())
 
-    def each(self, begin: Callable[[Lane], Conversation]) -> list[tuple[Lane, Answers]]:
+    def each(self, begin: Callable[[Wire], Conversation]) -> list[tuple[Lane, Answers]]:
         """Hold a conversation with each server that is there, all at once, and return their answers.
 
         One that is away is left to the run, unless it is the only one; raises what else ends a conversation.
         """
-        servers, lanes = self.servers, self.present()
+        servers, lanes = self.servers, self.servers.present
         found = []
-        for lane, said in zip(lanes, self.hold(*((lane, begin(lane)) for lane in lanes))):
+        for lane, said in zip(lanes, self.hold(*((lane, begin(lane.wire)) for lane in lanes))):
             if isinstance(said, Away) and not servers.alone:
                 servers.lose(Batch([], 0, lane), said, time.monotonic())
             elif isinstance(said, Exception):
                 raise said
             else:
                 found.append((lane, said))
-        if not self.present():
+        if not found:
             places = ", ".join(f"{lane.wire.address} ({lane.trouble})" for lane in servers.lanes)
             raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
         return found
 
-    def present(self) -> list[Lane]:
-        """Return the servers that are not away."""
-        return [lane for lane in self.servers.lanes if not lane.trouble]
-
     def dimensions(self) -> int:
         """Return the length of the vectors, as a server's vector for a known-good text has it."""
-        lane = self.present()[0]
-        if lane.wire.dimensions is None:
-            lane, [answer] = self.each(lambda lane: lane.wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
+        wire = self.wires[0]  # they all know it as soon as one does
+        if wire.dimensions is None:
+            lane, [answer] = self.each(lambda wire: wire.converse([KNOWN_GOOD], not self.servers.alone))[0]
             if isinstance(answer, str):
                 raise Stop(f"{lane.wire.address} does not embed even a short text: {answer}.")
-            lane.wire.settle(len(answer) // 4)
-        self.servers.dimensions = lane.wire.dimensions
-        return self.servers.dimensions or 0
+            wire.settle(len(answer) // 4)
+        self.servers.dimensions = wire.dimensions
+        return wire.dimensions or 0
 
     def task(self, batch: Batch) -> Task:
         """Return what is to be done for a batch."""
@@ -2599,43 +2574,37 @@ class Engine:
         that raised, no more is taken and what is in flight has GRACE seconds to end; then the
         exception, if there was one, is raised. `left` is as in Servers.choose.
         """
-        servers, more, deadline = self.servers, True, 0.0
+        servers, more, deadline = self.servers, True, NEVER
         while True:
             stopping = self.stopping()
             while not stopping and (more or servers.returned) and (choice := servers.choose(left, time.monotonic())):
                 lane, self.batch_size = choice
-                if servers.returned:
-                    self.submit(servers.launch(lane, *servers.take_returned(self.batch_size), time.monotonic()))
-                    continue
-                rows = next(batches, None)
-                if rows is None:
-                    more = False
-                elif not rows:
+                rows, moves = servers.take_returned(self.batch_size) if servers.returned else (next(batches, None), 0)
+                if not rows:  # at the end of the table, or nothing right now
+                    more = rows is not None
                     break
-                else:
-                    self.submit(servers.launch(lane, rows, 0, time.monotonic()))
+                self.submit(servers.launch(lane, rows, moves, time.monotonic()))
             flying = any(lane.flying for lane in servers.lanes)
-            if not flying and not more:
-                for lane in servers.lanes:  # nothing else is left to be done: others do it sooner
-                    servers.redo(lane)
+            if not (flying or more):
+                servers.redo(*servers.lanes)  # nothing else is left to be done: others do it sooner
             if not flying and (stopping or not (more or servers.returned)):
-                break
-            if stopping and not deadline:
-                deadline = time.monotonic() + GRACE
-                self.halt()
-            if stopping and time.monotonic() >= deadline:
                 break
             if not stopping:
                 for question in servers.to_probe(time.monotonic()):
                     self.submit(question)
                 self.failure = servers.given_up(time.monotonic())
+            elif deadline == NEVER:
+                deadline = time.monotonic() + GRACE
+                self.halt()
+            elif time.monotonic() >= deadline:
+                break
             for batch, said in self.wait(TICK):
                 yield from self.hear(batch, said)
             yield None
         if self.failure:
             raise self.failure
 
-    def hear(self, batch: Batch, said: Exchange | Answers | Exception) -> Iterator[Result | Heard]:
+    def hear(self, batch: Batch, said: Said) -> Iterator[Result | Heard]:
         """Take in what was heard of a batch."""
         servers, lane, now = self.servers, batch.lane, time.monotonic()
         if isinstance(said, Exchange):
@@ -2643,14 +2612,10 @@ class Engine:
             yield Heard(lane, said)
             return
         servers.land(batch, now)
-        if isinstance(said, list) and not servers.alone:
-            said = servers.check(lane, said) or said
-        probed = said[0] if isinstance(said, list) and not batch.rows else b""
-        if servers.known and isinstance(probed, bytes) and probed and cosine(probed, servers.known) < ALIKE:
-            said = Stop(f"{lane.wire.address} has come back with other vectors than before.")
+        if isinstance(said, list):
+            said = servers.check(batch, said) or said
         if isinstance(said, Stop) and servers.can_spare(batch):
-            news = "" if self.stopping() else servers.lose(batch, said, now)
-            if news:
+            if not self.stopping() and (news := servers.lose(batch, said, now)):
                 yield Heard(lane, news)
         elif isinstance(said, list):
             result = Result(batch.rows, said)
@@ -2686,9 +2651,9 @@ class AsyncEngine(Engine):
     def hold(self, *talks: tuple[Lane, Conversation]) -> list[Answers | Exception]:
         import asyncio
 
-        tasks = [self.start(self.converse(lane.place, talk, lambda exchange: None)) for lane, talk in talks]
-        self.loop.run_until_complete(asyncio.wait(tasks))
-        return [task.exception() or task.result() for task in tasks]
+        tasks = [self.start(self.converse(lane.place, talk)) for lane, talk in talks]
+        said: list[Any] = self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        return said
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Start a task, and return it."""
@@ -2697,38 +2662,36 @@ class AsyncEngine(Engine):
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def converse(self, place: int, conversation: Conversation, tell: Callable[[Exchange], None]) -> Answers:
-        """Drive one conversation over a connection that no other uses meanwhile."""
+    async def converse(
+        self, place: int, conversation: Conversation, tell: Callable[[Exchange], None] = lambda exchange: None
+    ) -> Answers:
+        """Hold one conversation over a connection that no other uses meanwhile."""
         idle = self.idle[place]
         transport = idle.pop() if idle else StreamTransport(self.wires[place].server, self.stopping)
         try:
-            return await drive(conversation, transport, tell)
+            return await transport.hold(conversation, tell)
         except BaseException:
             transport.close()  # what is on its way over it belongs to nobody now
             raise
         finally:
             idle.append(transport)
 
-    def deliver(self, event: Event) -> None:
+    def submit(self, batch: Batch) -> None:
+        self.start(self.embed(batch))
+
+    async def embed(self, batch: Batch) -> None:
+        """Hold the conversation about a batch, and tell the run all that comes of it."""
+        task, tell = self.task(batch), functools.partial(self.deliver, batch)
+        try:
+            tell(await self.converse(task.place, task.begin(self.wires), tell))
+        except Exception as error:
+            tell(error)
+
+    def deliver(self, batch: Batch, said: Said) -> None:
         """Hand an event to the run, and let it have its turn."""
-        self.events.append(event)
+        self.events.append((batch, said))
         if self.waiting:
             self.loop.stop()
-
-    def submit(self, batch: Batch) -> None:
-        task = self.task(batch)
-
-        async def embed() -> None:
-            def tell(exchange: Exchange) -> None:
-                self.deliver((batch, exchange))
-
-            try:
-                said: Answers | Exception = await self.converse(task.place, task.begin(self.wires), tell)
-            except Exception as error:
-                said = error
-            self.deliver((batch, said))
-
-        self.start(embed())
 
     def wait(self, seconds: float) -> list[Event]:
         if not self.events:
@@ -2748,8 +2711,9 @@ class AsyncEngine(Engine):
             task.cancel()
         if self.tasks:
             self.loop.run_until_complete(asyncio.gather(*self.tasks, return_exceptions=True))
-        for transport in (transport for idle in self.idle for transport in idle):
-            transport.close()
+        for idle in self.idle:
+            for transport in idle:
+                transport.close()
         self.loop.run_until_complete(asyncio.sleep(0))  # lets the closed transports say goodbye to the loop
         self.loop.close()
 
@@ -2763,8 +2727,11 @@ DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: so
 class Worker:
     """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
 
-    def __init__(self, context: Any, name: str, wires: Sequence[Wire], kin: Sequence[Worker]) -> None:
+    def __init__(self, name: str, wires: Sequence[Wire], kin: Sequence[Worker]) -> None:
         """`kin` are the workers that live already."""
+        import multiprocessing
+
+        context: Any = multiprocessing.get_context(START_METHOD)
         self.pipe, child = context.Pipe()
         # A forked child inherits the parent's ends of all pipes. As long as one copy is open,
         # no worker would see that the parent has died.
@@ -2776,23 +2743,10 @@ class Worker:
         self.batch: Batch | None = None
         self.place = -1  # of the server that it spoke to last
 
-    def submit(self, batch: Batch, task: Task) -> None:
-        """Give it a batch. If it is dead, that shows when it is waited for."""
-        self.batch, self.place = batch, task.place
+    def send(self, task: Task | None) -> None:
+        """Tell it what to do, or None: to send nothing more. If it is dead, that shows when it is waited for."""
         with contextlib.suppress(OSError):
             self.pipe.send(task)
-
-    def halt(self) -> None:
-        """Tell it to send nothing more to the server."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-
-    def receive(self) -> Any:
-        """Return what it says, or None if it has died."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            return None
 
     def end(self) -> None:
         """Let it go: it ends when its pipe is closed; if it does not within a second, it is killed."""
@@ -2823,7 +2777,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 def work(pipe: Any, wires: Sequence[Wire], inherited: Sequence[Any]) -> None:
-    """Be a worker process: embed the texts that come over the pipe, until it is closed."""
+    """Be a worker process: do the tasks that come over the pipe, and say what comes of them, until it is closed."""
     import queue
     import signal
     import threading
@@ -2835,43 +2789,32 @@ def work(pipe: Any, wires: Sequence[Wire], inherited: Sequence[Any]) -> None:
         other.close()
     inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
     halted = threading.Event()
-    threading.Thread(target=listen, args=(pipe, inbox.put, halted.set), daemon=True).start()
+
+    def listen() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                task = pipe.recv()
+                if task is None:
+                    halted.set()
+                else:
+                    inbox.put(task)
+        os._exit(0)  # the parent has closed the pipe, or died: at once, even in the middle of a request
+
+    threading.Thread(target=listen, daemon=True).start()
     transports = [BlockingTransport(wire.server, halted.is_set) for wire in wires]
-    while True:
-        try:
-            task = inbox.get()
-            pipe.send(answer(task.begin(wires), transports[task.place], pipe.send))
-        except OSError:
-            os._exit(0)  # the parent has closed the pipe
-
-
-def answer(
-    conversation: Conversation, transport: BlockingTransport, tell: Callable[[Exchange], None]
-) -> Answers | Exception:
-    """Return what came of a conversation, an exception in a form that a pipe can carry."""
-    try:
-        return run_now(drive(conversation, transport, tell))
-    except (Stop, Abandoned) as end:
-        return end
-    except OSError:  # from the pipe; a transport raises none
-        raise
-    except Exception:
-        import traceback
-
-        return RuntimeError(f"a worker process failed\n{traceback.format_exc()}")
-
-
-def listen(pipe: Any, put: Callable[[Task], None], halt: Callable[[], None]) -> None:
-    """Pass on what the parent sends, tasks or None for halt; end this process when the pipe is closed or broken."""
-    try:
+    with contextlib.suppress(OSError):  # of the pipe; a transport raises none
         while True:
-            task = pipe.recv()
-            if task is None:
-                halt()
-            else:
-                put(task)
-    except (EOFError, OSError):
-        os._exit(0)  # at once, even in the middle of a request
+            task = inbox.get()
+            try:
+                said: Any = run_now(transports[task.place].hold(task.begin(wires), pipe.send))
+            except (Stop, Abandoned) as end:
+                said = end
+            except OSError:
+                raise
+            except Exception:  # in a form that a pipe can carry
+                said = RuntimeError(f"a worker process failed\n{traceback_now()}")
+            pipe.send(said)
+    os._exit(0)
 
 
 class ProcessEngine(Engine):
@@ -2881,7 +2824,6 @@ class ProcessEngine(Engine):
 
     def __init__(self, servers: Servers, interrupt: Interrupt) -> None:
         import gc
-        import multiprocessing
 
         super().__init__(servers, interrupt)
         # Forked workers share what is loaded now. What they import themselves, and what the garbage
@@ -2890,32 +2832,29 @@ class ProcessEngine(Engine):
             importlib.import_module(name)
         gc.collect()
         gc.freeze()
-        self.context = multiprocessing.get_context(START_METHOD)
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
     def hold(self, *talks: tuple[Lane, Conversation]) -> list[Answers | Exception]:
         import threading
 
-        said: dict[int, Answers | Exception] = {}
+        said: list[Answers | Exception] = [Abandoned()] * len(talks)
 
-        def talk(number: int) -> None:
-            lane, conversation = talks[number]
-            transport = BlockingTransport(lane.wire.server, self.stopping)
-            try:
-                said[number] = run_now(drive(conversation, transport, lambda exchange: None))
-            except Exception as error:
-                said[number] = error
-            finally:
-                transport.close()
+        def talk(place: int, lane: Lane, conversation: Conversation) -> None:
+            with contextlib.closing(BlockingTransport(lane.wire.server, self.stopping)) as transport:
+                try:
+                    said[place] = run_now(transport.hold(conversation))
+                except Exception as error:
+                    said[place] = error
 
-        threads = [threading.Thread(target=talk, args=(number,), daemon=True) for number in range(1, len(talks))]
+        first, *others = ((place, *talk) for place, talk in enumerate(talks))
+        threads = [threading.Thread(target=talk, args=other, daemon=True) for other in others]
         for thread in threads:
             thread.start()
-        talk(0)
+        talk(*first)
         for thread in threads:
             thread.join()
-        return [said[number] for number in range(len(talks))]
+        return said
 
     def submit(self, batch: Batch) -> None:
         task = self.task(batch)
@@ -2923,45 +2862,44 @@ class ProcessEngine(Engine):
         chosen = min(idle, key=lambda worker: worker.place != task.place, default=None)  # it is still connected
         if chosen is None:
             self.started += 1
-            chosen = Worker(self.context, f"Worker-{self.started}", self.wires, self.workers)
+            chosen = Worker(f"Worker-{self.started}", self.wires, self.workers)
             self.workers.append(chosen)
-        chosen.submit(batch, task)
+        chosen.batch, chosen.place = batch, task.place
+        chosen.send(task)
 
     def wait(self, seconds: float) -> list[Event]:
         from multiprocessing.connection import wait
 
         events: list[Event] = []
-        busy = {worker.pipe: worker for worker in self.workers if worker.batch is not None}
+        busy = {worker.pipe: (worker, worker.batch) for worker in self.workers if worker.batch is not None}
         if not busy:
             time.sleep(seconds)
         for pipe in wait(list(busy), seconds):
-            worker = busy[pipe]
-            said, batch = worker.receive(), worker.batch
-            assert batch is not None
-            if said is not None:
-                events.append((batch, said))
+            worker, batch = busy[pipe]
+            try:
+                said = worker.pipe.recv()
                 if not isinstance(said, Exchange):
                     worker.batch, self.deaths = None, 0
-                continue
-            self.bury(worker)
-            if self.stopping():
-                events.append((batch, Abandoned()))
-            elif self.deaths <= DEATHS_IN_A_ROW:
-                self.submit(batch)
-            else:
-                self.failure = Stop("worker processes keep dying. Is the machine out of memory?")
-                events.append((batch, Abandoned()))
+            except (EOFError, OSError):
+                said = Abandoned()
+                self.bury(worker)
+                if not self.stopping():
+                    self.submit(batch)
+                    continue
+            events.append((batch, said))
         return events
 
     def halt(self) -> None:
         for worker in self.workers:
-            worker.halt()
+            worker.send(None)
 
     def bury(self, dead: Worker) -> None:
-        """Forget a worker that has died; the next batch submitted starts another."""
+        """Forget a worker that has died; the next batch submitted starts another, unless all have died for long."""
         dead.end()
         self.workers.remove(dead)
         self.deaths += 1
+        if self.deaths > DEATHS_IN_A_ROW and not self.stopping():
+            self.failure = Stop("worker processes keep dying. Is the machine out of memory?")
 
     def close(self) -> None:
         for worker in self.workers:
@@ -5877,12 +5815,9 @@ class Hit(NamedTuple):
 
 def embed_here(wire: Wire, texts: list[str], stopping: Callable[[], bool]) -> Answers:
     """Return a server's answers for a few texts, or raise Stop; without an engine, which takes longer to start."""
-    transport = BlockingTransport(wire.server, stopping)
-    try:
-        run_now(drive(wire.greet(), transport, lambda exchange: None))
-        return run_now(drive(wire.converse(texts, movable=False), transport, lambda exchange: None))
-    finally:
-        transport.close()
+    with contextlib.closing(BlockingTransport(wire.server, stopping)) as transport:
+        run_now(transport.hold(wire.greet()))
+        return run_now(transport.hold(wire.converse(texts, movable=False)))
 
 
 def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
@@ -6351,7 +6286,7 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         store.create_target(engine.dimensions)
         if not options.accept_drift:
             check_drift(engine, store.samples())
-        present = engine.present()
+        present = servers.present
         for lane in servers.lanes:
             if lane.trouble:
                 log.warn(text := f"{lane.wire.address} is away ({lane.trouble}); the other servers do its work", text)
@@ -6386,7 +6321,7 @@ def check_drift(engine: Engine, samples: list[tuple[str, bytes]]) -> None:
     servers, first = engine.servers, ""
     compare = not servers.alone and not all(lane.wire.digest for lane in servers.lanes)
     texts = [text for text, _ in samples] + [KNOWN_GOOD] * compare
-    for lane, answers in engine.each(lambda lane: lane.wire.converse(texts, not servers.alone)) if texts else []:
+    for lane, answers in engine.each(lambda wire: wire.converse(texts, not servers.alone)) if texts else []:
         check_alike(lane, answers, samples, f'those stored as of the model "{lane.wire.model}"')
         known = answers[-1]
         if compare and isinstance(known, bytes):

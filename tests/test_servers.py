@@ -203,9 +203,9 @@ class FleetByHand(unittest.TestCase):
 
     def test_vectors_of_another_length_are_not_taken(self) -> None:
         fleet = fleet_of(2)
-        self.assertIsNone(fleet.check(fleet.lanes[0], ["failed", b"1234" * 8]))
-        self.assertIsNone(fleet.check(fleet.lanes[1], [b"1234" * 8]))
-        stop = fleet.check(fleet.lanes[1], [b"1234" * 16])
+        self.assertIsNone(fleet.check(Batch(ROWS, 8, fleet.lanes[0]), ["failed", b"1234" * 8]))
+        self.assertIsNone(fleet.check(Batch(ROWS, 8, fleet.lanes[1]), [b"1234" * 8]))
+        stop = fleet.check(Batch(ROWS, 8, fleet.lanes[1]), [b"1234" * 16])
         assert stop
         self.assertIn("server 1 gives vectors of 16 dimensions, and the others of 8", stop.message)
 

@@ -24,10 +24,10 @@ CHUNKED = (
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
-def exchange(port: int, count: int = 1, timeout: float = 5.0) -> list[list[Reply]]:
+def exchange(port: int, count: int = 1, timeout: float = 5.0, connect: float = 5.0) -> list[list[Reply]]:
     """Return what each transport makes of `count` requests over one connection."""
     server = embedgen.Server("http", "127.0.0.1", port, "/x", "")
-    send = Send("/y", b"{}", timeout)
+    send = Send("/y", b"{}", timeout, connect)
     blocking = embedgen.BlockingTransport(server, lambda: False)
     replies = [[run_now(blocking.exchange(send)) for _ in range(count)]]
     blocking.close()
@@ -115,6 +115,16 @@ class Framing(unittest.TestCase):
             for (reply,) in exchange(mute.getsockname()[1], timeout=0.2):
                 self.assertEqual((reply.status, reply.timed_out), (0, True))
                 self.assertEqual(reply.reason, "no answer within 0.2 s")
+
+    def test_a_connection_that_takes_too_long_is_no_silence(self) -> None:
+        async def never(*_: object, **__: object) -> None:
+            await asyncio.sleep(60)
+
+        late = mock.Mock(side_effect=socket.timeout("timed out"))
+        with mock.patch("socket.create_connection", late), mock.patch("asyncio.open_connection", never):
+            for (reply,) in exchange(1, connect=0.2):
+                self.assertEqual((reply.status, reply.timed_out), (0, False))
+                self.assertEqual(reply.reason, "no connection within 0.2 s")
 
     def test_retry_after(self) -> None:
         answer = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
