@@ -812,16 +812,21 @@ def length_of(vector: bytes) -> float:
     return math.hypot(*[math.hypot(*piece) for piece in pieces])
 
 
-# The highest bytes of a float32 of 2 or more, infinity and NaN among them, of either sign (IEEE 754).
+# The highest bytes of a float32 (IEEE 754), of either sign: of 2 or more, infinity and NaN among them, and of less
+# than 2**-7. A vector of length 1 has some number that is larger, if it has no more than 2**14 of them.
 FROM_TWO_UP = bytes([*range(0x40, 0x80), *range(0xC0, 0x100)])
+SMALL = bytes([*range(0x3C), *range(0x80, 0xBC)])
 
 
 def looks_sound(vector: bytes) -> bool:
-    """Whether each number of a stored vector is below 2, and not NaN, and some are not 0: as those of length 1 are.
+    """Whether a stored vector may well have length 1: no number of 2 or more, some that are not small, hardly any 0.
 
-    By its bytes alone: to make numbers of them would take ten times as long.
+    By its bytes alone, which takes a quarter of the time; what does not look sound may be so, and is to be measured.
     """
-    return len(vector[3::4].translate(None, FROM_TWO_UP)) == len(vector) // 4 and vector.strip(b"\0\x80") != b""
+    high = vector[3::4]
+    if high.count(0) + high.count(0x80) > len(high) // 16:
+        return False
+    return len(high.translate(None, FROM_TWO_UP)) == len(high) and high.translate(None, SMALL) != b""
 
 
 def unpack(vector: bytes) -> Sequence[float]:
@@ -1063,19 +1068,19 @@ class HTTPWire(Wire):
         """Return for the log how vectors come over a path."""
         raise NotImplementedError
 
-    def read(self, path: str, reply: Reply, texts: list[str]) -> list[bytes]:
+    def read(self, request: Send, reply: Reply, texts: list[str]) -> list[bytes]:
         """Return the vectors in a reply, one for each text, fit to be stored; or raise what is wrong with it.
 
-        `path` is where the request went: another conversation may have changed the protocol meanwhile.
+        `request` is what was asked: another conversation may have changed the protocol meanwhile.
         """
         import json
 
-        self.check(reply, path, len(texts))
+        self.check(request, reply, len(texts))
         try:
-            vectors = self.vectors(path, json.loads(reply.body))
+            vectors = self.vectors(request.path, json.loads(reply.body))
         except MALFORMED:
             words = words_of(reply.body, self.server.hide)
-            self.explain(path, reply.status, words, "no embeddings")
+            self.explain(request, reply.status, words, "no embeddings")
             raise Garbled(f"the answer holds no embeddings: {words[:100]!r}") from None
         return gate(vectors, texts, self.unit_length)
 
@@ -1083,7 +1088,7 @@ class HTTPWire(Wire):
         """Return the vectors in an answer, packed or as lists of numbers, or raise any of MALFORMED."""
         raise NotImplementedError
 
-    def check(self, reply: Reply, path: str, texts: int = 1) -> None:
+    def check(self, request: Send, reply: Reply, texts: int = 1) -> None:
         """Raise what the reply's status means, unless it is 200; it is an answer to so many texts."""
         status = reply.status
         if status == 200:
@@ -1105,17 +1110,17 @@ class HTTPWire(Wire):
                 # Of the numbers in the words, the largest below what was sent.
                 below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
                 self.most_texts = min(self.most_texts, max(below, default=texts // 2))
-                raise Superseded
+                raise Superseded(words)
         if status in (408, 429) or status >= 500 or re.search(DEAD_RUNNER, words):
             raise Unavailable(said, status, reply.retry_after)
-        self.explain(path, status, words, said)
+        self.explain(request, status, words, said)
         if status in (401, 403):
             raise Stop(f"{self.address} refuses access ({said}). Set {self.tokens} to the token.")
         if 300 <= status < 400:
             raise Stop(f"{self.address} sends elsewhere ({said}). Give --server the final address.")
         raise Refused(words or said)
 
-    def explain(self, path: str, status: int, words: str, said: str) -> None:
+    def explain(self, request: Send, status: int, words: str, said: str) -> None:
         """Raise what a status of 3xx or 4xx, or a 200 without vectors, means in this protocol alone."""
 
 
@@ -1149,9 +1154,10 @@ class OllamaWire(HTTPWire):
         import json
 
         body = json.dumps({"model": self.model, "name": self.model}).encode()  # "name" is the older form
-        reply = yield from self.call(Send("/api/show", body, self.timeout))
+        request = Send("/api/show", body, self.timeout)
+        reply = yield from self.call(request)
         try:
-            self.check(reply, "/api/show")
+            self.check(request, reply)
             card = json.loads(reply.body)
             # A model may come with a shorter context set than it could have (all-minilm does).
             contexts = [int(n) for n in re.findall(r"^num_ctx +(\d+)", card.get("parameters") or "", re.MULTILINE)]
@@ -1186,12 +1192,13 @@ class OllamaWire(HTTPWire):
         """Learn the model's digest from GET /api/tags, if the server tells it; only Ollama does."""
         import json
 
+        request = Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
         for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
             if wait:
                 yield Wait(wait)
-            reply: Reply = yield Send("/api/tags", b"", min(self.timeout, 30.0), connect=2.5)
+            reply: Reply = yield request
             try:
-                self.check(reply, "/api/tags")
+                self.check(request, reply)
                 digests = {model["name"]: str(model["digest"]) for model in json.loads(reply.body)["models"]}
             except (Unavailable, Silent):
                 continue
@@ -1227,9 +1234,10 @@ class OllamaWire(HTTPWire):
         self.lean_seen = True
         return vectors
 
-    def explain(self, path: str, status: int, words: str, said: str) -> None:
+    def explain(self, request: Send, status: int, words: str, said: str) -> None:
         if status == 404 and "model" in words and "not found" in words:
             raise Stop(f'{self.address} has no model "{self.model}". Fetch it with "ollama pull {self.model}".')
+        path = request.path
         if path == LEAN and (status == 404 or not self.lean_seen):
             self.lean_bytes = 0  # an older server, or one behind a proxy that lets through only /api
             raise Superseded
@@ -1283,7 +1291,7 @@ class OpenAIWire(HTTPWire):
         self.base64 = False  # whether vectors are asked for, and come, in that form
 
     def greet(self) -> Conversation:
-        self.base64 = False  # one that was away may be another now
+        before, self.base64 = self.base64, False  # one that was away may be another now
         try:
             first = yield from self.sample(base64=False)
         except NoModel as missing:
@@ -1292,7 +1300,8 @@ class OpenAIWire(HTTPWire):
         except Refused as refused:
             raise Stop(f"{self.address} does not embed even a short text: {refused}.") from None
         if not first:
-            return []  # busy: it will show
+            self.base64 = before  # busy: it will show
+            return []
         second = b""
         with contextlib.suppress(Refused, Superseded):
             second = yield from self.sample(base64=True)
@@ -1312,7 +1321,7 @@ class OpenAIWire(HTTPWire):
         if reply.status == 200:
             self.base64 = base64
         try:
-            return self.read(request.path, reply, [KNOWN_GOOD])[0]
+            return self.read(request, reply, [KNOWN_GOOD])[0]
         except (Unavailable, Silent, Garbled):
             return b""
 
@@ -1347,12 +1356,12 @@ class OpenAIWire(HTTPWire):
             self.base64 = False  # so as not to ask for what is not given
         return vectors
 
-    def explain(self, path: str, status: int, words: str, said: str) -> None:
+    def explain(self, request: Send, status: int, words: str, said: str) -> None:
         if status in (400, 404) and re.search(NO_MODEL, words):
             raise NoModel(f'{self.address} has no model "{self.model}" ({said}).')
         if status == 404:
-            raise Stop(f"{self.address} has no {path} ({said}). Does it serve embeddings?")
-        if status != 200 and self.base64 and "encoding_format" in words:
+            raise Stop(f"{self.address} has no {request.path} ({said}). Does it serve embeddings?")
+        if status != 200 and b'"encoding_format"' in request.body and "encoding_format" in words:
             self.base64 = False
             raise Superseded
 
@@ -1372,7 +1381,8 @@ def gate(vectors: list[Any], texts: list[str], unit_length: bool) -> list[bytes]
     """Return vectors, lists of numbers or packed already, packed if each is sound, or raise Garbled: 200 is no proof.
 
     Servers have answered 200 with too few vectors, all zeros, NaN as null, and one vector
-    for every text. `unit_length`: the server promises L2 norm 1; one that does not keep this shows it in each vector.
+    for every text. `unit_length`: the server promises L2 norm 1. It is measured in the first vector,
+    since a server that does not normalise does so in none, and in those that do not look sound.
     """
     import math
     import struct
@@ -1645,8 +1655,12 @@ class Talk:
         request = self.wire.request(texts, self.timeout, truncate)
         reply: Reply = yield request
         try:
-            vectors: Answers = [*self.wire.read(request.path, reply, texts)]
+            vectors: Answers = [*self.wire.read(request, reply, texts)]
             yield from self.check_dimensions(len(vectors[0]) // 4, probe)
+        except Superseded as learned:
+            if str(learned):
+                yield Exchange(len(texts), reply.seconds, "failed", str(learned), most=self.wire.most_texts)
+            raise
         except Trouble as trouble:
             if isinstance(trouble, Silent):
                 self.timeout = min(self.timeout * 2, self.wire.timeout * 4)
@@ -1678,16 +1692,19 @@ class Talk:
 
     def known_good(self) -> Conversation:
         """Return the vector of a known-good text, or raise the Trouble with it; Stop if it has other dimensions."""
+        wrong = 0
         while True:
             try:
                 return (yield from self.ask([KNOWN_GOOD], probe=True))
             except Superseded:
                 continue
             except OtherDimensions as error:
-                raise Stop(
-                    f"{self.wire.address} does not give what the table holds: {error}. "
-                    "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-                ) from None
+                wrong += 1
+                if wrong == 2:  # one answer may be a fault, two in a row are the model
+                    raise Stop(
+                        f"{self.wire.address} does not give what the table holds: {error}. "
+                        "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
+                    ) from None
 
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
@@ -5723,10 +5740,11 @@ class Log:
         """Begin to write, into the file that the engine has."""
         folder = options.log_dir or os.path.join(os.path.dirname(os.path.abspath(__file__)), "logs")
         self.path, self.verbose = os.path.join(folder, ENGINES[options.engine].log_name), options.verbose
-        here = os.path.join(os.path.realpath(os.curdir), "")
-        whole = os.path.realpath(self.path)
-        # Relative where that is short and clear: from the root folder, everything would be.
-        self.shown = whole.removeprefix(here) if os.path.dirname(here[:-1]) else whole
+        self.shown = whole = os.path.realpath(self.path)
+        with contextlib.suppress(OSError):  # the current folder may be gone
+            here = os.path.join(os.path.realpath(os.curdir), "")
+            if os.path.dirname(here[:-1]):  # relative where that is short and clear: from the root, everything would be
+                self.shown = whole.removeprefix(here)
         try:
             os.makedirs(folder, exist_ok=True)
             self.open()

@@ -294,6 +294,18 @@ class Output(Case):
         )
         self.assertTrue((here / "logs" / "generate_embeddings_async.log").exists())
 
+    @unittest.skipIf(sys.platform == "win32", "the current folder cannot be removed there")
+    def test_a_current_folder_that_is_gone(self) -> None:
+        self.make_movies(5)
+        (self.folder / "gone").mkdir()
+        flags = ["--database", str(self.database), "--log-dir", str(self.folder / "logs"), "--server", self.ollama.url]
+        script = f"cd gone && rmdir ../gone && exec {shlex.join(command(*flags))}"
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=self.folder, env=environment(), capture_output=True, check=False
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertIn("5 generated", self.log())
+
     def test_a_log_that_cannot_be_written(self) -> None:
         self.make_movies(5)
         (self.folder / "logs").write_text("a file where the folder should be")

@@ -246,6 +246,14 @@ class Conversations(unittest.TestCase):
         talked = Talked(TEXTS, script(SILENCE, error(503, "busy")))
         self.assertEqual(talked.answers, VECTORS)
 
+    def test_one_answer_of_other_dimensions_to_the_known_good_text_is_not_believed(self) -> None:
+        other = Reply(200, json.dumps({"embeddings": [[*vector(PROBE[0]), 0.0]]}).encode(), 0.1)
+        talked = Talked(TEXTS[:1], script(SILENCE, other))
+        self.assertEqual(talked.answers, VECTORS[:1])
+        self.assertEqual(talked.sent, [TEXTS[:1], PROBE, PROBE, TEXTS[:1]])
+        stop = Talked(TEXTS[:1], script(SILENCE, other, other)).stop
+        self.assertIn("9 dimensions came instead of 8", str(stop))
+
     def test_one_answer_of_other_dimensions_is_not_believed(self) -> None:
         longer = [[0.6] + [number * 0.8 for number in vector(text)] for text in TEXTS]  # of length 1, too
         odd = Reply(200, json.dumps({"embeddings": longer}).encode(), 0.1)
@@ -548,6 +556,32 @@ class OverTheLeanPath(Conversations):
                     self.assertTrue(sound and (abs(number) < 2 or not unit_length), number)
                 except embedgen.Garbled as garbled:
                     self.assertFalse(sound and not unit_length, (number, garbled))
+
+    def test_a_damaged_vector_is_found_wherever_it_stands(self) -> None:
+        draw = random.Random(1)
+        sound = []
+        for _ in range(4):
+            numbers = [draw.gauss(0, 1) for _ in range(768)]
+            sound.append([n / math.hypot(*numbers) for n in numbers])
+        texts = ["a", "b", "c", "d"]
+        packed = list(map(embedgen.pack, sound))
+        self.assertEqual(embedgen.gate(packed, texts, True), packed)
+        self.assertTrue(all(map(embedgen.looks_sound, packed)))
+        for damage in (
+            lambda one: one[:384] + [0.0] * 384,
+            lambda one: one[:700] + [0.0] * 68,
+            lambda one: [n * 1e-2 for n in one],
+            lambda one: [n * 1e2 for n in one],
+            lambda one: [0.001] + [0.0] * 767,
+        ):
+            for place in range(4):
+                vectors = list(packed)
+                vectors[place] = embedgen.pack(damage(sound[place]))
+                with self.assertRaises(embedgen.Garbled):
+                    embedgen.gate(vectors, texts, True)
+        # Many zeros in themselves are no fault.
+        sparse = embedgen.pack([0.6, 0.8] + [0.0] * 766)
+        self.assertEqual(embedgen.gate([packed[0], sparse], ["a", "b"], True), [packed[0], sparse])
 
     def test_a_server_that_does_not_normalise_is_told_by_any_of_its_vectors(self) -> None:
         twice = [[n * 2 for n in vector(text)] for text in TEXTS]

@@ -38,6 +38,14 @@ class Names(Case):
                 done = self.succeed("--table", table, "--text", template, "--target", f"{table} vectors")
                 self.assertEqual(done.tally, (0, 2, 0))
 
+    def test_rows_are_called_by_the_name_of_the_table(self) -> None:
+        self.execute("CREATE TABLE big_stories (id INTEGER PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO big_stories VALUES (1, 'one')")
+        for given in ("big_stories", "BIG_STORIES"):  # as the database takes it, too
+            out = self.succeed("--table", given).out
+            self.assertIn("🧠 Big Story Embedding Generator\n", out)
+            self.assertIn("📊 Total big stories to process: 1\n", out)
+
     def test_a_name_is_never_code(self) -> None:
         self.make_movies(3)
         for name in ['movies"; DROP TABLE movies; --', "movies'; DROP TABLE movies; --", "movies; DROP TABLE movies"]:

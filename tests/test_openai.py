@@ -118,7 +118,7 @@ class OverOpenAI(conversations.Conversations):
             with self.subTest(words=words):
                 for on in (conversations.wire(), embedgen.OllamaWire(*nowhere(""))):
                     with self.assertRaisesRegex(embedgen.TooLong, re.escape(words)):
-                        on.check(error(status, words), "/any")
+                        on.check(embedgen.Send("/any", b"", 1.0), error(status, words))
                 talked = Talked(
                     TEXTS,
                     lambda asked, s=status, w=words: error(s, w) if "text 3" in asked else good(asked),
@@ -128,7 +128,7 @@ class OverOpenAI(conversations.Conversations):
                 self.assertEqual(talked.waits, [])
         for status, words in ((400, "batch size too large"), (500, "out of memory"), (400, "string too long to parse")):
             with self.assertRaises(embedgen.Trouble) as caught:
-                conversations.wire().check(error(status, words), "/embeddings")
+                conversations.wire().check(embedgen.Send("/embeddings", b"", 1.0), error(status, words))
             self.assertNotIsInstance(caught.exception, embedgen.TooLong)
 
     def test_the_most_texts_that_a_server_takes_are_learned_once(self) -> None:
@@ -150,13 +150,29 @@ class OverOpenAI(conversations.Conversations):
                 self.assertEqual({one.most for one in again.exchanges}, {10 if named else 7})
                 # One that was under way meanwhile, and is told of more, does not undo it.
                 with self.assertRaises(embedgen.Superseded):
-                    on.read("/embeddings", error(status, words.format(given=30, most=20)), texts)
+                    on.read(on.request(texts, 1.0), error(status, words.format(given=30, most=20)), texts)
                 self.assertEqual(on.most_texts, 10 if named else 7)
 
     def test_encoding_format_refused_in_mid_run(self) -> None:
         on = conversations.wire(dimensions=8)
         self.assertEqual(Talked(TEXTS, script(error(422, "encoding_format: no such field")), on).answers, VECTORS)
         self.assertFalse(on.base64)
+
+    def test_encoding_format_refused_to_one_that_was_under_way(self) -> None:
+        on = conversations.wire(dimensions=8)
+        asked = on.request(TEXTS[:1], 1.0)
+        refused = error(400, "encoding_format: no such field")
+        self.assertEqual(Talked(TEXTS[:1], script(refused), on).answers, VECTORS[:1])
+        with self.assertRaises(embedgen.Superseded):
+            on.read(asked, refused, TEXTS[:1])
+        with self.assertRaises(embedgen.Refused):  # of one that did not ask for it, it is no reason
+            on.read(on.request(TEXTS[:1], 1.0), refused, TEXTS[:1])
+
+    def test_too_many_texts_are_logged(self) -> None:
+        talked = Talked(TEXTS, script(error(422, "batch size 8 > maximum allowed batch size 4")))
+        first = talked.exchanges[0]
+        self.assertEqual((first.texts, first.outcome, first.most), (8, "failed", 4))
+        self.assertIn("maximum allowed batch size 4", first.reason)
 
     def test_errors_of_all_shapes(self) -> None:
         for body, words in (
@@ -289,9 +305,20 @@ class Greetings(unittest.TestCase):
 
     def test_other_dimensions_than_are_known(self) -> None:
         longer, packed = data([*self.numbers, 1.0]), data(in_base64([*self.numbers, 1.0]))
-        self.assertIn("9 dimensions came instead of 8", self.stop(longer, packed, packed, dimensions=8).message)
-        on = self.greet(longer, packed, data(in_base64(self.numbers)), dimensions=8)  # was a fault
-        self.assertEqual(on.dimensions, 8)
+        self.assertIn("9 dimensions came instead of 8", self.stop(longer, *[packed] * 3, dimensions=8).message)
+        for faults in ([packed], [packed, packed]):
+            on = self.greet(longer, *faults, data(in_base64(self.numbers)), dimensions=8)
+            self.assertEqual(on.dimensions, 8)
+
+    def test_a_greeting_that_learns_nothing_leaves_what_is_known(self) -> None:
+        for known in (True, False):
+            on = embedgen.OpenAIWire(*nowhere("/v1"))
+            on.base64 = known
+            conversation = on.greet()
+            conversation.send(None)
+            with self.assertRaises(StopIteration):
+                conversation.send(SILENCE)
+            self.assertEqual(on.base64, known)
 
 
 class Choice(Case):
