@@ -1581,7 +1581,8 @@ class Talk:
                 return (yield from self.apart(texts, on_long, *in_half(sorted(texts, key=len) if too_long else texts)))
             # Is it the text, or the server? Only the server's word on a known-good text tells; but of the length of
             # a part, or of a text as long as others that were refused, it is believed.
-            if not too_long or on_long == "fail" or (on_long != "whole" and longest < wire.long_from):
+            believed = too_long and on_long != "fail" and (on_long == "whole" or longest >= wire.long_from)
+            if not believed:
                 suspicions += 1
                 if not (yield from self.until_sane()) and suspicions < SUSPICIONS:
                     points["crash"] = 0
@@ -3904,7 +3905,8 @@ class SQLiteStore(Store):
         "WHERE type IN ('table', 'view') AND name = ? COLLATE NOCASE"
     )
     COLUMNS = "SELECT name, type, pk FROM pragma_table_xinfo(?) WHERE hidden <> 1"
-    UNIQUE = (  # those with an index, and what is another name of the rowid, which has none
+    # Those with an index, and what is another name of the rowid, which has none. Of groups of one, max() is that one.
+    UNIQUE = (
         "WITH given(address) AS (VALUES (?)) "
         "SELECT max(c.name) FROM given JOIN pragma_index_list(address) AS i JOIN pragma_index_info(i.name) AS c "
         'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1 '
@@ -5021,6 +5023,9 @@ SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one take
 ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
 
 
+UNKNOWN: Any = object()  # a key that is to be looked for
+
+
 class Lease:
     """A stretch of keys whose rows are this machine's to embed."""
 
@@ -5074,8 +5079,7 @@ class Fleet(PostgresStore):
         self.handed_out: set[Any] = set()  # keys given to the engine and not back yet, whoever has their lease now
         self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
-        # The end of the stretch that is being looked through: None at the table's end, `reached` if it is not known.
-        self.bound: Any = None
+        self.bound: Any = UNKNOWN  # the end of the stretch that is being looked through, None at the table's end
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
         self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
@@ -5284,45 +5288,48 @@ class Fleet(PostgresStore):
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
         self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
-        self.bound = self.reached
+        self.bound = UNKNOWN
         return bool(others)
 
     def is_over(self) -> bool:
         """Whether nothing is left to take and nothing may come back from another machine."""
         others = self.look()
         again = self.late and not self.force  # whether another pass is needed, or a proof that it is not
-        if self.round_seen == self.round:
-            if others or not self.ended:
-                return False
-            if not again:
-                return True
-            if self.undecided:
-                return False  # wait, or ours would be found pending
-            self.renew()
-            if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
-                return True
-            # Some rows before the point at which we came have been changed, or are new, since they were passed.
-            sql = (
-                f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
-                "WHERE job = $1 AND round = $2 AND ended RETURNING round"
-            )
-            if not self.rows(sql, self.job, self.round):
-                return False
+        if self.round_seen != self.round:  # ours had its end, and somebody has begun another since
+            if again:
+                self.begin_again()
+            return not again
+        if others or not self.ended:
+            return False
+        if not again:
+            return True
+        if self.undecided:
+            return False  # wait, or ours would be found pending
+        self.renew()
+        if self.to_do <= sum(self.others) + self.generated + self.failed + self.left_out:
+            return True
+        # Some rows before the point at which we came have been changed, or are new, since they were passed.
+        sql = (
+            f"UPDATE {self.passes} SET round = round + 1, reached = NULL, ended = false "
+            "WHERE job = $1 AND round = $2 AND ended RETURNING round"
+        )
+        if self.rows(sql, self.job, self.round):
             self.round_seen += 1
-        # Our pass had its end, and somebody, maybe we, has begun the next, which looks at what ours had passed
-        # when we came.
-        if again:
-            self.round, self.late = self.round_seen, False
-            self.renew()
-            self.look()
-        return not again
+            self.begin_again()
+        return False
+
+    def begin_again(self) -> None:
+        """Take part in the pass after ours, which looks at what ours had passed when we came."""
+        self.round, self.late = self.round_seen, False
+        self.renew()
+        self.look()
 
     def advance(self, count: int) -> list[Row]:
         """Take the next pending rows of the pass, none if there are none right now."""
         began = time.monotonic()
         while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
-            if self.bound is self.reached:
+            if self.bound is UNKNOWN:
                 self.bound = self.key_after(self.reached, self.stretch)
             rows, more = self.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
@@ -5335,6 +5342,7 @@ class Fleet(PostgresStore):
                 self.look()
             else:
                 self.reached, self.ended = upto, ended
+                self.bound = self.bound if more else UNKNOWN
                 if ended:
                     self.next_look = 0.0  # at once: there is nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
