@@ -3864,7 +3864,7 @@ class Store:
         """Load a file into --table and return how many rows it has; all of them or, if it raises, none."""
         types = column_types(path)
         found = self.find(self.options.table)
-        if not found and not types:
+        if not types:
             raise UsageError(f"--load {path}: the file has no rows.")
         table = found or self.place(self.options.table)
         described = self.columns(table) if found else {name: Column(kind, 0) for name, kind in types.items()}

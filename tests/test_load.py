@@ -149,6 +149,15 @@ class Load(Case):
 
 
 class LoadInSQLite(Case):
+    def test_a_file_without_rows(self) -> None:
+        files = {"a.csv": "id,title\n", "a.jsonl": "\n", "a.json": "[]"}
+        for name, content in files.items():
+            (self.folder / name).write_text(content, "utf-8")
+            self.refuse(2, "--load", name, words=[name, "no rows"])
+        self.make_movies(1)
+        for name in files:
+            self.refuse(2, "--load", name, words=[name, "no rows"])
+
     def test_columns_that_are_one_in_the_table(self) -> None:
         self.make_movies(1)
         (self.folder / "a.csv").write_text("id,title,TITLE\n1,One,Two\n", "utf-8")
