@@ -50,7 +50,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union
 
 # Modules that only some runs need (asyncio, multiprocessing, http.client, sqlite3 ...)
-# are imported where they are used: --help and a run with nothing to do start in half the time.
+# are imported where they are used: --help and a run with nothing to do start in three quarters of the time.
 
 if sys.version_info < (3, 9):  # noqa: UP036 - said in words, before a type alias fails
     print("error: embedgen needs Python 3.9 or later; this is " + sys.version.split()[0] + ".", file=sys.stderr)
@@ -59,7 +59,7 @@ if sys.version_info < (3, 9):  # noqa: UP036 - said in words, before a type alia
 __version__ = "0.1.0"
 
 EXIT_DONE, EXIT_FAILED_ROWS, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 3
-EXIT_SIGINT, EXIT_SIGTERM, EXIT_SIGPIPE = 130, 143, 141  # 128 + the signal, as shells have it
+EXIT_SIGINT, EXIT_SIGPIPE = 130, 141  # 128 + the signal, as shells have it
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(least: int, text: str) -> int:
     """Parse a whole number from `least` upwards."""
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
     return int(text)
 
@@ -138,7 +138,7 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds between 0 and 86400")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and up to 86400")
     return value
 
 
@@ -202,7 +202,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--option KEY=VALUE": "model option passed to the server, such as num_ctx=8192; may be given several times",
         "--on-long": "texts longer than the model takes: embed their beginning, counted and logged; or all parts, to "
             "store their mean; or fail; or skip them (default: cut)",
-        "--accept-drift": "go on although the server's vectors differ from the stored ones",
+        "--accept-drift": "go on although the server's model or vectors differ from what made the stored ones",
     },
     "output": {
         "--noun WORD": "what a row is called in the report (default: from the table's name)",
@@ -528,7 +528,7 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
             )
         parts.append((before, (column_of(name, columns, table),) if name is not None else ()))
     if not any(named for _, named in parts):
-        raise UsageError(f"--text {template!r} names no column. Put one in braces, such as {{{listed(columns, 1)}}}.")
+        raise UsageError(f"--text {template!r} names no column. Put one in braces, such as {{{columns[0]}}}.")
     return Recipe(tuple(parts), labelled=False)
 
 
@@ -1246,8 +1246,8 @@ class OllamaWire(HTTPWire):
             raise Superseded
         if path == LEGACY and status == 404:
             raise Stop(
-                f"{self.address} is no Ollama server ({said}). Give --server URL, with /v1 at its end "
-                "for one that speaks the OpenAI protocol."
+                f"{self.address} is no Ollama server ({said}). Give --server URL without a path, or with /v1 "
+                "at its end for one that speaks the OpenAI protocol."
             )
 
 
@@ -1702,6 +1702,11 @@ class Talk:
             except OtherDimensions as error:
                 wrong += 1
                 if wrong == 2:  # one answer may be a fault, two in a row are the model
+                    if "dimensions" in self.wire.common:
+                        raise Stop(
+                            f"{self.wire.address} does not give the --dimensions asked for: {error}. "
+                            "Leave them out, or give another --model."
+                        ) from None
                     raise Stop(
                         f"{self.wire.address} does not give what the table holds: {error}. "
                         "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
@@ -2091,7 +2096,7 @@ class Servers:
         return rows[:size], moves
 
     def can_spare(self, batch: Batch) -> bool:
-        """Whether the work goes on where a server has left a batch undone; not if each one leaves it undone."""
+        """Whether the work goes on where a server has left a batch undone; not if they have done so again and again."""
         return not self.alone and batch.moves < 2 * self.MOVES
 
     def lose(self, batch: Batch, stop: Stop, now: float) -> str:
@@ -2953,7 +2958,7 @@ def read_file(path: str) -> Iterator[Record]:
                 try:
                     yield line, {column: clean(value) for column, value in row.items()}
                 except UnicodeEncodeError:
-                    raise UsageError(f"{path}, line {line}: not valid UTF-8. Save the file as UTF-8.") from None
+                    raise UsageError(f"{path}, line {line}: not valid Unicode. Save the file as UTF-8.") from None
     except OSError as error:
         raise UsageError(f"--load {path}: {describe(error)}.") from None
 
@@ -3012,6 +3017,8 @@ def read_jsonl(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
                 yield line, json.loads(text)
             except json.JSONDecodeError as error:
                 raise UsageError(f"{path}, line {line}: not JSON: {error.msg} at column {error.colno}.") from None
+            except RecursionError:
+                raise UsageError(f"{path}, line {line}: nested too deeply.") from None
 
 
 def read_json(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
@@ -3053,6 +3060,8 @@ def read_json(file: TextIO, path: str) -> Iterator[tuple[int, Any]]:
                 if ended or len(text) - position > JSON_MOST:
                     line += text.count("\n", position, error.pos)
                     raise fail(f"not JSON: {error.msg}") from None
+            except RecursionError:
+                raise fail("nested too deeply") from None
         if ended:
             raise fail("the file ends too early")
         piece = file.read(JSON_PIECE)
@@ -3191,7 +3200,7 @@ class Store:
         self.digest = ""  # of the model as the server has it, "" if that is not known
         self.makers: dict[str, int | None] = {}  # the ids in PROVENANCE of what this run makes, by fit
         self.reads_only: bool = options.reads_only
-        self.changing_model = False  # --force, and the target still has vectors of another model: none of them exists
+        self.changing_model = False  # the target may have vectors of another model: none of them exists for this one
         self.unchanged = False  # whether all digests in the target are known to fit, without a look at the texts
 
     # What a subclass says to its database:
@@ -3287,7 +3296,7 @@ class Store:
         """
         raise NotImplementedError
 
-    # What a store says that can be filled by several machines at once; another has nothing to say:
+    # What some stores have something to say to, by several machines at once, an index, or a note for the next run:
 
     def join(self) -> str:
         """Take part in filling the table, from now on to `close`; return a remark for the log."""
@@ -3421,7 +3430,10 @@ class Store:
             complaint = self.complaint(f"SELECT 1 FROM {self.source} AS s LIMIT 0")
             if complaint:
                 table = self.relation.name
-                raise UsageError(f"--where {self.options.where!r} is not a condition on {table}: {complaint}.")
+                raise UsageError(
+                    f"--where {self.options.where!r} is not a condition on {table}: {complaint}. "
+                    f"It has the columns {listed(self.columns(self.relation))}."
+                )
 
     def check_key(self) -> None:
         """Raise UsageError if the key does not tell the rows apart."""
@@ -4376,7 +4388,18 @@ class SQLiteStore(Store):
     def insert(self, table: Relation, columns: dict[str, str], key: str, records: Iterable[list[Any]]) -> int:
         names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
         sql = f"INSERT INTO {table.sql} ({names}) VALUES ({marks}) {replacing(key, columns)}"
-        return max(int(self.connection.executemany(sql, records).rowcount), 0)
+        row: list[Any] = []
+
+        def noted() -> Iterator[list[Any]]:
+            for record in records:
+                row[:] = record
+                yield record
+
+        try:
+            return max(int(self.connection.executemany(sql, noted()).rowcount), 0)
+        except self.sqlite3.IntegrityError as error:  # such as a word where the key is a number
+            which = f"the row with the {key} {row[list(columns).index(key)]!r}"
+            raise UsageError(f"--load {self.options.load}: SQLite says of {which}: {error}.") from None
 
 
 def place_of(key: Any) -> tuple[int, Any]:
@@ -5417,7 +5440,7 @@ ELSEWHERE = "failed on another machine, whose log has the reason"
 
 
 class Counts:
-    """What has become of the rows; generated + skipped + failed is the total."""
+    """What has become of the rows; generated + skipped + failed is the total at the end."""
 
     def __init__(self, rows: int, existing: int, limit: int | None) -> None:
         self.existing, self.others, self.too_long = existing, 0, 0  # skipped: others have generated some meanwhile
@@ -5864,7 +5887,7 @@ def embed_query(wires: Sequence[Wire], text: str, store: Store) -> bytes:
 def hits_of(store: Store, vector: bytes, model: str, but: Any = None) -> list[Hit]:
     """Return the rows nearest to a vector, the nearest first, those equally near by key; without that of the key `but`.
 
-    The database's own order is good to six digits or so, and an index's only nearly complete: somewhat more than
+    The database's own order is good to five digits, and an index's only nearly complete: somewhat more than
     are wanted are taken from it, and put in order here. The last digits differ between multiples of one vector.
     """
     top: int = store.options.top
@@ -6131,7 +6154,7 @@ class Run:
         self.ways: set[str] = set()  # in which vectors came, as logged
 
     def work(self) -> None:
-        """Embed what is pending. Whatever ends it, what was finished is saved."""
+        """Embed what is pending. Whatever ends it, but for a second signal, what was finished is saved."""
         try:
             self.rounds()
         except BaseException as error:
@@ -6248,7 +6271,7 @@ class Run:
         else:
             texts = f"with {what.texts} texts" if what.texts else "with the known-good text"
             text = f"{at}a request {texts} gave no embeddings after {what.seconds:.2f} s"
-            self.log.warn(f"{text}: {what.reason}", what.reason)
+            self.log.warn(f"{text}: {what.reason}", f"a request gave no embeddings: {what.reason}")
         if lane.pace.reason != lane.logged:
             lane.logged = lane.pace.reason
             self.log.info(f"{at}{lane.pace}")
@@ -6470,6 +6493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: {one_line(stop.message)}")
         return stop.code
     except KeyboardInterrupt:
+        log.write("WARNING", "ended at once by a signal; what was not saved yet is left for the next run")
         console.lines()
         return interrupt.code or EXIT_SIGINT
     except Exception as error:

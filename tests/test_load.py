@@ -158,6 +158,18 @@ class LoadInSQLite(Case):
         for name in files:
             self.refuse(2, "--load", name, words=[name, "no rows"])
 
+    def test_what_the_columns_do_not_take(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT NOT NULL)")
+        for content, words in (("id,title\n1,a\nx,b\n", "'x'"), ("id,title\n1,a\n2,\n", "NOT NULL")):
+            (self.folder / "a.csv").write_text(content, "utf-8")
+            self.refuse(2, "--load", "a.csv", words=["a.csv", words])
+        self.assertEqual(self.execute("SELECT count(*) FROM movies"), [(0,)])
+
+    def test_a_value_nested_too_deeply(self) -> None:
+        for name in ("a.json", "a.jsonl"):
+            (self.folder / name).write_text("[" * 200_000, "utf-8")
+            self.refuse(2, "--load", name, words=[name, "line 1"])
+
     def test_columns_that_are_one_in_the_table(self) -> None:
         self.make_movies(1)
         (self.folder / "a.csv").write_text("id,title,TITLE\n1,One,Two\n", "utf-8")
