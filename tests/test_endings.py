@@ -125,6 +125,7 @@ class Signals(Ending):
                 os.killpg(process.pid, signal.SIGINT)
                 done = self.finish(process, seconds=5)
                 self.assertEqual(done.code, 130)
+                self.assertIn("ended at once by a signal", self.log().splitlines()[-1])
                 self.assertEqual(self.execute("PRAGMA integrity_check"), [("ok",)])
 
     def test_an_interrupt_before_the_work_begins(self) -> None:
