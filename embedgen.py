@@ -2863,7 +2863,7 @@ class ProcessEngine(Engine):
 
         said: list[Answers | Exception] = [Abandoned()] * len(talks)
 
-        def talk(place: int, lane: Lane, conversation: Conversation) -> None:
+        def converse(place: int, lane: Lane, conversation: Conversation) -> None:
             with contextlib.closing(BlockingTransport(lane.wire.server, self.stopping)) as transport:
                 try:
                     said[place] = run_now(transport.hold(conversation))
@@ -2871,10 +2871,10 @@ class ProcessEngine(Engine):
                     said[place] = error
 
         first, *others = ((place, *talk) for place, talk in enumerate(talks))
-        threads = [threading.Thread(target=talk, args=other, daemon=True) for other in others]
+        threads = [threading.Thread(target=converse, args=other, daemon=True) for other in others]
         for thread in threads:
             thread.start()
-        talk(*first)
+        converse(*first)
         for thread in threads:
             thread.join()
         return said
@@ -5046,7 +5046,7 @@ SHARE = 0.5  # seconds of work that a machine takes at a time: a slower one take
 ONE_AT_A_TIME = 0x656D6265646765  # the advisory lock of what only one embedgen at a time may do: "embedge" in ASCII
 
 
-UNKNOWN: Any = object()  # a key that is to be looked for
+TO_FIND: Any = object()  # a key that is not known yet
 
 
 class Lease:
@@ -5102,19 +5102,17 @@ class Fleet(PostgresStore):
         self.handed_out: set[Any] = set()  # keys given to the engine and not back yet, whoever has their lease now
         self.done: list[int] = []  # leases at their end, to be given back
         self.hopeless: set[Any] = set()  # keys that failed here, not to be tried again in a second pass
-        self.bound: Any = UNKNOWN  # the end of the stretch that is being looked through, None at the table's end
+        self.bound: Any = TO_FIND  # the end of the stretch that is being looked through, None at the table's end
         self.stretch, self.looking = STRETCH, 0.0  # rows to look through at a time, and the seconds that took
         self.rate, self.last_save = 0.0, time.monotonic()  # rows per second that are being saved
         self.next_sign = self.next_look = 0.0  # when the next sign of life and the next look are due
 
     def count(self) -> tuple[int, int]:
-        import hashlib
-
         work = [
             self.source, self.key, self.whole_text, self.target.sql, self.model, self.options.dimensions,
             sorted(map(repr, self.options.option)), self.force,
         ]  # fmt: skip
-        self.job = hashlib.sha256(repr(work).encode("utf-8")).digest()
+        self.job = digest_of(repr(work))
         schema = quoted(self.target.schema)
         names = [f"{schema}.{quoted(name)}" for name in self.OWN_TABLES]
         self.passes, self.machines, self.leases = names
@@ -5311,7 +5309,7 @@ class Fleet(PostgresStore):
             f"WHERE l.job = p.job AND l.machine <> $2) FROM {self.passes} AS p WHERE p.job = $1"
         )
         self.round_seen, self.reached, self.ended, others = self.rows(sql, self.job, self.machine)[0]
-        self.bound = UNKNOWN
+        self.bound = TO_FIND
         return bool(others)
 
     def is_over(self) -> bool:
@@ -5352,7 +5350,7 @@ class Fleet(PostgresStore):
         began = time.monotonic()
         while self.round_seen == self.round and not self.ended and time.monotonic() - began < SHARE:
             started = time.monotonic()
-            if self.bound is UNKNOWN:
+            if self.bound is TO_FIND:
                 self.bound = self.key_after(self.reached, self.stretch)
             rows, more = self.page(self.reached, self.bound, min(count, PAGE_ROWS))
             self.looking = time.monotonic() - started
@@ -5365,7 +5363,7 @@ class Fleet(PostgresStore):
                 self.look()
             else:
                 self.reached, self.ended = upto, ended
-                self.bound = self.bound if more else UNKNOWN
+                self.bound = self.bound if more else TO_FIND
                 if ended:
                     self.next_look = 0.0  # at once: there is nothing but what the others may leave
                 if rows and (rows := self.hold(lease, rows)):
