@@ -1702,15 +1702,13 @@ class Talk:
             except OtherDimensions as error:
                 wrong += 1
                 if wrong == 2:  # one answer may be a fault, two in a row are the model
-                    if "dimensions" in self.wire.common:
-                        raise Stop(
-                            f"{self.wire.address} does not give the --dimensions asked for: {error}. "
-                            "Leave them out, or give another --model."
-                        ) from None
-                    raise Stop(
-                        f"{self.wire.address} does not give what the table holds: {error}. "
+                    what = "the table holds"
+                    cure = (
                         "Give the --model and --dimensions that made its vectors, or --target NAME for a second table."
-                    ) from None
+                    )
+                    if "dimensions" in self.wire.common:
+                        what, cure = "was asked for", "Leave out --dimensions, or give another --model."
+                    raise Stop(f"{self.wire.address} does not give what {what}: {error}. {cure}") from None
 
     def probe(self) -> Conversation:
         """Return the vector of a known-good text, from a server that was away; raise Away if it still is."""
@@ -3879,7 +3877,8 @@ class Store:
         if not types:
             raise UsageError(f"--load {path}: the file has no rows.")
         table = found or self.place(self.options.table)
-        described = self.columns(table) if found else {name: Column(kind, 0) for name, kind in types.items()}
+        new = {name: Column(self.type_names.get(kind, kind), 0) for name, kind in types.items()}
+        described = self.columns(table) if found else new
         names = [column_of(name, list(described), table.name) for name in types]
         if len(set(names)) < len(names):
             raise UsageError(f'--load {path}: several of its columns are one in "{table.name}": {listed(names)}.')
@@ -3889,7 +3888,7 @@ class Store:
                 f'"{table.name}" cannot be loaded into: its key "{key}" needs a primary key or unique index.'
             )
 
-        columns = {name: self.type_names.get(described[name].type, described[name].type) for name in names}
+        columns = {name: described[name].type for name in names}
 
         def insert_all() -> int:
             if not found:
@@ -4973,35 +4972,28 @@ class PostgresStore(Store):
         """
         import threading
 
-        column, kind = self.target_columns["embedding"], self.vector_type()[1]
-        stem = f"{self.target.name}_{column}".encode()[:58].decode("utf-8", "ignore")  # a name has 63 bytes at most
-        name, drop = quoted(f"{stem}_hnsw"), "DROP INDEX CONCURRENTLY IF EXISTS"
-        sql = (
-            "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
-            "WHERE relid = to_regclass($1)"
-        )
-        progress = functools.partial(self.value, sql, self.target.sql)  # of a build under way, None if there is none
         found = self.indexes()
-        while found and not found[-1][0] and progress() is not None:  # by another run
-            yield progress() or 0.0
+        while found and not found[-1][0] and (share := self.share_indexed()) is not None:  # by another run
+            yield share
             time.sleep(LOOK)
-            found = self.indexes()
             if self.stopping():
                 return
+            found = self.indexes()
         if found and found[-1][0]:
             return
-        schema = self.find_vector()[0]
+        schema, kind, column = self.find_vector()[0], self.vector_type()[1], quoted(self.target_columns["embedding"])
+        statements = [f"DROP INDEX CONCURRENTLY IF EXISTS {name}" for _, name in found]  # left by one broken off
+        statements.append(
+            f"CREATE INDEX CONCURRENTLY {self.index_name} ON {self.target.sql} "
+            f"USING hnsw ({column} {schema}.{kind}_cosine_ops)"
+        )
         failure: list[Exception] = []
         builder = self.connect()
 
         def build() -> None:
             try:
-                for _, broken in found:  # left by a build that was broken off
-                    builder.execute(f"{drop} {broken}")
-                builder.execute(
-                    f"CREATE INDEX CONCURRENTLY {name} ON {self.target.sql} "
-                    f"USING hnsw ({quoted(column)} {schema}.{kind}_cosine_ops)"
-                )
+                for statement in statements:
+                    builder.execute(statement)
             except Exception as error:
                 failure.append(error)
 
@@ -5009,19 +5001,11 @@ class PostgresStore(Store):
         thread.start()
         try:
             while thread.is_alive() and not self.stopping():
-                yield progress() or 0.0
+                yield self.share_indexed() or 0.0
                 thread.join(LOOK)
         finally:
             if thread.is_alive():
-                builder.cancel()
-                thread.join(GRACE)
-                if not thread.is_alive():
-                    # Half an index is of use to nobody. If this has to wait for others, the next --index does it.
-                    timer = threading.Timer(GRACE / 2, builder.cancel)
-                    timer.start()
-                    with contextlib.suppress(self.psycopg.Error):
-                        builder.execute(f"{drop} {quoted(self.target.schema)}.{name}")
-                    timer.cancel()
+                self.break_off(builder, thread)
             builder.close()
         errors = self.psycopg.errors
         for error in failure:
@@ -5031,6 +5015,35 @@ class PostgresStore(Store):
             if not self.stopping():
                 raise self.translated(error) from error
         yield 1.0
+
+    def share_indexed(self) -> float | None:
+        """Return the share of a build under way that is done, from 0 to 1, None if there is none."""
+        sql = (
+            "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
+            "WHERE relid = to_regclass($1)"
+        )
+        share: float | None = self.value(sql, self.target.sql)
+        return share
+
+    @property
+    def index_name(self) -> str:
+        """The name of our index, quoted; a name has 63 bytes at most."""
+        stem = f"{self.target.name}_{self.target_columns['embedding']}".encode()[:58].decode("utf-8", "ignore")
+        return quoted(f"{stem}_hnsw")
+
+    def break_off(self, builder: Any, thread: Any) -> None:
+        """End a build under way, and remove what it leaves: half an index is of use to nobody."""
+        import threading
+
+        builder.cancel()
+        thread.join(GRACE)
+        if thread.is_alive():
+            return
+        timer = threading.Timer(GRACE / 2, builder.cancel)  # if this has to wait for others, the next --index does it
+        timer.start()
+        with contextlib.suppress(self.psycopg.Error):
+            builder.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {quoted(self.target.schema)}.{self.index_name}")
+        timer.cancel()
 
 
 def as_text(value: Any) -> str:
@@ -6060,8 +6073,7 @@ def rehearse(store: Store, wires: Sequence[Wire], report: Report) -> int:
     rows, to_do = counts.skipped + counts.to_do, counts.total - counts.done
     left = counts.to_do - to_do
     speed = measured_speed(wires, store) if to_do else 0.0
-    store.digest = next((wire.digest for wire in wires if wire.digest), "")
-    store.check_version()
+    meet(store, wires)
     lasting = to_do / speed if speed else 0.0
     facts = {
         "rows": rows, "would_generate": to_do, "would_skip": counts.skipped, "left": left,
@@ -6328,8 +6340,7 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
     engine = ENGINES[options.engine](servers, interrupt)
     try:
         engine.greet()
-        store.digest = next((wire.digest for wire in wires if wire.digest), "")
-        store.check_version()
+        meet(store, wires)
         store.create_target(engine.dimensions)
         if not options.accept_drift:
             check_drift(engine, store.samples())
@@ -6357,6 +6368,12 @@ def embed(store: Store, wires: Sequence[Wire], report: Report, counts: Counts) -
         raise reported from stop
     finally:
         engine.close()
+
+
+def meet(store: Store, wires: Sequence[Wire]) -> None:
+    """Tell the store which version of the model the servers have; raise Stop if another made what would stay."""
+    store.digest = next((wire.digest for wire in wires if wire.digest), "")
+    store.check_version()
 
 
 def check_drift(engine: Engine, samples: list[tuple[str, bytes]]) -> None:

@@ -328,6 +328,14 @@ class Output(Case):
         levels = [re.fullmatch(line, text) for text in self.log().splitlines()]
         self.assertEqual({found and found[1] for found in levels}, {"INFO", "WARNING", "DEBUG"})
 
+    def test_requests_and_rows_are_kinds_of_their_own(self) -> None:
+        self.make_movies(30, lambda key: f"Film {key}.")
+        self.ollama.configure(refuse=[{"contains": "Film 1", "status": 400, "error": "no"}])
+        self.assertEqual(self.run_program("--batch-size", "30").tally, (19, 0, 11))
+        lines = [line for line in self.log().splitlines() if "failed: no" in line]
+        self.assertEqual((len(lines), sum(" - WARNING - " in line for line in lines)), (11, 11))
+        self.assertGreater(self.log().count("a request with"), embedgen.WARNINGS_OF_A_KIND)
+
     def test_the_log_is_put_aside_at_a_size(self) -> None:
         self.make_movies(50, lambda key: "")
         self.execute("UPDATE movies SET overview = NULL")

@@ -253,6 +253,11 @@ class Conversations(unittest.TestCase):
         self.assertEqual(talked.sent, [TEXTS[:1], PROBE, PROBE, TEXTS[:1]])
         stop = Talked(TEXTS[:1], script(SILENCE, other, other)).stop
         self.assertIn("9 dimensions came instead of 8", str(stop))
+        self.assertIn("Leave out --dimensions", str(stop))  # since they were asked for
+        stored = wire(dimensions=None)
+        stored.settle(8)
+        stop = Talked(TEXTS[:1], script(SILENCE, other, other), stored).stop
+        self.assertIn("what the table holds: vectors of 9 dimensions came instead of 8. Give the --model", str(stop))
 
     def test_one_answer_of_other_dimensions_is_not_believed(self) -> None:
         longer = [[0.6] + [number * 0.8 for number in vector(text)] for text in TEXTS]  # of length 1, too

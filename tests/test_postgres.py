@@ -282,6 +282,14 @@ class Interleaved(PostgresCase):
         """Return the keys of the rows that have their embedding."""
         return [key for (key,) in self.execute("SELECT movie_id FROM movie_embeddings ORDER BY 1")]
 
+    def test_a_signal_is_heard_while_another_builds_the_index(self) -> None:
+        self.make_movies(1)
+        store = self.machine()
+        store.stopping = lambda: True
+        with mock.patch.object(store, "indexes", return_value=[(False, "theirs")]):
+            with mock.patch.object(store, "share_indexed", return_value=0.5):
+                self.assertEqual(list(store.build_index()), [0.5])
+
     def test_a_sign_of_life_lasts_for_a_lease(self) -> None:
         self.make_movies(30)
         one, other = self.machine(), self.machine()
