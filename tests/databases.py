@@ -7,9 +7,12 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import tempfile
+import threading
 import unittest
+import urllib.parse
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +83,7 @@ class Postgres:
     schema = "public"
     any_vector = "vector"  # of any length
     integer, serial, vector_type = "BIGINT", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector(8)"
-    loaded = "bigint", "text", "double precision"  # types of a loaded file's columns
+    loaded = "bigint", "text", "numeric"  # types of a loaded file's columns
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
         "movie_id": ("bigint", True), "embedding": ("vector(8)", True), "model": ("text", True),
         "text_sha256": ("bytea", True), "updated_at": ("timestamp with time zone", True),
@@ -116,6 +119,19 @@ class Postgres:
         """Leave nothing behind."""
         with contextlib.suppress(self.psycopg.Error), self.psycopg.connect(self.admin, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {self.name} WITH (FORCE)")
+
+    @contextlib.contextmanager
+    def role(self, *grants: str) -> Iterator[str]:
+        """Make a role that may use the schemas, and what is granted to {role}; give its URL."""
+        role = f"{self.name}_role"
+        self.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            for grant in ("GRANT USAGE ON SCHEMA public, extensions TO {role}", *grants):
+                self.execute(grant.format(role=role))
+            yield re.sub(r"//([^@/]*@)?", f"//{role}:secret@", self.url, count=1)
+        finally:
+            self.execute(f"DROP OWNED BY {role}")
+            self.execute(f"DROP ROLE {role}")
 
     def execute_with(self, setting: str, sql: str) -> None:
         """Execute a statement with a setting."""
@@ -157,10 +173,10 @@ class Postgres:
 
     def check(self) -> str:
         """Return ok if nothing is left of a run that has ended well."""
-        if "embedgen_machines" not in self.tables():
+        if "movie_embeddings_claims" not in self.tables():
             return "ok"
-        left = self.execute("SELECT * FROM embedgen_machines WHERE NOT gone AND expires > now()")
-        return f"still taken for alive: {left}" if left else "ok"
+        left = self.execute("SELECT c::text FROM movie_embeddings_claims AS c")
+        return f"claims are left: {left}" if left else "ok"
 
     def types(self, table: str) -> dict[str, tuple[str, bool]]:
         """Return the columns of a table, with their types and whether they take no NULL."""
@@ -180,6 +196,75 @@ class Postgres:
         )[0]
         action = {"c": "CASCADE"}.get(row[3].decode() if isinstance(row[3], bytes) else row[3], "?")
         return row[0], row[1], row[2], action
+
+
+ANSWERED = b"Z\0\0\0\5"  # begins the message by which Postgres ends its answer to each request
+
+
+class LossyProxy:
+    """Stands before a Postgres server, and loses one answer: what was asked for is done, and the connection breaks."""
+
+    def __init__(self, url: str, lost: int = 0) -> None:
+        """Answers are counted from 1, but for those to a connection's beginning; none is lost if `lost` is 0."""
+        from psycopg.conninfo import conninfo_to_dict
+
+        given: dict[str, Any] = conninfo_to_dict(url)
+        self.host, self.port = given.get("host") or "localhost", int(given.get("port") or 5432)
+        self.lost, self.answers = lost, 0
+        self.lock = threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        address = {"host": "127.0.0.1", "port": str(self.listener.getsockname()[1]), "sslmode": "disable"}
+        given = {**given, **address, "gssencmode": "disable"}
+        user, password, name = given.pop("user", ""), given.pop("password", None), given.pop("dbname", "")
+        login = user if password is None else f"{user}:{urllib.parse.quote(password)}"
+        self.url = f"postgresql://{login}@/{name}?{urllib.parse.urlencode(given)}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self.listener.close()
+
+    def accept(self) -> None:
+        """Lead each client to the server."""
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                if self.host.startswith("/"):
+                    server = socket.socket(socket.AF_UNIX)
+                    server.connect(f"{self.host}/.s.PGSQL.{self.port}")
+                else:
+                    server = socket.create_connection((self.host, self.port))
+                threading.Thread(target=self.forward, args=(client, server), daemon=True).start()
+                threading.Thread(target=self.answer, args=(server, client), daemon=True).start()
+
+    @staticmethod
+    def hang_up(*ends: socket.socket) -> None:
+        """End a connection."""
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def forward(self, client: socket.socket, server: socket.socket) -> None:
+        """Take requests to the server."""
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                server.sendall(data)
+        self.hang_up(server)
+
+    def answer(self, server: socket.socket, client: socket.socket) -> None:
+        """Take answers back, but the one to lose."""
+        end, at_the_beginning = b"", True
+        with contextlib.suppress(OSError), server, client:
+            while data := server.recv(1 << 16):
+                end = (end + data)[-6:]
+                if end[:-1] == ANSWERED:
+                    with self.lock:
+                        self.answers += not at_the_beginning
+                        if self.answers == self.lost and not at_the_beginning:
+                            break
+                    at_the_beginning = False
+                client.sendall(data)
+            self.hang_up(client, server)
 
 
 SERVER: dict[str, str] = {}  # the URL, once it has been found

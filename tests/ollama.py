@@ -28,6 +28,7 @@ import base64
 import contextlib
 import copy
 import hashlib
+import html
 import itertools
 import json
 import logging
@@ -72,11 +73,14 @@ DEFAULTS: dict[str, Any] = {
     "most_inputs": None,   # {"most": number, "status": number, "error": words}: for more inputs than that
     "too_long": None,      # {"status": number, "error": words}: for texts that would be cut
     # What a proxy in front of it may do.
+    "deployments": [],  # {"dimensions": ...}: of each model; each new connection that embeds is led to the next of them
     "echo": None,     # {"status": number, "as": text, json or html}: every answer repeats the request's headers
     # Texts it cannot bear.
     "refuse": [],     # {"contains": substring, "status": number, "error": words}
     "crash": [],      # substrings that kill the runner
     "hang": [],       # substrings whose requests are never answered
+    "hold": [],       # substrings whose requests wait until they stand here no more
+    "flaky": {},      # path -> statuses, used up one for each request there
     # Faults, by the names in FAULTS.
     "faults": {},     # name -> probability, drawn for each embed request
     "next": [],       # names, used up one for each embed request before any are drawn; "ok" is none
@@ -85,6 +89,7 @@ DEFAULTS: dict[str, Any] = {
     "slow_seconds": 1.0,   # how late a "slow" answer is
     # Speed; no setting here means as fast as possible.
     "network": 0.0,            # seconds added to each request, outside the slots
+    "connecting": 0.0,         # seconds added to each connection's first request, as for TLS over a long way
     "load_seconds": 0.0,       # for the first request, and when model or options change
     "seconds_per_text": 0.0,
     "slots": None,             # texts computed at once, the others queue; None: all at once
@@ -266,7 +271,7 @@ def echo(request: Request, **way: Any) -> Reply:
     if way["as"] == "json":
         return Reply(way["status"], compact({"request": given}).replace("/", "\\/").encode())
     if way["as"] == "html":
-        return Reply(way["status"], f"<html><title>{words}</title></html>".encode(), "text/html")
+        return Reply(way["status"], f"<html><title>{html.escape(words)}</title></html>".encode(), "text/html")
     return text_reply(words, way["status"])
 
 
@@ -486,6 +491,7 @@ class Server:
         self.numbers = itertools.count(1)  # of connections
         self.in_flight = 0
         self.slots: Slots | None = None
+        self.changed = asyncio.Event()  # set when settings change, and then replaced
         self.tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
 
     # Settings, listening, and the log.
@@ -494,6 +500,7 @@ class Server:
         """Begin anew with the defaults and these settings."""
         self.settings = copy.deepcopy(DEFAULTS)
         self.entries: list[Entry] = []
+        self.led: dict[int, int] = {}  # connection -> which of the deployments it is led to
         self.started = time.monotonic()
         self.loaded: Any = None
         self.loaded_at = 0.0
@@ -519,6 +526,8 @@ class Server:
             batching = self.settings["batching"]
             count = batching["in_flight"] if batching else self.settings["slots"]
             self.slots = Slots(count, self) if count else None
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     async def back(self) -> None:
         """Listen, if we don't."""
@@ -618,6 +627,8 @@ class Server:
         settings = self.settings
         prefix, token = settings["prefix"].rstrip("/"), settings["token"]
         given = request.headers.get("authorization")
+        if settings["connecting"] and self.is_first(entry):
+            await self.sleep(settings["connecting"])
         if settings["echo"]:
             return echo(request, **settings["echo"])
         if token and given != f"Bearer {token}":
@@ -631,6 +642,8 @@ class Server:
             return text_reply("404 page not found", 404)
         if request.method not in METHODS[path]:
             return text_reply("405 method not allowed", 405)
+        if settings["flaky"].get(path):
+            return json_reply({"error": "not now"}, settings["flaky"][path].pop(0))
         try:
             if path in EMBED_PATHS:
                 return await self.embed(path, request, entry)
@@ -702,6 +715,8 @@ class Server:
         fault = self.draw()
         entry.update(body=body, texts=texts, fault=fault)
         await self.sleep(self.settings["network"])
+        while any(part in text for part in self.settings["hold"] for text in texts):
+            await self.changed.wait()
         if fault in ERRORS:
             raise Refusal(*ERRORS[fault])
         if fault == "html":
@@ -715,6 +730,9 @@ class Server:
             return None
 
         question = self.question(path, given, body)
+        if deployments := self.settings["deployments"]:
+            place = self.led.setdefault(entry["connection"], len(self.led) % len(deployments))
+            question.dimensions = deployments[place]["dimensions"]
         loaded = await self.load(question.name, body.get("options"), entry)
         if question.texts:
             await self.compute(len(question.texts))
@@ -731,6 +749,10 @@ class Server:
         durations = {"total_duration": int(spent * 1e9), "load_duration": int(loaded * 1e9)}
         answer = self.encode(question, self.distort(vectors, fault), durations, fault)
         return Reply(200, answer.encode(), fault=fault)
+
+    def is_first(self, entry: Entry) -> bool:
+        """Whether a request is the first one of its connection."""
+        return entry is next(one for one in self.entries if one["connection"] == entry["connection"])
 
     def draw(self) -> str:
         """The name of the next request's fault, "" for none."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from embedgen import TICK, Away, Batch, Exchange, Pace, Servers, servers_for
+from embedgen import Batch, Exchange, Pace, Row, Scheduler, ServerAway, ServerProfile, scheduler_for
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -36,6 +36,11 @@ def always(now: float) -> float:
 def a_fifth(start: float, end: float) -> Callable[[float], float]:
     """Speed of a server that falls to a fifth between two times."""
     return lambda now: 0.2 if start <= now < end else 1.0
+
+
+def five_times(start: float) -> Callable[[float], float]:
+    """Speed of a server that becomes five times as fast."""
+    return lambda now: 5.0 if now >= start else 1.0
 
 
 @dataclass
@@ -263,6 +268,11 @@ SCENARIOS = [
     Scenario("e   b2, a fifth from 40 to 70 s", lambda seed: Slots(4, 0.02, whole=True, speed=a_fifth(40, 70))),
     Scenario("e   c sharp 5000, a fifth", lambda seed: Sharing(sharp(5000), speed=a_fifth(40, 70))),
     Scenario("e   d2 20 ms, a fifth", lambda seed: Slots(50, 0.02, latency=0.15, whole=True, speed=a_fifth(40, 70))),
+    Scenario("e   a, five times faster from 40 s", lambda seed: Slots(1, 0.35, speed=five_times(40))),
+    Scenario(
+        "e   d2 100 ms, five times faster",
+        lambda seed: Slots(50, 0.1, latency=0.15, whole=True, speed=five_times(40)),
+    ),
     Scenario("f   instant, 1 ms + 0.1 ms a text", lambda seed: Slots(1, 0.0001, request=0.001)),
     Scenario("f   a, log-normal 0.5", lambda seed: Slots(1, 0.35, sigma=0.5, seed=seed)),
     Scenario("f   a, log-normal 0.5, 3000 s", lambda seed: Slots(1, 0.35, sigma=0.5, seed=seed), seconds=3000),
@@ -286,7 +296,7 @@ class Shared:
 
     seconds: float
     embedded: list[int]  # the rows, in the order of their answers
-    fleet: Servers
+    scheduler: Scheduler
 
     def share(self, servers: Sequence[Slots]) -> float:
         """Of what the servers could have done in that time, while they were there."""
@@ -295,24 +305,22 @@ class Shared:
 
 
 def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None, trace: bool = False) -> Shared:
-    """One run over so many rows: what Engine.run does, without rows that fail.
+    """One run over so many rows: what embed_rows does, without rows that fail.
 
     A server's `away` is a crash: what is under way to it then is lost.
     """
-    wires: list[Any] = [SimpleNamespace(address=f"server {place}", dimensions=None) for place in range(len(servers))]
-    fleet = servers_for(argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0), wires)
-    events: list[tuple[float, int, Batch | None, float, str]] = [(TICK, -1, None, 0.0, "tick")]
+    protocols: list[Any] = [SimpleNamespace(address=f"server {index}", model="m") for index in range(len(servers))]
+    settings = argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0, accept_drift=False)
+    scheduler = scheduler_for(settings, protocols)
+    events: list[tuple[float, int, Batch, float, str]] = []
     order = itertools.count()
     now, handed, embedded = 0.0, 0, list[int]()
     crashed: set[int] = set()
 
-    def left() -> int:
-        return rows - handed + sum(len(some) for some, _ in fleet.returned)
-
     def send(batch: Batch) -> None:
-        server, place = servers[batch.lane.place], batch.lane.place
-        if now >= server.away[1] > 0 and place not in crashed:
-            crashed.add(place)
+        server, index = servers[batch.server.index], batch.server.index
+        if now >= server.away[1] > 0 and index not in crashed:
+            crashed.add(index)
             server.free, server.leaving = [now] * server.slots, []
         done = server.send(now, [1.0] * max(1, len(batch.rows)))
         how = "ok"
@@ -322,30 +330,37 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
             done, how = server.away[0] + NETWORK, "gone"
         heapq.heappush(events, (done, next(order), batch, now, how))
 
+    def left() -> int:
+        return rows - len(embedded)
+
     while len(embedded) < rows:
-        while (handed < rows or fleet.returned) and (choice := fleet.choose(left, now)):
-            lane, size = choice
-            texts, moves = fleet.take_returned(size) if fleet.returned else (list(range(rows))[handed:][:size], 0)
-            handed = max([handed, *(number + 1 for number in texts)])
-            send(fleet.launch(lane, texts, moves, now))
+        while (handed < rows or scheduler.returned) and (choice := scheduler.choose(left)):
+            chosen, size = choice
+            if scheduler.returned:
+                some, moves = scheduler.take_returned(size)
+            else:
+                some, moves = [Row(number, "", b"") for number in range(handed, min(rows, handed + size))], 0
+                handed += len(some)
+            send(scheduler.launch(chosen, some, moves))
             if trace:
-                print(f"{now:8.2f} s  {len(texts):3d} rows to {lane.wire.address}, {left()} left")
-        for question in fleet.to_probe(now):
+                print(f"{now:8.2f} s  {len(some):3d} rows to {chosen.protocol.address}, {rows - len(embedded)} left")
+        for question in scheduler.probes(now):
             send(question)
-        now, _, batch, sent, how = heapq.heappop(events)
-        if batch is None:
-            heapq.heappush(events, (now + TICK, -1, None, 0.0, "tick"))
+        probe = min(server.next_probe for server in scheduler.servers)
+        if not events or probe < events[0][0]:
+            now = probe
             continue
+        now, _, batch, sent, how = heapq.heappop(events)
         if batch.rows and how == "ok":
-            batch.lane.observe(Exchange(len(batch.rows), now - sent, how), batch.under_way)
-        fleet.land(batch, now)
+            batch.server.observe(Exchange(len(batch.rows), now - sent, how), batch.load)
+        scheduler.land(batch)
         if how == "gone":
-            fleet.lose(batch, Away("refused"), now)
+            scheduler.lose(batch, ServerAway("refused"), now)
         elif not batch.rows:
-            fleet.welcome(batch.lane, now)
+            scheduler.greet(batch.server, ServerProfile(), now)
         else:
-            embedded += batch.rows
-    return Shared(now, embedded, fleet)
+            embedded += [row.key for row in batch.rows]
+    return Shared(now, embedded, scheduler)
 
 
 def best_fixed(scenario: Scenario, duration: float) -> tuple[int, int]:

@@ -100,7 +100,7 @@ class Postgres:
 
     def close(self) -> None:
         """Leave the database as it was."""
-        tables = "movie_embeddings, movies, embedgen_passes, embedgen_machines, embedgen_leases"
+        tables = "movie_embeddings, movies, movie_embeddings_claims, embedgen_provenance"
         self.execute(f"DROP TABLE IF EXISTS {tables}")
 
 

@@ -10,14 +10,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import embedgen
@@ -34,9 +37,11 @@ FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
 # For tests that take seconds, since they wait for what processes do: elsewhere the engine that has more of them.
 SLOW_ENGINES = ENGINES if FULL else ("process",)
 
-# In a shell's background Ctrl-C is ignored, and programs started from there ignore it, too.
+# In a shell's background Ctrl-C is ignored, under nohup a hang-up; programs started from there ignore them, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How worker processes are started: the program's own choice, or fork or spawn.
 START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
@@ -60,9 +65,23 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **(extra or {})}
 
 
-def captured() -> io.TextIOWrapper:
+class Watched(io.BytesIO):
+    """Bytes in memory; after each write, whoever watches is shown all that was written so far."""
+
+    def __init__(self, watch: Callable[[str], object]) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        self.watch(self.getvalue().decode("utf-8"))
+        return written
+
+
+def captured(watch: Callable[[str], object] | None = None) -> io.TextIOWrapper:
     """Return a stream such as standard output is, into memory."""
-    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    buffer = Watched(watch) if watch else io.BytesIO()
+    return io.TextIOWrapper(buffer, encoding="utf-8", write_through=True)
 
 
 def text_of(stream: io.TextIOWrapper) -> str:
@@ -89,11 +108,48 @@ class Finished(NamedTuple):
 
 
 @functools.lru_cache(None)
-def shared_double() -> Ollama:
-    """Return the double that all tests share: to start one for each class would take as long as the tests do."""
+def shared_double(number: int = 0) -> Ollama:
+    """Return a double that all tests share: to start one for each class would take as long as the tests do."""
     double = Ollama()
     atexit.register(double.close)
     return double
+
+
+@contextlib.contextmanager
+def said_to_all(answer: bytes) -> Iterator[int]:
+    """Say this to whoever connects, whatever is asked, within the block; gives the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
+
+        def work() -> None:
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    if over.is_set():
+                        return
+                    connection.recv(65536)
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # what is left unread would turn the end into a reset
+                        pass
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:  # without the thread, since later tests fork
+            over.set()
+            socket.create_connection(listener.getsockname()).close()
+            thread.join()
+
+
+TLS = ROOT / "tests" / "data" / "tls"  # made by the script `make` that lies there; valid to 2120 but for one
+AUTHORITY = str(TLS / "root.pem")
+
+
+def tls_double(name: str, **settings: Any) -> Ollama:
+    """Return a double that speaks TLS with one of the certificates."""
+    return Ollama(cert=str(TLS / f"{name}.pem"), key=str(TLS / f"{name}.key"), **settings)
 
 
 class Case(unittest.TestCase):
@@ -104,6 +160,7 @@ class Case(unittest.TestCase):
 
     ollama: Ollama
     db: SQLite | Postgres
+    engine: ClassVar[str] = ""  # that runs are told to use; "" for the program's own choice
     prefixed = False  # whether texts get the prefix of their model's card
     path = ""  # of the server's address
     maxDiff = None
@@ -132,6 +189,10 @@ class Case(unittest.TestCase):
         """
         flags = [] if "--server" in given else ["--server", self.ollama.url + self.path]
         flags += [] if self.prefixed or "--document-prefix" in given else ["--document-prefix", ""]
+        if self.engine and not {"--engine", "--search", "--similar", "--status", "--prune"}.intersection(
+            map(str, given)
+        ):
+            flags += ["--engine", self.engine]
         flags += [] if "--database" in given else self.db.flags
         return command("--log-dir", self.folder / "logs", *flags, *given, **constants)
 
@@ -158,15 +219,22 @@ class Case(unittest.TestCase):
         )
         return Finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
 
-    def run_here(self, *given: object, env: Mapping[str, str] | None = None) -> Finished:
-        """Run the program in this process."""
+    def run_here(
+        self,
+        *given: object,
+        env: Mapping[str, str] | None = None,
+        watch: Callable[[str], object] | None = None,
+    ) -> Finished:
+        """Run the program in this process; `watch` is shown its standard output as it grows."""
         arguments = self.arguments(*given)
-        here, out, err = os.getcwd(), captured(), captured()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        here, out, err = os.getcwd(), captured(watch), captured()
+        handlers = {number: signal.getsignal(number) for number in embedgen.SIGNALS}
         os.chdir(self.folder)
         try:
             with mock.patch.dict(os.environ, environment(env), clear=True):
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                    # The threads are the double's; the program's own process has none when it forks.
+                    warnings.filterwarnings("ignore", ".*multi-threaded")
                     code = embedgen.main(arguments[arguments.index("--log-dir") :])
         finally:
             os.chdir(here)
@@ -174,12 +242,14 @@ class Case(unittest.TestCase):
                 signal.signal(number, handler)
         return Finished(code, text_of(out), text_of(err))
 
-    def start_program(self, *given: object, **constants: object) -> subprocess.Popen[bytes]:
+    def start_program(
+        self, *given: object, env: Mapping[str, str] | None = None, **constants: object
+    ) -> subprocess.Popen[bytes]:
         """Start the program, in a process group of its own, and return at once."""
         process = subprocess.Popen(
             self.arguments(*given, **constants),
             cwd=self.folder,
-            env=environment(),
+            env=environment(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -187,6 +257,14 @@ class Case(unittest.TestCase):
         )
         self.addCleanup(self.end, process)
         return process
+
+    def ended(self, process: subprocess.Popen[bytes], seconds: float = 60) -> Finished:
+        """Return how a program has ended; the time only bounds a test that fails."""
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.fail(f"it did not end within {seconds} s: {self.log()[-2000:]}")
+        return Finished(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Kill what is left of a process group, and close its pipes."""

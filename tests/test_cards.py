@@ -76,12 +76,12 @@ class Prefixes(Case):
     def test_over_every_path(self) -> None:
         self.make_movies(1)
         paths = []
-        for settings in ({}, {"lean": False}, {"lean": False, "embed": False}):
+        for settings in ({}, {"lean": False}):
             self.ollama.configure(**settings)
             self.succeed("--force")
             paths.append(self.ollama.log()[-1]["path"])
             self.assertEqual(self.asked()[-1], "search_document: " + TEXT)
-        self.assertEqual(paths, ["/v1/embeddings", "/api/embed", "/api/embeddings"])
+        self.assertEqual(paths, ["/v1/embeddings", "/api/embed"])
 
     def test_a_change_makes_every_row_stale_and_only_a_change(self) -> None:
         self.make_movies(3)
@@ -97,7 +97,7 @@ class Prefixes(Case):
     def test_a_row_of_nothing_but_a_prefix_has_no_text(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview TEXT)")
         self.execute("INSERT INTO movies VALUES (1, ' ', NULL)")
-        for server in ((), ("--server", "hash:", "--document-prefix", "words: ")):
+        for server in ((), ("--server", "hash:", "--document-prefix", "words: ", "--target", "words")):
             done = self.run_program(*server)
             self.assertEqual((done.code, done.tally), (1, (0, 0, 1)))
         self.assertEqual(self.asked(), [])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from typing import Any
 from unittest import mock
 
 import embedgen
@@ -33,25 +34,45 @@ class Usage(Case):
             (["--nonsense"], ["--nonsense"]),
             (["stray"], ["stray"]),
             (["--forc"], ["--forc", "did you mean --force?"]),
-            (["--where", ""], ["--where is empty"]),
-            (["--columns", " "], ["--columns is empty"]),
+            (["--where", ""], ["--where", "Give one"]),
+            (["--columns", " "], ["--columns", "Give one"]),
+            (["--server", ""], ["--server", "Give one"]),
+            (["--columns", "a", "--text", "{a}"], ["--columns", "--text"]),
+            (["--target", "a", "--out-column", "b"], ["--target", "--out-column"]),
+            (["--prune", "--out-column", "b"], ["--prune", "--out-column"]),
+            (["--search", "x", "--status"], ["--search", "--status"]),
+            (["--status", "--dry-run"], ["--status", "--dry-run"]),
+            (["--top", "3"], ["--top", "--search or --similar"]),
+            (["--on-long", "leave"], ["--on-long", "cut|split|fail|skip"]),
             (["--server", "hash"], ['"hash:"']),
             (["--quiet", "--json"], ["--quiet", "--json"]),
-            (["--server", "ftp://host"], ["ftp://host", "http://"]),
+            (["--server", "ftp://host"], ["ftp://host", "http(s)://"]),
             (["--server", "http://host:99999"], ["99999"]),
             (["--server", "http://ho st"], ["ho st"]),
             (["--server", "http://host/a b"], ["http://host/a b"]),
             (["--database", "mysql://host/db"], ["mysql://host/db", "sqlite:///"]),
             (["--database", "movies"], ["movies", ".db"]),
             (["--database", "sqlite:///"], ["sqlite:///"]),
+            (["--database", "sqlite+aiosqlite:///x.db"], ["Write sqlite:///x.db"]),
+            (["--database", "postgresql+asyncpg://u:p@host/db"], ["Write postgresql://***@host/db"]),
+            (["--database", "postgresql://user:p@ss@host/db"], ["postgresql://***@host/db", "%40"]),
         ]:
             with self.subTest(flags=flags):
                 self.refuse(2, *flags, words=words)
 
-    def test_help_and_version(self) -> None:
+    def test_help(self) -> None:
         shown = subprocess.run(command("--help"), stdout=subprocess.PIPE, check=True).stdout.decode()
-        for flag in ("--engine", "--workers", "--force", "--load", "--server", "Exit codes"):
-            self.assertIn(flag, shown)
+        readme = (PROGRAM.parent / "README.md").read_text("utf-8")
+        for flag in re.findall(r"^\| `(--[a-z-]+)", readme, re.MULTILINE):
+            self.assertRegex(shown, rf"\n  {flag}\b")
+        self.assertLessEqual(max(map(len, shown.splitlines())), 100)
+        groups = re.findall(r"^(\w[\w ]+):$", shown, re.MULTILINE)
+        self.assertEqual(groups[1:], ["What to embed", "How to embed", "Server and model", "Instead of embedding",
+                                      "Output", "Examples"])  # fmt: skip
+        self.assertEqual(shown.partition("Examples:")[2].count("\n  python embedgen.py"), 4)
+        self.assertIn("Exit codes: 0 ", shown)
+
+    def test_version(self) -> None:
         version = subprocess.run(command("--version"), stdout=subprocess.PIPE, check=True).stdout.decode()
         self.assertEqual(version, f"embedgen {embedgen.__version__}\n")
 
@@ -90,6 +111,11 @@ class Usage(Case):
         os.rename(self.database, self.folder / "m.SQLite3")
         self.succeed("--database", "m.SQLite3")
 
+    def test_a_drive_of_windows_after_three_slashes_or_four(self) -> None:
+        with mock.patch.object(os, "name", "nt"):
+            for address in ("sqlite:///C:/temp/x.db", "sqlite:////C:/temp/x.db", "C:/temp/x.db"):
+                self.assertEqual(embedgen.database_url(address), "sqlite:///C:/temp/x.db")
+
     def test_environment_and_flags(self) -> None:
         self.make_movies(2)
         self.succeed("--server", self.ollama.url, env={"OLLAMA_HOST": "127.0.0.1:1"})
@@ -121,7 +147,7 @@ class ServerAddresses(unittest.TestCase):
             (" http://user:secret@example.com/x ", "http://example.com:80/x"),
         ]:
             with self.subTest(text=text):
-                self.assertEqual(embedgen.parse_server(text).shown, shown)
+                self.assertEqual(embedgen.parse_endpoint(text).shown, shown)
 
 
 class Unreachable(Case):
@@ -159,7 +185,7 @@ class Unreachable(Case):
             for engine in ENGINES:
                 with self.subTest(engine=engine, show=show):
                     self.refuse(3, "--model", "bge-m3", "--engine", engine, words=["bge-m3", "ollama pull bge-m3"])
-        self.assertEqual(self.ollama.texts().count("Title: Film 1 | Description: What happens in 1."), 2)
+        self.assertEqual(self.asked(), [])
 
     def test_a_server_behind_a_token(self) -> None:
         self.make_movies(3)
@@ -216,6 +242,44 @@ class Output(Case):
         self.assertEqual({name: summary[name] for name in expected}, expected)
         others = {"left", "cut", "too_long", "seconds", "rate", "model", "log"}
         self.assertEqual(set(summary), expected.keys() | others)
+
+    def ends_by(self, error: BaseException, *flags: str, finished: bool = True) -> tuple[int, dict[str, Any], str]:
+        """Return exit code, JSON object and standard error of a run that ends so, after its summary or without one."""
+
+        def action(*given: object) -> int:
+            [report] = [one for one in (*given, getattr(given[0], "report", None)) if isinstance(one, embedgen.Report)]
+            if finished:
+                report.finish(embedgen.Counts(0, 0, None), 0)
+            raise error
+
+        self.make_movies(1)
+        with mock.patch.dict(embedgen.ACTIONS, generate=action):
+            done = self.run_program("--json", *flags)
+        self.execute("DROP TABLE movies")
+        self.assertEqual(done.out.count("\n"), 1)
+        return done.code, json.loads(done.out), done.err
+
+    def test_nothing_changes_a_verdict_that_was_printed(self) -> None:
+        for error in (embedgen.Stop("too late."), RuntimeError("too late"), KeyboardInterrupt()):
+            code, printed, err = self.ends_by(error)
+            self.assertEqual((code, printed["exit_code"]), (0, 0))
+            self.assertRegex(err, r"\A(warning: .*too late.*\n)?\Z")
+
+    def test_one_json_object_however_a_run_ends(self) -> None:
+        for error, code in ((embedgen.Stop("x."), 3), (embedgen.UsageError("x."), 2), (RuntimeError("x\ny"), 3),
+                            (KeyboardInterrupt(), 130), (MemoryError(), 3)):  # fmt: skip
+            ended, printed, _ = self.ends_by(error, finished=False)
+            self.assertEqual((ended, printed["exit_code"]), (code, code))
+            self.assertTrue(printed["error"])
+
+    def test_a_mistake_of_the_user_leaves_no_traceback_in_the_log(self) -> None:
+        mistake, full = embedgen.UsageError("a mistake."), embedgen.Stop("the disk is full.")
+        mistake.__cause__ = mistake
+        full.__cause__ = OSError("no space")
+        self.ends_by(mistake, finished=False)
+        self.assertNotIn("Traceback", self.log())
+        self.ends_by(full, finished=False)
+        self.assertIn("OSError: no space\n", self.log())
 
     def test_json_when_the_run_could_not_start_or_not_go_on(self) -> None:
         self.make_movies(10)
@@ -306,76 +370,13 @@ class Output(Case):
         self.assertEqual((done.returncode, done.stderr), (0, b""))
         self.assertIn("5 generated", self.log())
 
-    def test_a_log_that_cannot_be_written(self) -> None:
-        self.make_movies(5)
-        (self.folder / "logs").write_text("a file where the folder should be")
-        done = self.run_program()
-        self.assertEqual((done.code, done.tally), (0, (5, 0, 0)))
-        self.assertRegex(done.err, r"\Awarning: cannot write the log .*\n\Z")
-
-    def test_log_lines_cannot_be_forged(self) -> None:
-        self.execute("CREATE TABLE movies (id TEXT PRIMARY KEY, title TEXT)")
-        self.execute("INSERT INTO movies VALUES (?, ?)", [("a\n2026 - Main - ERROR - forged\x1b[2J", "")])
-        self.assertEqual(self.run_program().code, 1)
-        self.assertNotIn("\n2026 - Main", self.log())
-        self.assertNotIn("\x1b", self.log())
-
-    def test_each_line_has_a_time_a_process_and_a_level(self) -> None:
-        self.make_movies(3, lambda key: f"Film {key}")
-        self.execute("UPDATE movies SET title = NULL, overview = NULL WHERE id = 2")
-        self.run_program("--verbose")
-        line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - MainProcess - (\w+) - \S.*"
-        levels = [re.fullmatch(line, text) for text in self.log().splitlines()]
-        self.assertEqual({found and found[1] for found in levels}, {"INFO", "WARNING", "DEBUG"})
-
-    def test_requests_and_rows_are_kinds_of_their_own(self) -> None:
-        self.make_movies(30, lambda key: f"Film {key}.")
-        self.ollama.configure(refuse=[{"contains": "Film 1", "status": 400, "error": "no"}])
-        self.assertEqual(self.run_program("--batch-size", "30").tally, (19, 0, 11))
-        lines = [line for line in self.log().splitlines() if "failed: no" in line]
-        self.assertEqual((len(lines), sum(" - WARNING - " in line for line in lines)), (11, 11))
-        self.assertGreater(self.log().count("a request with"), embedgen.WARNINGS_OF_A_KIND)
-
-    def test_the_log_is_put_aside_at_a_size(self) -> None:
-        self.make_movies(50, lambda key: "")
-        self.execute("UPDATE movies SET overview = NULL")
-        with mock.patch.multiple(embedgen, LOG_BYTES=1500, LOG_FILES=2):
-            for _ in range(2):
-                self.run_program()
-        name = "generate_embeddings_async.log"
-        files = [self.folder / "logs" / (name + more) for more in (".2", ".1", "")]
-        self.assertEqual(sorted(os.listdir(self.folder / "logs")), sorted(file.name for file in files))
-        texts = [file.read_text("utf-8") for file in files]
-        self.assertLessEqual(max(map(len, texts)), 1500)
-        keys = re.findall(r"movie (\d+) failed: no text\n", "".join(texts))
-        self.assertEqual(keys, [str(key) for key in range(51 - len(keys), 51)])  # the newest, and none missing
-        self.assertGreater(len(keys), 20)
-
     def test_a_fault_of_its_own_is_one_sentence_and_its_traceback_is_in_the_log(self) -> None:
         self.make_movies(3)
-        with mock.patch.object(embedgen.Store, "count", side_effect=RuntimeError("so\nwhat")):
+        with mock.patch.object(embedgen.Coverage, "count", side_effect=RuntimeError("so\nwhat")):
             self.refuse(3, words=["RuntimeError: so. This is a fault of embedgen itself"])
         self.assertRegex(
             self.log(), r" - ERROR - RuntimeError: so\\nwhat\nTraceback \(most recent call last\):\n  File "
         )
-
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_a_log_that_cannot_be_written_any_more_is_a_warning(self) -> None:
-        self.make_movies(3)
-        (self.folder / "logs").mkdir()
-        (self.folder / "logs" / "generate_embeddings_async.log").symlink_to("/dev/full")
-        done = self.run_program()
-        self.assertEqual((done.code, done.tally), (0, (3, 0, 0)))
-        self.assertRegex(done.err, r"\Awarning: cannot write the log .*No space left.*\n\Z")
-
-    def test_many_failures_of_one_kind_are_summed_up(self) -> None:
-        self.make_movies(100, lambda key: "")
-        self.execute("UPDATE movies SET overview = NULL")
-        self.assertEqual(self.run_program().tally, (0, 0, 100))
-        lines = self.log().splitlines()
-        self.assertEqual(sum(" failed: no text" in line for line in lines), 100)
-        self.assertLessEqual(sum(" - WARNING - " in line for line in lines), 25)
-        self.assertIn(" - WARNING - 100 times in all: no text", self.log())
 
 
 class StartUp(unittest.TestCase):
@@ -383,7 +384,7 @@ class StartUp(unittest.TestCase):
         code = "import sys, embedgen\ntry: embedgen.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
         shown = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, stdout=subprocess.PIPE, check=True)
         loaded = set(shown.stdout.decode().splitlines()[-1].split())
-        dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl", "json", "csv", "unicodedata"}
+        dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl"}
         self.assertEqual(loaded & dear, set())
 
     def test_a_run_with_nothing_to_do_imports_little(self) -> None:
@@ -394,20 +395,8 @@ class StartUp(unittest.TestCase):
             env = environment({"PYTHONPATH": str(PROGRAM.parent)})
             arguments = [sys.executable, "-c", code]
             shown = subprocess.run(arguments, cwd=folder, env=env, stdout=subprocess.PIPE, check=True)
-        dear = {"asyncio", "multiprocessing", "http.client", "logging", "socket", "ssl", "json", "traceback"}
+        dear = {"asyncio", "multiprocessing", "http.client", "ssl"}
         self.assertEqual(set(shown.stdout.decode().split()) & dear, set())
-
-    def test_without_https_no_tls_is_imported(self) -> None:
-        with tempfile.TemporaryDirectory() as folder, Ollama() as ollama:
-            for engine in ENGINES:
-                flags = ["--database", f"{engine}.db", "--log-dir", ".", "--server", ollama.url, "--engine", engine]
-                flags += ["--load", str(MOVIES)]
-                code = "import sys, embedgen; print(embedgen.main(), sys.modules['ssl'], '_ssl' in sys.modules)"
-                env = environment({"PYTHONPATH": str(PROGRAM.parent)})
-                done = subprocess.run(
-                    [sys.executable, "-c", code, *flags], cwd=folder, env=env, stdout=subprocess.PIPE, check=True
-                )
-                self.assertEqual(done.stdout.decode().splitlines()[-1], "0 None False")
 
     def test_only_the_standard_library_is_imported(self) -> None:
         import ast

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, SLOW_ENGINES, START_METHOD, Case, Finished, environment
+from tests.support import ENGINES, FULL, SLOW_ENGINES, START_METHOD, Case, Finished, environment
 
 PROC = Path("/proc/self/stat").exists()
 
@@ -84,7 +87,7 @@ class Signals(Ending):
 
     def test_the_first_signal_saves_and_sums_up(self) -> None:
         for engine in SLOW_ENGINES:
-            for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143)]:
+            for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]:
                 with self.subTest(engine=engine, signal=number):
                     process = self.start_slow(engine)
                     # To the whole group, as a terminal and a supervisor do.
@@ -95,11 +98,32 @@ class Signals(Ending):
                     stored = len(self.stored())
                     self.assertEqual(done.tally, (stored, 0, 0))
                     # What was in flight was finished and saved, and nothing was asked for after that.
-                    self.assertEqual(stored, len(self.ollama.texts()))
+                    self.assertEqual(stored, len(self.asked()))
                     self.assertLess(stored, 1000)
                     self.ollama.configure(seconds_per_text=0)
                     self.assertEqual(self.succeed("--engine", engine).tally, (1000 - stored, stored, 0))
                     self.assert_complete()
+
+    def test_signals_of_any_kind_at_any_moment(self) -> None:
+        self.make_movies(300)
+        chance = random.Random(7)
+        for turn in range(200 if FULL else 6):
+            self.ollama.configure(seconds_per_text=0.001, slots=1)
+            log = self.folder / f"logs{turn}" / ".generate_embeddings.lock"
+            flags = ("--engine", "process", "--workers", 2, "--force", "--json", "--log-dir", log.parent)
+            if turn % 2:
+                log = log.with_name(".generate_embeddings_async.lock")
+                flags = ("--engine", "async", *flags[2:])
+            process = self.start_program(*flags)
+            self.wait_for(log.exists, "the start")
+            for _ in range(chance.randint(1, 4)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(chance.choice([0, 0.01, 0.2, 0.7]) * chance.random())
+                process.send_signal(chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
+            done = self.finish(process)
+            self.assertIn(done.code, (0, 129, 130, 143), done.err)
+            self.assertEqual(done.err, "")
+            self.assertEqual(json.loads(done.out)["exit_code"], done.code)
 
     def test_requests_that_do_not_end_are_given_up_after_a_while(self) -> None:
         self.assertEqual(embedgen.GRACE, 10.0)
@@ -208,8 +232,8 @@ class Signals(Ending):
         self.make_movies(20)
         code = (
             f"import sys, os; sys.path.insert(0, {str(Path(embedgen.__file__).parent)!r}); import embedgen\n"
-            "embedgen.BlockingTransport.exchange = lambda *_: os._exit(9) if os.getpid() != parent else None\n"
-            "parent = os.getpid(); embedgen.ProcessEngine.greet = lambda self: None; embedgen.START_METHOD = 'fork'\n"
+            "embedgen.embed_batch = lambda *_: os._exit(9)\n"  # which a handshake does without
+            "embedgen.START_METHOD = 'fork'\n"
             "sys.exit(embedgen.main())"
         )
         flags = ["--log-dir", str(self.folder / "logs"), "--engine", "process", "--server", self.ollama.url]
@@ -269,9 +293,9 @@ class Signals(Ending):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
                 self.make_movies(60)
-                self.ollama.configure(next=["ok"] * 5)
+                self.ollama.configure(next=["ok"] * 7)
                 with mock.patch.multiple(embedgen, PATIENCE=0.5, FIRST_WAIT=0.1):
-                    self.ollama.configure(next=["ok"] * 5, faults={"503": 1.0})
+                    self.ollama.configure(next=["ok"] * 7, faults={"503": 1.0})
                     done = self.run_program("--engine", engine, "--concurrent", 1, "--batch-size", 4)
                 self.assertEqual((done.code, done.tally), (3, (20, 0, 0)))
                 self.assertRegex(done.err, r"\Aerror: Ollama at http.* no good answer .*40 movies are left\.\n\Z")
@@ -318,8 +342,9 @@ class Databases(Ending):
         self.succeed("--limit", 10)
         blocker = sqlite3.connect(self.database, isolation_level=None)
         self.addCleanup(blocker.close)
+        impatient = [rule._replace(patience=min(rule.patience, 0.4)) for rule in embedgen.SQLite.errors]
         for statement in ("BEGIN EXCLUSIVE", "BEGIN IMMEDIATE"):
-            with self.subTest(statement=statement), mock.patch.object(embedgen, "LOCK_PATIENCE", 0.4):
+            with self.subTest(statement=statement), mock.patch.object(embedgen.SQLite, "errors", impatient):
                 blocker.execute(statement)
                 self.refuse(3, words=["locked", "movies.db"])
                 blocker.execute("ROLLBACK")
@@ -351,17 +376,19 @@ class Databases(Ending):
         self.make_movies(5)
         os.chmod(self.database, 0o444)
         if os.access(self.database, os.W_OK):  # root may write whatever the mode says
-            with mock.patch.object(embedgen.SQLiteStore, "connect", read_only):
+            with mock.patch.object(embedgen.SQLite, "connect", read_only):
                 self.refuse(3, words=["movies.db", "cannot be written"])
         else:
             self.refuse(3, words=["movies.db"])
         self.assertEqual(self.execute("SELECT count(*) FROM sqlite_master"), [(1,)])
 
 
-def read_only(store: embedgen.SQLiteStore, path: str, timeout: float) -> sqlite3.Connection:
+def read_only(store: embedgen.SQLite, path: str, mode: str, timeout: float, first: str) -> sqlite3.Connection:
     """Connect as to a file that may only be read."""
     mode = "ro" if path.endswith("movies.db") else "rwc"
-    return sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=timeout, isolation_level=None)
+    connection = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=timeout, isolation_level=None)
+    connection.execute(first)
+    return connection
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class LongTexts(Case):
             for on_long in ("cut", "split", "skip"):
                 done = self.run_program(*self.flags(on_long, "async"))
                 self.assertEqual(done.code, 3)
-                self.assertIn(f"has given no good answer for 0 minutes ({self.refusal}", done.err)
+                self.assertIn(f"does not embed even a short text: {self.refusal}", done.err)
 
     def test_requests_for_a_corpus_of_long_texts(self) -> None:
         self.ollama.reset()
@@ -212,23 +212,6 @@ class LongTextsOnPostgres(OnPostgres, LongTexts):
             self.assertEqual((process.returncode, err, told["failed"]), (0, b"", 0))
             self.assertEqual((told["total"], told["generated"] + told["skipped"]), (ROWS, ROWS))
         self.assertEqual(self.good(self.stored("skip_async")), {})
-
-
-class Halves(unittest.TestCase):
-    """Where a text is split."""
-
-    def test_the_best_border_near_the_middle(self) -> None:
-        for text, first in (
-            ("One. Two. Three. Four.", "One. Two. "),
-            ("One two three four. Five six seven eight nine ten", "One two three four. "),
-            ("A. one two three four five six seven", "A. one two three "),  # too far from the middle
-            ("第一句。第二句。第三句。第四句。", "第一句。第二句。"),
-            ("one line\nanother line\n", "one line\n"),
-            ("oneword", "one"),
-            ("ab", "a"),
-            ("a", ""),  # there is nothing to split
-        ):
-            self.assertEqual(embedgen.halves(text), (first, text[len(first) :]))
 
 
 if __name__ == "__main__":

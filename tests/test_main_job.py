@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import unittest
-from collections import Counter
-from typing import Any
+from array import array
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import embedgen
 from tests.ollama import EMBED_PATHS
-from tests.support import ENGINES, FULL, MOVIES, Case, OnPostgres
+from tests.support import ENGINES, FULL, MOVIES, START_METHOD, Case, OnPostgres
 
 # The report that both engines print, with the parts that differ between runs taken out.
 REPORT = """\
@@ -48,82 +47,133 @@ def masked(out: str) -> str:
     return re.sub(r"speed: \d+\.\d\d ", "speed: SPEED ", out)
 
 
-class MainJob(Case):
-    def test_both_engines_print_the_report_of_fifty_skipped_and_refused(self) -> None:
-        outputs = {}
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.make_movies(100, lambda key: f"Film {key}" if key % 20 else f"Poison {key}")
-                self.succeed("--where", "id % 20 BETWEEN 1 AND 9")
-                refusal = {"contains": "Poison", "status": 400, "error": "embedding contains NaN or Inf values"}
-                self.ollama.configure(refuse=[refusal])
-                done = self.run_program("--engine", engine, "--workers", 10, real=True)
-                self.assertEqual((done.code, done.err), (1, ""))
-                outputs[engine] = masked(done.out)
-                self.assertEqual(outputs[engine], REPORT)
-                self.assert_complete(but=[20, 40, 60, 80, 100])
-        self.assertEqual(outputs["async"], outputs["process"])
+class EachEngine(Case):
+    """What each engine must do by itself, since it keeps the requests in flight."""
+
+    engine: ClassVar[str] = "async"
+
+    def test_the_report_of_fifty_skipped_and_refused(self) -> None:
+        self.make_movies(100, lambda key: f"Film {key}" if key % 20 else f"Poison {key}")
+        self.succeed("--where", "id % 20 BETWEEN 1 AND 9")
+        refusal = {"contains": "Poison", "status": 400, "error": "embedding contains NaN or Inf values"}
+        self.ollama.configure(refuse=[refusal])
+        done = self.run_program("--workers", 10, real=True)
+        self.assertEqual((done.code, done.err), (1, ""))
+        self.assertEqual(masked(done.out), REPORT)
+        self.assert_complete(but=[20, 40, 60, 80, 100])
 
     def test_each_refused_row_is_one_line_in_the_log_with_the_servers_words(self) -> None:
         words = "embedding contains NaN or Inf values"
-        for engine, name in zip(ENGINES, ("generate_embeddings_async.log", "generate_embeddings.log")):
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.make_movies(30, lambda key: "Poison" if key in (7, 8) else "Good")
-                self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": words}])
-                self.assertEqual(self.run_program("--engine", engine).tally, (28, 0, 2))
-                lines = (self.folder / "logs" / name).read_text("utf-8").splitlines()
-                failed = [line for line in lines if " failed: " in line]
-                self.assertEqual([line.partition(" - WARNING - ")[2] for line in failed],
-                                 [f"movie 7 failed: {words}", f"movie 8 failed: {words}"])  # fmt: skip
-                for line in lines:
-                    self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - \w+ - [A-Z]+ - .")
+        self.make_movies(30, lambda key: "Poison" if key in (7, 8) else "Good")
+        self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": words}])
+        self.assertEqual(self.run_program().tally, (28, 0, 2))
+        name = {"async": "generate_embeddings_async.log", "process": "generate_embeddings.log"}[self.engine]
+        lines = (self.folder / "logs" / name).read_text("utf-8").splitlines()
+        failed = [line for line in lines if " failed: " in line]
+        self.assertEqual([line.partition(" - WARNING - ")[2] for line in failed],
+                         [f"movie 7 failed: {words}", f"movie 8 failed: {words}"])  # fmt: skip
+        for line in lines:
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - \w+ - [A-Z]+ - .")
+
+    def test_a_refusal_that_speaks_of_a_model_is_one_rows_all_the_same(self) -> None:
+        self.make_movies(20, lambda key: "Poison" if key == 7 else f"Film {key}")
+        self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "words of no model (odd)"}])
+        done = self.run_program()
+        self.assertEqual((done.code, done.err, done.tally), (1, "", (19, 0, 1)))
+        self.assertIn("movie 7 failed: words of no model (odd)\n", self.log())
 
     def test_every_vector_belongs_to_its_row(self) -> None:
         rows = 10_000 if FULL else 300
         self.make_movies(rows)
-        for engine in ENGINES:
-            for concurrency in (1, 10, 64):
-                # Each answer is late by chance, so that those of several requests come out of order.
-                self.ollama.configure(shuffle=0.01 if concurrency > 1 else 0.0)
-                for batch_size in (1, 7, 128):
-                    if (concurrency, batch_size) in ((1, 1), (64, 128)) and not FULL:
-                        continue  # one after the other, out of order only in name; three requests, as with 10
-                    with self.subTest(engine=engine, concurrency=concurrency, batch_size=batch_size):
-                        self.execute("DROP TABLE IF EXISTS movie_embeddings")
-                        flags = ("--engine", engine, "--concurrent", concurrency, "--batch-size", batch_size)
-                        self.assertEqual(self.succeed(*flags).tally, (rows, 0, 0))
-                        self.assert_complete()
+        for concurrency in (1, 10, 64):
+            # Each answer is late by chance, so that those of several requests come out of order.
+            self.ollama.configure(shuffle=0.01 if concurrency > 1 else 0.0)
+            for batch_size in (1, 7, 128):
+                if (concurrency, batch_size) in ((1, 1), (64, 128)) and not FULL:
+                    continue  # one after the other, out of order only in name; three requests, as with 10
+                with self.subTest(concurrency=concurrency, batch_size=batch_size):
+                    self.execute("DROP TABLE IF EXISTS movie_embeddings")
+                    flags = ("--concurrent", concurrency, "--batch-size", batch_size)
+                    self.assertEqual(self.succeed(*flags).tally, (rows, 0, 0))
+                    self.assert_complete()
 
     def test_in_flight_and_batch_size_are_kept_to(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.ollama.configure(shuffle=0.02)
-                self.make_movies(60)
-                self.succeed("--engine", engine, "--concurrent", 3, "--batch-size", 4)
-                requests = [e for e in self.ollama.log() if e["texts"] and e["texts"] != [embedgen.KNOWN_GOOD]]
-                self.assertEqual({len(entry["texts"]) for entry in requests}, {4})
-                at_once = max(entry["in_flight"] for entry in requests)
-                self.assertLessEqual(at_once, 3)
-                if embedgen.START_METHOD != "spawn":  # where all may be done before the third worker has started
-                    self.assertEqual(at_once, 3)
-                # Kept alive: no more connections than requests in flight, and one for the greeting.
-                self.assertLessEqual(len({entry["connection"] for entry in requests}), 3)
+        self.ollama.configure(shuffle=0.02)
+        self.make_movies(60)
+        self.succeed("--concurrent", 3, "--batch-size", 4)
+        requests = [entry for entry in self.ollama.log() if "Film" in " ".join(entry["texts"])]
+        self.assertEqual({len(entry["texts"]) for entry in requests}, {4})
+        at_once = max(entry["in_flight"] for entry in requests)
+        self.assertLessEqual(at_once, 3)
+        if START_METHOD != "spawn":  # where all may be done before the third worker has started
+            self.assertEqual(at_once, 3)
+        # Kept alive: no more connections than requests in flight.
+        self.assertLessEqual(len({entry["connection"] for entry in requests}), 3)
 
     def test_a_second_run_has_nothing_to_do_and_asks_nobody(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.make_movies(30)
-                self.assertEqual(self.succeed("--engine", engine).tally, (30, 0, 0))
-                self.ollama.reset()
-                self.assertEqual(self.succeed("--engine", engine).tally, (0, 30, 0))
-                self.assertEqual(self.ollama.log(), [])
+        self.make_movies(30)
+        self.assertEqual(self.succeed().tally, (30, 0, 0))
+        self.ollama.reset()
+        self.assertEqual(self.succeed().tally, (0, 30, 0))
+        self.assertEqual(self.ollama.log(), [])
+
+    def test_failing_rows_do_not_use_up_the_limit(self) -> None:
+        # Otherwise a few bad rows at the head would keep a nightly run from ever getting past them.
+        self.make_movies(40, lambda key: "Poison" if key <= 12 else "Good")
+        self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "no"}])
+        self.assertEqual(self.run_program("--limit", 10).tally, (10, 0, 12))
+        self.assertEqual(sorted(self.stored()), list(range(13, 23)))
+
+    def test_rows_deleted_while_their_text_is_embedded_are_dropped(self) -> None:
+        self.make_movies(20)
+        self.ollama.configure(hold=["Film"])
+        process = self.start_program("--batch-size", 20)
+        self.wait_for(lambda: "Film" in " ".join(self.ollama.texts()), "the request")
+        self.execute("DELETE FROM movies WHERE id > 15")
+        self.ollama.configure(hold=[])
+        done = self.ended(process)
+        self.assertEqual((done.code, done.err, done.tally), (0, "", (15, 0, 0)))
+        self.assert_complete()
+
+    def test_a_server_before_batches(self) -> None:
+        self.ollama.configure(embed=False, version="0.2.5")
+        self.make_movies(2)
+        self.refuse(3, words=["Upgrade", "0.2.6"])
+        self.assertNotIn("movie_embeddings", self.db.tables())
+
+    def test_a_path_before_the_api(self) -> None:
+        self.ollama.configure(prefix="/behind/proxy")
+        self.make_movies(5)
+        self.succeed("--server", f"{self.ollama.url}/")
+        self.assert_complete()
+
+    def test_the_readmes_first_command(self) -> None:
+        flags = ("--load", MOVIES, "--server", "hash:")
+        self.assertEqual(self.succeed(*flags, real=True).tally, (200, 0, 0))
+        self.assertEqual(self.succeed(*flags).tally, (0, 200, 0))
+        self.assertEqual(len(self.stored()), 200)
+        self.assertEqual(self.ollama.log(), [])
+
+
+class EachEngineByProcesses(EachEngine):
+    """The same with worker processes."""
+
+    engine = "process"
+
+
+class EachEngineOnPostgres(OnPostgres, EachEngine):
+    """The same on Postgres."""
+
+
+@unittest.skipUnless(FULL, "the engine and the database are each tested with the other of either")
+class EachEngineOnPostgresByProcesses(EachEngineOnPostgres):
+    """The same on Postgres with worker processes."""
+
+    engine = "process"
+
+
+class MainJob(Case):
+    """What the command line asks for, and what is in the tables before and after."""
 
     def test_each_text_is_asked_for_once(self) -> None:
         self.make_movies(100)
@@ -137,16 +187,6 @@ class MainJob(Case):
             self.assertEqual(self.succeed("--limit", 10).tally, tally)
             self.assertEqual(sorted(self.stored()), list(range(1, min(start * 10 + 10, 25) + 1)))
         self.assertEqual(self.succeed("--limit", 0).tally, (0, 25, 0))
-
-    def test_failing_rows_do_not_use_up_the_limit(self) -> None:
-        # Otherwise a few bad rows at the head would keep a nightly run from ever getting past them.
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.make_movies(40, lambda key: "Poison" if key <= 12 else "Good")
-                self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "no"}])
-                self.assertEqual(self.run_program("--limit", 10, "--engine", engine).tally, (10, 0, 12))
-                self.assertEqual(sorted(self.stored()), list(range(13, 23)))
 
     def test_force_embeds_all_again(self) -> None:
         self.make_movies(25)
@@ -233,7 +273,7 @@ class MainJob(Case):
         self.make_movies(5)
         self.succeed("--limit", 3)
         self.ollama.configure(models={"nomic-embed-text": {"dimensions": 16}})
-        for engine in ENGINES:
+        for engine in ENGINES:  # nothing is written, so that there is nothing to begin anew
             with self.subTest(engine=engine):
                 self.refuse(3, "--engine", engine, words=["16 dimensions", "8"])
         self.assertEqual(sorted(self.stored()), [1, 2, 3])
@@ -244,13 +284,6 @@ class MainJob(Case):
     def change_dimensions(self) -> None:
         """Vectors of another length can replace all others."""
         self.assertEqual(self.succeed("--force").tally, (5, 0, 0))
-
-    def test_the_model_card_may_be_wrong_about_the_dimensions(self) -> None:
-        self.make_movies(20)
-        models = {"nomic-embed-text": {"dimensions": 8, "shown_dimensions": 99}}
-        self.ollama.configure(models=models)
-        self.succeed()
-        self.assert_complete()
 
     def test_a_row_without_text_fails_and_is_not_sent(self) -> None:
         self.make_movies(6)
@@ -280,29 +313,14 @@ class MainJob(Case):
         self.assertIn(" - INFO - text: Title: {title} | Description: {overview}\n", self.log())
         self.assertIn("1 generated, 0 skipped, 0 failed; exit code 0\n", self.log())
 
-    def test_rows_deleted_while_their_text_is_embedded_are_dropped(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.make_movies(20)
-                self.ollama.configure(network=0.4)
-                process = self.start_program("--engine", engine, "--batch-size", 20)
-                self.wait_for(lambda: self.asked(), "the request")
-                self.execute("DELETE FROM movies WHERE id > 15")
-                out, err = process.communicate(timeout=60)
-                self.assertEqual((process.returncode, err), (0, b""))
-                self.assertIn("✓  Successfully generated: 15\n", out.decode())
-                self.assert_complete()
-
     def test_rows_deleted_meanwhile_do_not_use_up_the_limit(self) -> None:
         self.make_movies(20)
-        self.ollama.configure(network=0.3)
+        self.ollama.configure(hold=["Film"])
         process = self.start_program("--limit", 8, "--batch-size", 8, "--concurrent", 1)
-        self.wait_for(lambda: self.asked(), "the request")
+        self.wait_for(lambda: "Film" in " ".join(self.ollama.texts()), "the request")
         self.execute("DELETE FROM movies WHERE id <= 3")
-        out, _ = process.communicate(timeout=60)
-        self.assertIn("✓  Successfully generated: 8\n", out.decode())
+        self.ollama.configure(hold=[])
+        self.assertEqual(self.ended(process).tally[0], 8)
         self.assertEqual(sorted(self.stored()), list(range(4, 12)))
 
     def test_the_targets_columns_are_as_documented(self) -> None:
@@ -384,32 +402,10 @@ class MainJob(Case):
             self.assertEqual((body["options"], body["dimensions"]), ({"num_ctx": 512, "low": True}, 4))
         self.assertEqual({len(vector) for vector in self.stored().values()}, {16})
 
-    def test_a_server_with_only_the_older_path(self) -> None:
-        self.ollama.configure(embed=False, version="0.2.5")
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.make_movies(20)
-                self.assertEqual(self.succeed("--engine", engine).tally, (20, 0, 0))
-                # Scaled to length 1 here, in double precision: the last bit may differ.
-                from array import array
-
-                expected = self.expected()
-                for key, vector in self.stored().items():
-                    for one, other in zip(array("f", vector), array("f", expected[key])):
-                        self.assertAlmostEqual(one, other, places=6)
-
     def test_a_server_that_shows_no_models(self) -> None:
         self.ollama.configure(show=False)
         self.make_movies(5)
         self.succeed()
-        self.assert_complete()
-
-    def test_a_path_before_the_api(self) -> None:
-        self.ollama.configure(prefix="/behind/proxy")
-        self.make_movies(5)
-        for engine in ENGINES:
-            self.succeed("--server", f"{self.ollama.url}/", "--force", "--engine", engine)
         self.assert_complete()
 
     def test_a_batch_is_bounded_by_its_characters(self) -> None:
@@ -429,78 +425,55 @@ class MainJobOnPostgres(OnPostgres, MainJob):
 class Paths(Case):
     """Over which of a server's paths vectors come; the database has no part in it."""
 
-    def test_vectors_come_as_base64_where_the_server_has_it(self) -> None:
-        lean, usual = "/v1/embeddings", "/api/embed"
-        cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
-            ({}, [lean] * 4, [f"base64 over {lean}"]),
-            ({"next": ["disorder"] * 4}, [lean] * 4, [f"base64 over {lean}"]),
-            ({"base64": False}, [lean] + [usual] * 3, [f"decimals over {lean}", f"decimals over {usual}"]),
-            # Whose vectors are of unknown length: the first is compared with that of one more text.
-            ({"show": False}, [usual] * 5, [f"decimals over {usual}"]),
-            ({"models": {"nomic-embed-text": {"context": 30}}}, [usual] * 4, [f"decimals over {usual}"]),
-        ]
-        for settings, paths, ways in cases:
-            for engine in ENGINES:
-                with self.subTest(engine=engine, settings=settings):
-                    self.wipe()
-                    shutil.rmtree(self.folder / "logs", ignore_errors=True)
-                    self.ollama.reset()
-                    self.ollama.configure(**settings)
-                    self.make_movies(20)
-                    flags = ("--engine", engine, "--batch-size", 5, "--concurrent", 1)
-                    self.assertEqual(self.succeed(*flags).tally, (20, 0, 0))
-                    self.assert_complete()
-                    self.assertEqual([entry["path"] for entry in self.ollama.log()], ["/api/show", "/api/tags", *paths])
-                    self.assertEqual(re.findall("vectors come as (.*)", self.log()), ways)
+    engine: ClassVar[str] = "async"
+    lean, usual = "/v1/embeddings", "/api/embed"
+
+    def paths(self, title: Callable[[int], str] = "Film {}".format, **settings: Any) -> list[str]:
+        """Return the paths by which the texts of 20 rows were asked for, five at a time."""
+        self.make_movies(20, title)
+        self.ollama.configure(**settings)
+        self.assertEqual(self.succeed("--batch-size", 5, "--concurrent", 1).tally, (20, 0, 0))
+        self.assert_complete()
+        return [entry["path"] for entry in self.ollama.log() if "What happens" in " ".join(entry["texts"])]
+
+    def test_vectors_come_as_base64(self) -> None:
+        self.assertEqual(self.paths(), [self.lean] * 4)
+        self.assertIn(f"vectors come as base64 over {self.lean}\n", self.log())
+
+    def test_items_in_disorder(self) -> None:
+        self.assertEqual(self.paths(faults={"disorder": 1.0}), [self.lean] * 4)
+
+    def test_a_server_that_ignores_the_wish_for_base64(self) -> None:
+        self.assertEqual(self.paths(base64=False), [self.usual] * 4)
+        self.assertIn(f"vectors come as decimals over {self.usual}\n", self.log())
+
+    def test_a_model_of_unknown_context(self) -> None:
+        self.assertEqual(self.paths(show=False), [self.usual] * 4)
+
+    def test_texts_that_may_be_too_long(self) -> None:
+        self.assertEqual(self.paths(models={"nomic-embed-text": {"context": 30}}), [self.usual] * 4)
 
     def test_only_a_batch_with_a_long_text_takes_the_other_path(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.make_movies(20, title=lambda key: "long " * 500 if key == 7 else f"Film {key}")
-                self.succeed("--engine", engine, "--batch-size", 5)
-                self.assert_complete()
-                taken = Counter(entry["path"] for entry in self.ollama.log())
-                self.assertEqual(taken, {"/api/show": 1, "/api/tags": 1, "/v1/embeddings": 3, "/api/embed": 1})
+        paths = self.paths(lambda key: "long " * 500 if key == 7 else f"Film {key}")
+        self.assertEqual(sorted(paths), [self.usual] + [self.lean] * 3)
 
-    def test_a_server_without_the_lean_path_is_asked_for_it_once_by_each_worker(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                self.ollama.reset()
-                self.ollama.configure(lean=False)
-                self.make_movies(40)
-                self.assertEqual(self.succeed("--engine", engine, "--batch-size", 2, "--concurrent", 2).tally[0], 40)
-                self.assert_complete()
-                missed = [entry for entry in self.ollama.log() if entry["status"] == 404]
-                self.assertEqual({entry["path"] for entry in missed}, {"/v1/embeddings"})
-                self.assertLessEqual(len(missed), 2)
+
+class PathsByProcesses(Paths):
+    """The same with worker processes."""
+
+    engine = "process"
 
 
 class HashServer(Case):
     """--server hash: computes in the process."""
 
-    def test_the_readmes_first_command(self) -> None:
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                self.wipe()
-                flags = ("--load", MOVIES, "--server", "hash:", "--engine", engine)
-                self.assertEqual(self.succeed(*flags, real=True).tally, (200, 0, 0))
-                self.assertEqual(self.succeed(*flags).tally, (0, 200, 0))
-                self.assertEqual(len(self.stored()), 200)
-        self.assertEqual(self.ollama.log(), [])
-
     def test_both_engines_leave_the_same_vectors(self) -> None:
-        tables = []
-        for engine in ENGINES:
-            self.succeed("--load", MOVIES, "--server", "hash:", "--engine", engine, "--force")
-            tables.append(self.stored())
-        self.assertEqual(*tables)
+        self.succeed("--load", MOVIES, "--server", "hash:")
+        first = self.stored()
+        self.succeed("--server", "hash:", "--engine", "process", "--force")
+        self.assertEqual(self.stored(), first)
 
     def test_vectors_have_256_dimensions_length_1_and_the_model_hash_256(self) -> None:
-        from array import array
-
         self.succeed("--load", MOVIES, "--server", "hash:")
         for vector in self.stored().values():
             numbers = array("f", vector)
@@ -528,6 +501,17 @@ class HashServer(Case):
 
 class HashServerOnPostgres(OnPostgres, HashServer):
     pass
+
+
+class Keys(Case):
+    """What only SQLite stores as a text."""
+
+    def test_a_key_that_is_no_text_ends_the_run(self) -> None:
+        self.execute("CREATE TABLE movies (id TEXT PRIMARY KEY, title TEXT)")
+        self.execute("INSERT INTO movies VALUES (CAST(x'ff41' AS TEXT), 'a'), ('b', 'b')")
+        done = self.run_program()
+        self.assertEqual(done.code, 3)
+        self.assertIn("Could not decode", done.err)
 
 
 if __name__ == "__main__":

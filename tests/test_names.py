@@ -178,6 +178,20 @@ class Keys(KeyCase):
         self.refuse(2, words=["id", "without a value"])
         self.assertEqual(self.succeed("--where", "id IS NOT NULL").tally, (2, 0, 0))
 
+    def test_keys_that_only_a_condition_tells_apart(self) -> None:
+        self.execute(f"CREATE TABLE movies (id INTEGER, title TEXT, lang TEXT, embedding {self.db.any_vector})")
+        films = [(1, "a", "en"), (1, "b", "de"), (2, "c", "en"), (None, "d", "de")]
+        self.execute("INSERT INTO movies (id, title, lang) VALUES (?, ?, ?)", films)
+        english = "--columns", "title", "--where", "lang = 'en'"
+        self.assertEqual(self.succeed(*english).tally, (2, 0, 0))
+        self.assertEqual(self.stored(), {1: blob("Title: a"), 2: blob("Title: c")})
+        # By its key, a vector would come to the rows in other languages, too.
+        self.refuse(2, *english, "--out-column", "embedding", words=['"id"', "several rows", "--id"])
+        self.execute("UPDATE movies SET id = 3 WHERE title = 'b'")
+        self.assertEqual(self.succeed(*english, "--out-column", "embedding").tally, (2, 0, 0))
+        found = self.execute("SELECT title FROM movies WHERE embedding IS NOT NULL ORDER BY title")
+        self.assertEqual(found, [("a",), ("c",)])
+
     def test_no_key_at_all(self) -> None:
         self.execute("CREATE TABLE movies (title TEXT, slug TEXT)")
         self.refuse(2, words=["--id", "title, slug"])
@@ -291,7 +305,7 @@ class Texts(Case):
         ]:
             self.assertEqual(self.text("--columns", flag, definition=definition, values=row), text)
         self.refuse(2, "--columns", "alpha,beta", words=["beta", "alpha, release_year"])
-        self.refuse(2, "--columns", "alpha,,beta", words=["empty name"])
+        self.refuse(2, "--columns", "alpha,,beta", words=["no column"])
         self.refuse(2, "--columns", "alpha", "--text", "{alpha}", words=["--columns", "--text"])
 
     def test_templates(self) -> None:

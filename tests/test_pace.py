@@ -42,6 +42,25 @@ class PaceAgainstServers(unittest.TestCase):
         self.check("b1 4 texts at a time, 20 ms")
         self.check("b2 4 requests at a time, 20 ms")
 
+    def test_requests_are_short(self) -> None:
+        """A request takes one to two seconds, so that Ctrl-C is quick; an experiment may take several times that."""
+        for name in (
+            "a one text at a time, 0.35 s",
+            "b2 4 requests at a time, 20 ms",
+            "d2 50 requests at once, 100 ms",
+        ):
+            one = scenario(name)
+            auto = simulate(one, Pace(None, None, one.timeout), 600.0, 11)
+            self.assertLess(auto.served, 2.5, name)
+            self.assertLess(auto.longest, 15.0, name)
+
+    def test_noise_does_not_add_up(self) -> None:
+        """In hours of a server whose times vary, the number in flight stays near what it needs."""
+        one = scenario("f a, log-normal 0.5, 3000 s")
+        pace = Pace(None, None, one.timeout)
+        self.assertLess(simulate(one, pace, 20_000.0, 11).served, 8.0)
+        self.assertLessEqual(pace.in_flight, 16)
+
     def test_a_batching_server(self) -> None:
         pace = self.check("c sharp, peak 500")
         self.assertGreaterEqual(pace.in_flight * pace.batch_size, 4 * 64)
@@ -53,6 +72,10 @@ class PaceAgainstServers(unittest.TestCase):
     def test_a_server_that_falls_to_a_fifth_and_recovers(self) -> None:
         self.check("e a, a fifth from 40 to 70 s")
         self.check("e b2, a fifth from 40 to 70 s")
+
+    def test_a_server_that_becomes_faster(self) -> None:
+        self.check("e a, five times faster from 40 s")
+        self.check("e d2 100 ms, five times faster")
 
     def test_a_server_that_refuses_above_eight(self) -> None:
         self.check("f 16 slots, 503 above 8", share=0.93)
@@ -113,28 +136,41 @@ class PaceByHand(unittest.TestCase):
 
     def test_it_says_why(self) -> None:
         pace = Pace(None, None)
-        reasons = set()
         for _ in range(200):
+            before = pace.in_flight, pace.batch_size
             pace.observe(pace.batch_size, 0.1, "ok", pace.in_flight * pace.batch_size)
-            reasons.add(pace.reason)
-        self.assertIn("trying more of both: 80.0 texts/s, 0.1 s per request with 2 x 4", reasons)
+            if before != (pace.in_flight, pace.batch_size):
+                self.assertRegex(
+                    pace.reason, rf"^(trying .+ texts/s, .+ per request|.+ did not pay) with {before[0]} x"
+                )
+                self.assertIn(pace.reason, str(pace))
 
-    def test_what_a_request_can_carry_is_never_exceeded_again(self) -> None:
+    def test_what_a_request_can_carry_is_never_exceeded(self) -> None:
+        draw = random.Random(5)
+        for fixed in (None, 64):
+            pace = Pace(None, fixed)
+            for most in (100, 40, 60, 7):
+                for _ in range(draw.randrange(300)):  # in the middle of whatever is tried just then
+                    pace.observe(pace.batch_size, draw.uniform(0.1, 5), "ok", pace.in_flight * pace.batch_size)
+                pace.limit(most)
+                for _ in range(300):
+                    self.assertLessEqual(pace.batch_size, most)
+                    pace.observe(pace.batch_size, draw.uniform(0.1, 5), "ok", pace.in_flight * pace.batch_size)
+
+    def test_an_instant_server_gets_large_batches_at_once(self) -> None:
         pace = Pace(None, None)
+        texts = 0
+        while pace.batch_size < 64 and texts < 2000:
+            texts += pace.batch_size
+            pace.observe(pace.batch_size, 0.001, "ok", pace.in_flight * pace.batch_size)
+        self.assertLess(texts, 500)
 
-        def answer(seconds: float) -> None:
-            pace.observe(pace.batch_size, seconds, "ok", pace.in_flight * pace.batch_size)
-
-        for _ in range(300):
-            answer(0.02 * pace.batch_size / 4)
-        while not pace.reason.startswith("trying smaller requests"):
-            answer(5.0)
-        before = pace.batch_size
-        pace.limit(2 * before)  # less than the experiment began with, which is undone now
-        while pace.reason.startswith("trying smaller requests"):
-            answer(50.0)
-        self.assertTrue(pace.reason.startswith("smaller requests did not pay"), pace.reason)
-        self.assertEqual(pace.batch_size, 2 * before)
+    def test_the_bounds(self) -> None:
+        pace = Pace(None, None, 120.0, 20)
+        for _ in range(5000):  # the more is asked of it, the more it does
+            pace.observe(pace.batch_size, 0.1, "ok", pace.in_flight * pace.batch_size)
+            self.assertLessEqual(pace.in_flight, 20)
+            self.assertLessEqual(pace.batch_size, Pace.LARGEST_BATCH)
 
     def test_failures_sent_under_earlier_settings_do_not_count(self) -> None:
         pace = Pace(None, None)

@@ -35,7 +35,7 @@ class RealClient(Case):
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (1, 'Film 1')")
         self.succeed("--option", "num_ctx=512", "--dimensions", 4)
-        theirs, ours = (entry for entry in self.ollama.log() if entry["path"] == "/api/embed")
+        theirs, *_, ours = (entry for entry in self.ollama.log() if entry["path"] == "/api/embed")
         self.assertEqual(ours["texts"], theirs["texts"])
         self.assertEqual(ours["body"], {name: theirs["body"][name] for name in ours["body"]})
         self.assertEqual(self.stored(), {1: blob("Title: Film 1", 4)})

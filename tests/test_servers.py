@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -14,12 +13,12 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from embedgen import Away, Batch, Exchange, Lane, Pace, Servers, Stop
-from tests.ollama import Ollama
+from embedgen import Batch, Exchange, Pace, Scheduler, ServerAway, ServerProfile, ServerState, Stop
+from tests.ollama import Ollama, blob
 from tests.simulation import Slots, simulate_fleet
-from tests.support import ENGINES, SLOW_ENGINES, Case
-from tests.test_conversation import NAN, PROBE, REFUSED, TEXTS, VECTORS, Serve, error, good, script, wire
+from tests.support import SLOW_ENGINES, START_METHOD, Case
 
+NAN = "embedding contains NaN or Inf values"
 RATES = (50, 50, 100, 200)
 
 
@@ -29,25 +28,24 @@ def four(away: tuple[float, float] = (0.0, 0.0)) -> list[Slots]:
 
 
 class ServersInVirtualTime(unittest.TestCase):
-    def check(self, servers: list[Slots], rows: int, share: float) -> Servers:
+    def check(self, servers: list[Slots], rows: int, share: float) -> Scheduler:
         """All rows must be embedded, once each, in so much of what the servers could have done."""
         run = simulate_fleet(servers, rows)
         self.assertEqual(sorted(run.embedded), list(range(rows)))
         self.assertGreaterEqual(run.share(servers), share)
-        return run.fleet
+        return run.scheduler
 
     def test_four_servers_of_three_speeds(self) -> None:
         for rows in (400, 2000, 4000, 20_000):
             with self.subTest(rows=rows):
-                fleet = self.check(four(), rows, 0.97)
-                for lane, rate in zip(fleet.lanes, RATES):
-                    self.assertAlmostEqual(lane.embedded / rows, rate / sum(RATES), delta=0.02)
+                scheduler = self.check(four(), rows, 0.97)
+                for server, rate in zip(scheduler.servers, RATES):
+                    self.assertAlmostEqual(server.embedded / rows, rate / sum(RATES), delta=0.02)
 
     def test_the_fastest_is_killed_and_started_again(self) -> None:
         for away in ((1.0, 3.0), (3.0, 5.0), (4.2, 4.7), (2.0, 7.0)):
             with self.subTest(away=away):
-                fleet = self.check(four(away), 4000, 0.95)
-                self.assertGreater(fleet.lanes[3].absent, away[1] - away[0] - 0.1)
+                self.check(four(away), 4000, 0.95)
 
     def test_a_slow_server_does_not_hold_up_a_fast_one(self) -> None:
         self.check([Slots(1, 0.35), Slots(1, 3.0)], 60, 0.95)
@@ -56,211 +54,166 @@ class ServersInVirtualTime(unittest.TestCase):
 
     def test_a_fixed_number_in_flight_is_that_of_all_servers_together(self) -> None:
         for most in (1, 3, 10):
-            fleet = simulate_fleet(four(), 400, most).fleet
-            self.assertGreaterEqual(sum(lane.pace.in_flight for lane in fleet.lanes), most)
-            now, flying = 0.0, 0
-            while choice := fleet.choose(lambda: 1000, now):
-                fleet.launch(choice[0], [Any] * choice[1], 0, now)
-                flying += 1
-            self.assertEqual(flying, most)
+            scheduler = simulate_fleet(four(), 400, most).scheduler
+            self.assertGreaterEqual(sum(server.pace.in_flight for server in scheduler.servers), most)
+            in_flight = 0
+            while choice := scheduler.choose(lambda: 1000):
+                scheduler.launch(choice[0], [embedgen.Row(0, "", b"")] * choice[1], 0)
+                in_flight += 1
+            self.assertEqual(in_flight, most)
 
 
-def fleet_of(count: int, *rates: float) -> Servers:
-    """Return a fleet of servers, for some of which the texts/s are known."""
-    lanes = [Lane(place, SimpleNamespace(address=f"server {place}"), Pace(2, 8)) for place in range(count)]
-    for lane, rate in zip(lanes, rates):
-        lane.rate = rate
-    return Servers(lanes)
+ROWS = [embedgen.Row(key, f"text {key}", b"") for key in range(8)]
 
 
-ROWS: list[Any] = [None] * 8
+class SchedulerByHand(unittest.TestCase):
+    def scheduler(self, count: int, *rates: float, **settings: bool) -> Scheduler:
+        """Return a scheduler of servers, for some of which the texts/s are known."""
+        servers = []
+        for index in range(count):
+            protocol: Any = SimpleNamespace(address=f"server {index}", model="m")
+            servers.append(ServerState(index, protocol, Pace(2, 8)))
+        for server, rate in zip(servers, rates):
+            server.rate = rate
+        return Scheduler(servers, 1000, **settings)
 
-
-class FleetByHand(unittest.TestCase):
     def test_one_server_gets_what_its_pace_says_to_the_last_row(self) -> None:
-        fleet = fleet_of(1, 10.0)
+        scheduler = self.scheduler(1, 10.0)
         for _ in range(2):
-            self.assertEqual(fleet.choose(lambda: 3, 0.0), (fleet.lanes[0], 8))
-            fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
-        self.assertIsNone(fleet.choose(lambda: 3, 0.0))
+            self.assertEqual(scheduler.choose(lambda: 3), (scheduler.servers[0], 8))
+            scheduler.launch(scheduler.servers[0], ROWS, 0)
+        self.assertIsNone(scheduler.choose(lambda: 3))
 
     def test_a_server_that_is_not_known_is_tried_first_and_with_little(self) -> None:
-        fleet = fleet_of(2, 100.0)
-        self.assertEqual(fleet.choose(lambda: 1000, 0.0), (fleet.lanes[1], 2))
+        scheduler = self.scheduler(2, 100.0)
+        self.assertEqual(scheduler.choose(lambda: 1000), (scheduler.servers[1], 2))
 
     def test_near_the_end_a_slow_server_gets_nothing_that_a_fast_one_has_done_before(self) -> None:
-        fleet = fleet_of(2, 100.0, 1.0)
-        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
-        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
-        self.assertIsNone(fleet.choose(lambda: 8, 0.0))  # 24 texts are a quarter of a second's work
-        choice = fleet.choose(lambda: 1000, 0.0)
+        scheduler = self.scheduler(2, 100.0, 1.0)
+        scheduler.launch(scheduler.servers[0], ROWS, 0)
+        scheduler.launch(scheduler.servers[0], ROWS, 0)
+        self.assertIsNone(scheduler.choose(lambda: 24))  # which are a quarter of a second's work
+        choice = scheduler.choose(lambda: 1000)
         assert choice
-        self.assertIs(choice[0], fleet.lanes[1])
-
-    def test_near_the_end_nobody_waits_for_a_fast_server_that_is_late(self) -> None:
-        fleet = fleet_of(2, 100.0, 1.0)
-        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
-        fleet.launch(fleet.lanes[0], ROWS, 0, 0.0)
-        self.assertIsNone(fleet.choose(lambda: 1, 0.2))
-        choice = fleet.choose(lambda: 1, 5.0)
-        assert choice
-        self.assertIs(choice[0], fleet.lanes[1])
+        self.assertIs(choice[0], scheduler.servers[1])
 
     def test_what_a_server_leaves_undone_goes_to_the_others_in_their_sizes(self) -> None:
-        fleet = fleet_of(2, 10.0, 10.0)
-        batch = fleet.launch(fleet.lanes[0], list(range(8)), 0, 0.0)  # type: ignore[arg-type]
-        fleet.land(batch, 1.0)
-        self.assertIn("server 0 is away", fleet.lose(batch, Away("refused"), 1.0))
-        choice = fleet.choose(lambda: 8, 1.0)
+        scheduler = self.scheduler(2, 10.0, 10.0)
+        batch = scheduler.launch(scheduler.servers[0], ROWS, 0)
+        scheduler.land(batch)
+        self.assertIn("server 0 is away", scheduler.lose(batch, ServerAway("refused"), 1.0))
+        choice = scheduler.choose(lambda: 8)
         assert choice
-        self.assertIs(choice[0], fleet.lanes[1])
-        self.assertEqual(fleet.take_returned(5), ([0, 1, 2, 3, 4], 1))
-        self.assertEqual(fleet.take_returned(5), ([5, 6, 7], 1))
-        self.assertEqual(fleet.returned, [])
+        self.assertIs(choice[0], scheduler.servers[1])
+        self.assertEqual(scheduler.take_returned(5), (ROWS[:5], 1))
+        self.assertEqual(scheduler.take_returned(5), (ROWS[5:], 1))
+        self.assertEqual(scheduler.returned, [])
 
     def test_a_server_is_probed_less_and_less_often(self) -> None:
-        fleet = fleet_of(2)
-        fleet.lose(Batch(ROWS, 8, fleet.lanes[0]), Away("refused"), 0.0)
+        scheduler = self.scheduler(2)
+        scheduler.lose(Batch(scheduler.servers[0], [], True, ROWS), ServerAway("refused"), 0.0)
         now, probes = 0.0, []
         while now < 100:
-            for question in fleet.to_probe(now):
+            for question in scheduler.probes(now):
                 probes.append(now)
-                fleet.lose(question, Away("refused"), now)
+                scheduler.lose(question, ServerAway("refused"), now)
             now += 0.05
         self.assertLess(len(probes), 60)
         self.assertLess(max(later - one for one, later in zip(probes, probes[1:])), 100 / 8 + 0.1)
-        self.assertEqual(fleet.to_probe(now), [])  # not before it is due
-        self.assertEqual(fleet.welcome(fleet.lanes[0], 100.0), "server 0 is back after 100.0 s")
+        self.assertEqual(scheduler.probes(now), [])  # not before it is due
+        news = scheduler.greet(scheduler.servers[0], ServerProfile(blob("x")), 100.0)
+        self.assertEqual(news, "server 0 is back after 100.0 s")
 
     def test_the_run_is_given_up_when_all_have_been_away_for_long(self) -> None:
-        fleet = fleet_of(2)
-        fleet.lose(Batch(ROWS, 8, fleet.lanes[0]), Away("refused"), 0.0)
-        self.assertIsNone(fleet.given_up(1000.0))
-        fleet.lose(Batch(ROWS, 8, fleet.lanes[1]), Away("refused"), 1000.0)
-        self.assertIsNone(fleet.given_up(1119.0))
-        stop = fleet.given_up(1121.0)
+        scheduler = self.scheduler(2)
+        scheduler.lose(Batch(scheduler.servers[0], [], True, ROWS), ServerAway("refused"), 0.0)
+        self.assertIsNone(scheduler.given_up(1000.0))
+        scheduler.lose(Batch(scheduler.servers[1], [], True, ROWS), ServerAway("refused"), 1000.0)
+        self.assertIsNone(scheduler.given_up(1119.0))
+        stop = scheduler.given_up(1121.0)
         assert stop
         self.assertIn("server 0 since 1121 s: refused; server 1 since 121 s: refused", stop.message)
 
     def test_waiting_as_long_as_it_is_asked_to_is_not_trying(self) -> None:
-        fleet = fleet_of(2)
-        busy = Away("busy")
-        busy.wait = 300.0
-        for lane in fleet.lanes:
-            fleet.lose(Batch(ROWS, 8, lane), busy, 0.0)
-        self.assertEqual(fleet.to_probe(299.0), [])
-        self.assertIsNone(fleet.given_up(400.0))
-        self.assertIsNotNone(fleet.given_up(421.0))
+        scheduler = self.scheduler(2)
+        for server in scheduler.servers:
+            scheduler.lose(Batch(server, [], True, ROWS), ServerAway("busy", retry_after=300.0), 0.0)
+        self.assertEqual(scheduler.probes(299.0), [])
+        self.assertIsNone(scheduler.given_up(400.0))
+        self.assertIsNotNone(scheduler.given_up(421.0))
 
     def test_a_server_of_no_use_is_not_asked_again(self) -> None:
-        fleet = fleet_of(2)
-        question = Batch([], 0, fleet.lanes[0])
-        fleet.lose(question, Away("refused"), 0.0)
-        self.assertIn("another model", fleet.lose(question, Stop("server 0 has another model."), 1.0))
-        self.assertEqual((fleet.lose(question, Away("refused"), 2.0), fleet.to_probe(1000.0)), ("", []))
+        scheduler = self.scheduler(2)
+        question = Batch(scheduler.servers[0], None, True)
+        scheduler.lose(question, ServerAway("refused"), 0.0)
+        self.assertIn("another model", scheduler.lose(question, Stop("server 0 has another model."), 1.0))
+        self.assertEqual((scheduler.lose(question, ServerAway("refused"), 2.0), scheduler.probes(1000.0)), ("", []))
 
     def test_a_batch_that_every_server_leaves_undone_ends_the_run(self) -> None:
-        fleet, moves = fleet_of(2), 0
-        while fleet.can_spare(Batch(ROWS, 8, fleet.lanes[0], moves)):
+        scheduler, moves = self.scheduler(2), 0
+        while (batch := scheduler.launch(scheduler.servers[0], ROWS, moves)).movable:
             moves += 1
-        self.assertEqual(moves, 6)
+        self.assertEqual(moves, 3)
+        with self.assertRaises(ServerAway):
+            list(embedgen.handle(scheduler, batch, ServerAway("crashed"), 0.0))
 
-    def test_what_comes_from_a_server_that_is_missed_counts_only_once_it_is_known_to_be_the_same(self) -> None:
-        fleet = fleet_of(2)
-        engine = embedgen.Engine(fleet, embedgen.Interrupt())
-        first, second, third = (fleet.launch(fleet.lanes[0], ROWS, 0, 0.0) for _ in range(3))
-        answers: list[Any] = [b"1234" * 8] * 8
-        list(engine.hear(first, Away("refused")))
-        self.assertEqual(list(engine.hear(second, answers)), [])
-        news, result = engine.hear(Batch([], 0, fleet.lanes[0]), answers[:1])
-        self.assertIn("is back", news.what)  # type: ignore[union-attr]
-        self.assertEqual(result, embedgen.Result(ROWS, answers))
-        self.assertEqual(fleet.returned, [(ROWS, 1)])
-        list(engine.hear(fleet.launch(fleet.lanes[0], ROWS, 0, 0.0), Away("refused")))
-        self.assertEqual(list(engine.hear(third, answers)), [])
-        list(engine.hear(Batch([], 0, fleet.lanes[0]), Stop("another model")))
-        self.assertEqual(len(fleet.returned), 3)
+    def test_what_comes_from_a_server_that_is_missed_is_embedded_by_others(self) -> None:
+        scheduler = self.scheduler(2)
+        first, second = (scheduler.launch(scheduler.servers[0], ROWS, 0) for _ in range(2))
+        answers: list[Any] = [embedgen.Embedding(blob("x"))] * 8
+        [news] = embedgen.handle(scheduler, first, ServerAway("refused"), 0.0)
+        self.assertIn("is away", news.event)  # type: ignore[union-attr, operator]
+        self.assertEqual(list(embedgen.handle(scheduler, second, answers, 0.0)), [])
+        self.assertEqual(scheduler.returned, [(row, moves) for moves in (1, 0) for row in ROWS])
 
-    def test_servers_are_greeted_side_by_side(self) -> None:
-        for name in ENGINES:
-            with self.subTest(engine=name):
-                fleet, begun = fleet_of(3), []
+    def test_servers_that_do_not_give_the_same_vectors_do_not_work_together(self) -> None:
+        one, other = blob("x"), blob("y")
+        for first, second, words in (
+            (ServerProfile(one), ServerProfile(one), ""),
+            (ServerProfile(one, "sha256:a"), ServerProfile(one, "sha256:a"), ""),
+            (ServerProfile(one, "sha256:a"), ServerProfile(one), ""),  # it does not tell
+            (
+                ServerProfile(one, "sha256:a"),
+                ServerProfile(one, "sha256:b"),
+                r'another model "m" \(b\) than server 0 \(a\)',
+            ),
+            (ServerProfile(one), ServerProfile(other), "other vectors than server 0 .*cosine"),
+            (ServerProfile(one), ServerProfile(blob("x", 16)), "16 and 8 dimensions"),
+        ):
+            scheduler = self.scheduler(3)
+            scheduler.greet(scheduler.servers[0], first, 0.0)
+            if not words:
+                scheduler.greet(scheduler.servers[1], second, 0.0)
+                continue
+            for server in scheduler.servers[1:]:  # one that was refused is no reason to refuse others, or not to
+                with self.assertRaisesRegex(Stop, words):
+                    scheduler.greet(server, second, 0.0)
+            scheduler.greet(scheduler.servers[1], first, 0.0)
+            with self.assertRaisesRegex(Stop, words.replace("server 0", "it did before") if "cosine" in words else ""):
+                scheduler.greet(scheduler.servers[0], second, 0.0)
+        scheduler = self.scheduler(2, accept_drift=True)
+        for server, vector in zip(scheduler.servers, (one, other)):
+            scheduler.greet(server, ServerProfile(vector), 0.0)
+        with self.assertRaises(Stop):
+            scheduler.greet(scheduler.servers[1], ServerProfile(blob("x", 16)), 0.0)
 
-                def greet(place: int, begun: list[int] = begun) -> embedgen.Conversation:
-                    begun.append(place)
-                    for _ in range(200):  # one after another, none would ever see the others begin
-                        if len(begun) == 3:
-                            raise Away(f"gone {place}")
-                        yield embedgen.Wait(0.01)
-                    return []
-
-                for lane in fleet.lanes:
-                    lane.wire.server = embedgen.parse_server("localhost")
-                engine = embedgen.ENGINES[name](fleet, embedgen.Interrupt())
-                with contextlib.closing(engine):
-                    said = engine.hold(*((lane, greet(lane.place)) for lane in fleet.lanes))
-                self.assertEqual([str(one) for one in said], ["gone 0", "gone 1", "gone 2"])
-
-    def test_vectors_of_another_length_are_not_taken(self) -> None:
-        fleet = fleet_of(2)
-        self.assertIsNone(fleet.check(Batch(ROWS, 8, fleet.lanes[0]), ["failed", b"1234" * 8]))
-        self.assertIsNone(fleet.check(Batch(ROWS, 8, fleet.lanes[1]), [b"1234" * 8]))
-        stop = fleet.check(Batch(ROWS, 8, fleet.lanes[1]), [b"1234" * 16])
-        assert stop
-        self.assertIn("server 1 gives vectors of 16 dimensions, and the others of 8", stop.message)
+    def test_limits_that_two_batches_find_at_one_time(self) -> None:
+        server = self.scheduler(1).servers[0]
+        for most in (10, 20):
+            server.learn({"most_texts": most})
+        self.assertEqual((server.profile.most_texts, server.pace.batch_size), (10, 8))
+        for long_from in (100, 151):  # but a text that was taken shows that longer ones are
+            server.learn({"long_from": long_from})
+        self.assertEqual(server.profile.long_from, 151)
 
     def test_the_rate_follows_the_answers(self) -> None:
-        lane = fleet_of(1).lanes[0]
-        lane.observe(Exchange(8, 2.0, "ok"), 16)
-        self.assertEqual(lane.rate, 8.0)
-        lane.observe(Exchange(8, 9.0, "failed"), 16)
-        lane.observe(Exchange(8, 1.0, "ok"), 18)
-        self.assertAlmostEqual(lane.rate, 8.0 + (18.0 - 8.0) * Lane.WEIGHT)
-        self.assertEqual(lane.embedded, 16)
-
-
-class Leaving(unittest.TestCase):
-    """When a conversation leaves its texts to other servers."""
-
-    def talk(self, serve: Serve) -> tuple[Any, float]:
-        """Return the answers, or what was raised instead, and the seconds waited."""
-        conversation = embedgen.Talk(wire(dimensions=8), lambda: 0.5, movable=True).embed(list(TEXTS), "cut")
-        waited, reply = 0.0, None
-        try:
-            while True:
-                step = conversation.send(reply)
-                reply = None
-                if isinstance(step, embedgen.Send):
-                    reply = serve(PROBE if embedgen.KNOWN_GOOD.encode() in step.body else TEXTS)
-                elif isinstance(step, embedgen.Wait):
-                    waited += step.seconds
-        except StopIteration as end:
-            return end.value, waited
-        except Stop as stop:
-            return stop, waited
-
-    def test_at_once_if_nobody_is_there(self) -> None:
-        stop, waited = self.talk(script(REFUSED))
-        self.assertIsInstance(stop, Away)
-        self.assertEqual((stop.reason, waited), ("connection refused", 0.0))
-
-    def test_after_some_seconds_if_it_is_busy(self) -> None:
-        stop, waited = self.talk(lambda texts: error(503, "server busy"))
-        self.assertIsInstance(stop, Away)
-        self.assertTrue(3.0 < waited < 15.0)
-        self.assertEqual(self.talk(script(error(503, "server busy")))[0], VECTORS)  # but not for once
-
-    def test_at_once_if_it_asks_for_a_long_wait(self) -> None:
-        stop, waited = self.talk(script(error(429, "slow down", retry_after=60.0)))
-        self.assertEqual((type(stop), stop.wait, waited), (Away, 60.0, 0.0))
-
-    def test_not_if_the_texts_may_be_to_blame(self) -> None:
-        dead = error(500, "llama runner process has terminated")
-        answers, _ = self.talk(lambda texts: good(texts) if texts == PROBE else dead)
-        self.assertNotIsInstance(answers, Away)
-        stop, waited = self.talk(lambda texts: dead)  # but the server is: it cannot bear the known-good text either
-        self.assertIsInstance(stop, Away)
-        self.assertLess(waited, 30.0)
+        server = self.scheduler(1).servers[0]
+        server.observe(Exchange(8, 2.0, "ok"), 16)
+        self.assertEqual(server.rate, 8.0)
+        server.observe(Exchange(8, 9.0, "failed"), 16)
+        server.observe(Exchange(8, 1.0, "ok"), 18)
+        self.assertAlmostEqual(server.rate, 8.0 + (18.0 - 8.0) * ServerState.WEIGHT)
+        self.assertEqual(server.embedded, 16)
 
 
 class SeveralServers(Case):
@@ -288,6 +241,7 @@ class SeveralServers(Case):
         self.other.reset()
         return (*self.two, "--engine", engine)
 
+    @unittest.skipIf(START_METHOD == "spawn", "all may be done before a second worker has started")
     def test_they_share_the_work(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
@@ -297,12 +251,11 @@ class SeveralServers(Case):
                 self.assertEqual(self.succeed(*flags).tally, (300, 0, 0))
                 self.assert_complete()
                 asked = [server.texts() for server in (self.ollama, self.other)]
-                self.assertEqual(len(asked[0] + asked[1]), len({*asked[0], *asked[1]}))
+                self.assertEqual(len(asked[0] + asked[1]) - 2 * 2, 300)
                 self.assertGreater(min(map(len, asked)), 50)
+                known = 2  # the known-good text, in decimals and base64
                 for server, texts in zip((self.ollama, self.other), asked):
-                    said = (
-                        rf"{server.url}: {len(texts)} texts, [\d.]+ texts/s, away for 0.0 s; at the end \d+ in flight"
-                    )
+                    said = rf"{server.url}: {len(texts) - known} texts, [\d.]+ texts/s; at the end \d+ in flight"
                     self.assertRegex(self.log(), said)
 
     def test_each_is_asked_over_the_paths_that_it_has(self) -> None:
@@ -318,13 +271,13 @@ class SeveralServers(Case):
                     self.assert_complete()
                     ways = [f"{self.ollama.url}: vectors come as {lean}", f"{self.other.url}: vectors come as {way}"]
                     self.assertEqual(sorted(re.findall(r"http\S*: vectors come as .*", self.log())), sorted(ways))
-                    self.assertNotIn("/api/embed", [entry["path"] for entry in self.ollama.log()])
+                    self.assertEqual([entry["path"] for entry in self.ollama.log()].count("/api/embed"), 1)
 
     def test_one_server_alone_in_the_flags(self) -> None:
         self.make_movies(3)
         self.refuse(2, *self.two, "--server", self.ollama.url + "/", words=[self.ollama.url, "twice"])
         self.refuse(2, "--server", "hash:", "--server", self.ollama.url, words=["hash:"])
-        self.refuse(2, "--server", self.ollama.url, "--server", " ", words=["--server is empty"])
+        self.refuse(2, "--server", self.ollama.url, "--server", " ", words=["is not a value"])
         self.refuse(2, *self.two, "--server", "ftp://x", words=["ftp://x"])
 
     def test_another_model_of_that_name(self) -> None:
@@ -335,7 +288,7 @@ class SeveralServers(Case):
                     self.other.configure(models={"nomic-embed-text": {"digest": "sha256:" + "5" * 64}})
                     words = [self.ollama.url, self.other.url, '"nomic-embed-text"', "555555555555", "ollama pull"]
                     self.refuse(3, *self.two, "--engine", engine, "--model", name, words=words)
-        self.assertEqual(self.ollama.texts() + self.other.texts(), [])
+        self.assertEqual({*self.ollama.texts(), *self.other.texts()}, {embedgen.KNOWN_GOOD})
         self.other.configure(models={"bge-m3": {}})
         self.refuse(3, *self.two, words=[self.other.url, "ollama pull nomic-embed-text"])
 
@@ -426,7 +379,7 @@ class SeveralServers(Case):
                 self.wait_for(lambda: "is away" in self.log(), "it is missed")
                 self.other.current["models"] = {"nomic-embed-text": {"seed": "another"}}
                 self.other.start()
-                self.wait_for(lambda: "come back with other vectors" in self.log(), "it is turned down")
+                self.wait_for(lambda: "gives other vectors than" in self.log(), "it is turned down")
                 self.ollama.configure(seconds_per_text=0)
                 process.communicate(timeout=60)
                 self.assertEqual(process.returncode, 0)
@@ -447,7 +400,7 @@ class SeveralServers(Case):
             with self.subTest(engine=engine):
                 flags = self.again(engine)
                 self.make_movies(100)
-                self.both(next=["ok"] * 4, faults={"reset": 1.0})
+                self.both(next=["ok"] * 6, faults={"reset": 1.0})
                 with mock.patch.multiple(embedgen, PATIENCE=0.4):
                     done = self.run_program(*flags, "--batch-size", 4)
                 self.assertEqual(done.code, 3)
@@ -469,22 +422,16 @@ class SeveralServers(Case):
 
     def test_other_dimensions_from_one_of_them(self) -> None:
         for engine in SLOW_ENGINES:
-            with self.subTest(engine=engine):
-                flags = self.again(engine)
-                self.make_movies(60)
-                self.both(show=False, shuffle=0.01)
-                same = "5" * 64  # nothing tells before the first vectors come
-                self.ollama.configure(models={"nomic-embed-text": {"digest": same}})
-                self.other.configure(models={"nomic-embed-text": {"digest": same, "dimensions": 16}})
-                done = self.run_program(*flags)
-                self.assertEqual((done.code, done.tally), (0, (60, 0, 0)))
-                self.assertRegex(done.err, r"\Awarning: .* dimensions.*\n\Z")
-                self.assertEqual(len(set(map(len, self.stored().values()))), 1)
-                self.database.unlink()
-                self.make_movies(60)
-                done = self.run_program(*flags, "--dimensions", 8)
-                self.assertEqual((done.code, done.tally), (0, (60, 0, 0)))
-                self.assert_complete()
+            for settings in ({"show": False}, {"show": True}):
+                with self.subTest(engine=engine, settings=settings):
+                    flags = self.again(engine)
+                    self.make_movies(60)
+                    self.both(**settings)
+                    same = "5" * 64  # the digest does not tell
+                    self.ollama.configure(models={"nomic-embed-text": {"digest": same}})
+                    self.other.configure(models={"nomic-embed-text": {"digest": same, "dimensions": 16}})
+                    self.refuse(3, *flags, words=[self.other.url, "16 and 8 dimensions"])
+                    self.assertEqual(self.execute("SELECT name FROM sqlite_master"), [("movies",)])
 
     @unittest.skipIf(os.name == "nt", "Windows has no such signals")
     def test_an_interrupt_while_one_is_away(self) -> None:

@@ -1,0 +1,109 @@
+"""--dry-run says how long the run will take: within a quarter of what the server's pace makes of so many rows."""
+
+from __future__ import annotations
+
+import json
+import unittest
+from typing import Any
+
+from tests.ollama import Ollama
+from tests.support import FULL, ROOT, Case, OnPostgres
+
+ROWS = 20_000  # so many that what comes before the first of them is not worth mentioning
+
+
+class EstimateCase(Case):
+    """The server computes one text at a time, in the same time for each, so that no run can be quicker."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.make_movies(ROWS)
+
+    def pace(self, rate: float, **more: Any) -> None:
+        """Have the server embed so many texts a second."""
+        self.ollama.configure(slots=1, seconds_per_text=1 / rate, **more)
+
+    def assert_honest(self, rate: float, rows: int = ROWS, *given: object) -> None:
+        """The estimate must be near rows / rate. A busy machine can only make it longer: the best of three counts."""
+        found = []
+        for _ in range(3):
+            facts = json.loads(self.succeed("--dry-run", "--json", *given).out)
+            self.assertEqual(facts["would_generate"], rows)
+            found.append(facts["seconds"])
+            self.assertGreaterEqual(facts["seconds"], 0.75 * rows / rate)
+            if facts["seconds"] <= 1.25 * rows / rate:
+                return
+        self.fail(f"{rows} rows at {rate} a second take {rows / rate:.1f} s; estimated were {found}")
+
+
+class Paces(EstimateCase):
+    """Whatever the server's pace, and however far away it is."""
+
+    def test_a_server_of_each_pace(self) -> None:
+        for rate in (5, 50, 500):
+            with self.subTest(rate=rate):
+                self.pace(rate)
+                self.assert_honest(rate)
+
+    def test_a_server_far_away(self) -> None:
+        self.pace(50, connecting=0.3)
+        self.assert_honest(50)
+
+    def test_a_server_whose_answers_come_from_far(self) -> None:
+        self.pace(50, network=0.1)  # while one request is under way the next is computed
+        self.assert_honest(50)
+
+    def test_a_model_that_must_be_loaded(self) -> None:
+        self.pace(50, load_seconds=0.5)
+        self.assert_honest(50)
+
+
+@unittest.skipUnless(FULL, "takes seconds; Ollama's own protocol is timed in every run")
+class PacesOverOpenAI(Paces):
+    """The same over the other protocol."""
+
+    path = "/v1"
+
+
+@unittest.skipUnless(FULL, "takes seconds; Ollama's own protocol is timed in every run")
+class PaceOverTLS(Case):
+    """Handshakes are not rows."""
+
+    def test_a_server_behind_tls(self) -> None:
+        folder = ROOT / "tests" / "data" / "tls"
+        self.make_movies(ROWS)
+        server = Ollama(str(folder / "good.pem"), str(folder / "good.key"), slots=1, seconds_per_text=1 / 50)
+        self.addCleanup(server.close)
+        server.configure(connecting=0.2)
+        for path in ("", "/v1"):
+            with self.subTest(path=path):
+                flags = ("--server", server.url + path, "--ca-file", folder / "root.pem")
+                seconds = json.loads(self.succeed("--dry-run", "--json", *flags).out)["seconds"]
+                self.assertGreaterEqual(seconds, 0.75 * ROWS / 50)
+                self.assertLessEqual(seconds, 1.25 * ROWS / 50)
+
+
+class Counted(EstimateCase):
+    """Whatever is left to do."""
+
+    def test_rows_that_are_done_and_a_limit(self) -> None:
+        self.succeed("--where", "id <= 600")
+        self.pace(50)
+        self.assert_honest(50, ROWS - 600)
+        self.assert_honest(50, 1000, "--limit", 1000)
+
+    def test_the_run_takes_as_long(self) -> None:
+        self.execute("DELETE FROM movies WHERE id > 60")
+        self.pace(50, connecting=0.1)
+        estimated = json.loads(self.succeed("--dry-run", "--json").out)["seconds"]
+        taken = json.loads(self.succeed("--json").out)["seconds"]
+        self.assertGreaterEqual(taken, 1.0)  # of 1.2: the first texts are embedded before the clock starts
+        self.assertLessEqual(estimated, 1.25 * max(taken, 1.2))
+
+
+class CountedOnPostgres(OnPostgres, Counted):
+    """The same on Postgres."""
+
+
+if __name__ == "__main__":
+    unittest.main()
