@@ -4830,12 +4830,6 @@ def take_log(folder: str, name: str) -> tuple[str, Any]:
     return os.path.join(folder, f"{name}.log"), None
 
 
-def put_aside(log: str, target: str) -> None:
-    """Rename a log that is full; on Windows one that somebody reads cannot be renamed, and grows."""
-    with contextlib.suppress(OSError):
-        os.rename(log, target)
-
-
 class Log:
     """The log of a run; none without settings, in a run that only reads, or where it cannot be written."""
 
@@ -4858,6 +4852,13 @@ class Log:
             self.give_up(error)
             return
         handler.setFormatter(logging.Formatter(LOG_FORMAT))
+
+        def put_aside(log: str, target: str) -> None:
+            try:
+                os.rename(log, target)
+            except OSError:  # on Windows, where somebody reads it: it grows, and the older ones stay
+                handler.maxBytes = 0
+
         handler.rotator = put_aside
         handler.handleError = lambda record: self.give_up(cast(Exception, sys.exc_info()[1]))
         self.logger = logging.Logger("embedgen", logging.DEBUG if settings.verbose else logging.INFO)
