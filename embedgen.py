@@ -3716,7 +3716,8 @@ class Postgres(Database):
             except self.driver_error as error:
                 raise self.judge(error)[1] from error
             finally:
-                builder.cancel()
+                with contextlib.suppress(self.driver_error):
+                    builder.cancel()
 
     def claims(self, coverage: Coverage, digest: str) -> Claims | None:
         """Join the other machines that fill the same target; raise Forbidden if there is no place to do so."""
@@ -4284,8 +4285,8 @@ class Claims:
     def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows that this machine claims; None: there is none right now, but other machines may leave some.
 
-        The end is a scan of the whole table after which no other machine is at work, nor has left claims that it took
-        with it; those of `ignored` claims the scan has not wanted.
+        It ends after a scan of the whole table, when no other machine is at work and no claim is left by one that is
+        gone. `ignored` is how many such claims the last scan has left, since their rows are not pending.
         """
         ignored = 0
         while True:
@@ -4390,11 +4391,11 @@ class Claims:
         """Leave what is not done to the others at once; where Postgres is away, they wait for the claims to expire."""
         if not self.db.connection.closed:
             with contextlib.suppress(Stop):
+                self.renew()
                 self.db.exclusively(self.leave)
 
     def leave(self) -> None:
         """Say that this machine is gone, and leave no rows behind if it was the last; within a transaction."""
-        self.renew()
         self.db.execute(f"UPDATE {self.claims} SET expires = '-infinity' WHERE {self.is_mine}")
         self.forget_ended_jobs()
         if not self.db.execute(f"SELECT 1 FROM {self.claims} LIMIT 1"):
