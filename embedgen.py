@@ -3196,8 +3196,7 @@ class SQLite(Database):
             self.encoding = self.value("SELECT encoding FROM pragma_encoding")  # fails unless it is a database
             opened.pop_all()
         self.query(f"PRAGMA cache_size = -{CACHE_KIB}")
-        if reads_only:  # what is only shown may be no text; a key that is none would be another key
-            self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
@@ -3768,6 +3767,8 @@ class Source(NamedTuple):
 
     def row(self, key: Any, text: str) -> Row:
         """Return a row to embed, given its key and its text without the prefix."""
+        if isinstance(key, str) and "\ufffd" in key:  # as SQLite's are read where they are no text
+            raise Stop(f"the key {key!r} is not valid UTF-8, and could not be found again. Exclude it with --where.")
         return Row(key, text, digest_of(self.prefix + text))
 
     @classmethod

@@ -511,7 +511,7 @@ class Keys(Case):
         self.execute("INSERT INTO movies VALUES (CAST(x'ff41' AS TEXT), 'a'), ('b', 'b')")
         done = self.run_program()
         self.assertEqual(done.code, 3)
-        self.assertIn("Could not decode", done.err)
+        self.assertIn("not valid UTF-8", done.err)
 
 
 if __name__ == "__main__":
