@@ -83,6 +83,7 @@ class PaceOverTLS(Case):
                 self.assertLessEqual(seconds, 1.25 * ROWS / 50)
 
 
+@unittest.skipUnless(FULL, "takes seconds; the pace alone is compared in every run")
 class Counted(EstimateCase):
     """Whatever is left to do."""
 

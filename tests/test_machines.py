@@ -120,6 +120,7 @@ class ElsewhereByTime(Elsewhere):
     there: ClassVar[dict[str, str]] = {"PGDATESTYLE": "Postgres, MDY"}
 
 
+@unittest.skipUnless(FULL, "takes seconds; other versions are refused in test_servers, too")
 class OtherVersions(Case):
     """Two servers, on which the model is replaced by another version while they are at work."""
 
