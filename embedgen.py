@@ -54,6 +54,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from array import array as Array
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -145,6 +146,7 @@ class Interrupt:
         self.code = self.code or 128 + number
         if force:
             self.forced = True
+            warnings.simplefilter("ignore")  # of coroutines that are made and then never awaited
             raise KeyboardInterrupt
 
     def on_unraisable(self, unraisable: Any) -> None:
