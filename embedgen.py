@@ -2394,6 +2394,18 @@ class ProcessEngine:
 
 
 Engine = Union[AsyncEngine, ProcessEngine]
+
+
+def kill_workers() -> None:
+    """Kill worker processes that are left where a second signal has broken off their engine's end.
+
+    Python waits for them when it exits, and they ignore what it sends them.
+    """
+    multiprocessing: Any = sys.modules.get("multiprocessing")
+    for worker in multiprocessing.active_children() if multiprocessing else []:
+        worker.kill()
+
+
 ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngine}
 
 
@@ -5540,6 +5552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = fail(error, console, log, given)
         finally:
             interrupt.ignore_signals()
+            kill_workers()
             log.close()
     except KeyboardInterrupt:  # a first signal, while something else was reported
         code = interrupt.code
