@@ -95,7 +95,7 @@ class Folder(Case):
         self.assertGreater(len(keys), 20)
 
     def test_four_runs_at_once_lose_no_line(self) -> None:
-        # 50 MB in all, with the log's real size, or less; one log has room for all, if no two runs are at it at one time.
+        # 50 MB in all with the log's real size, or less. One log has room for all, should no two runs overlap.
         rows, width, constants = (25_000, 400, {}) if FULL else (400, 100, {"LOG_BYTES": 80_000})
         for number in range(4):
             self.make_failing_rows(self.folder / f"{number}.db", rows)
