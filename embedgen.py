@@ -4261,7 +4261,11 @@ class Claims:
         # The statement that saves also removes the claims, or settles them if what is saved must not be done again.
         done = f"UPDATE {self.claims} SET settled = true" if settings.force else f"DELETE FROM {self.claims}"
         of_batch = f"c.{self.key} = ANY ($1::text[]::{self.key_type}[]) AND {self.is_mine}"
-        self.write = db.vector_writer(coverage, settings.model, f", released AS ({done} WHERE {of_batch})")
+        # And counts at that moment, so that to a machine that joins no row is done and not yet counted.
+        machine = f"{self.is_mine} AND c.{self.key} IS NULL"
+        count = f"UPDATE {self.claims} SET saved = saved + (SELECT count(*) FROM saved) WHERE {machine}"
+        also = f", released AS ({done} WHERE {of_batch}), counted AS ({count})"
+        self.write = db.vector_writer(coverage, settings.model, also)
         self.began, self.saved = time.monotonic(), 0  # rows, by this machine
         self.held: set[Any] = set()  # keys that are claimed, and neither saved nor settled
         self.unsent: dict[str, bool] = {}  # keys to be settled, and whether they have failed
