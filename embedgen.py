@@ -1716,16 +1716,14 @@ class Scheduler:
             return up[0], up[0].pace.batch_size
         if new := [server for server in room if not server.rate]:
             return new[0], -(-new[0].pace.batch_size // self.UNKNOWN)
-        rows = max(left(), 0) or sys.maxsize
-        seconds = rows / sum(server.rate for server in up)  # until all are done, if all are done at one moment
-        sizes = []
-        for server in room:
+        seconds = (max(left(), 0) or sys.maxsize) / sum(
+            server.rate for server in up
+        )  # until all are done at one moment
+        for server in sorted(room, key=lambda server: (server.texts + 1) / server.rate):  # the soonest idle first
             most, share = server.pace.batch_size, seconds * server.rate - server.texts
             size = int(min(most, max(-(-most // self.SMALLEST), share / 2)))
-            sizes.append(((server.texts + size) / server.rate, server.index, size, share))
-        for _, index, size, share in sorted(sizes):  # the first that would be done, unless others would be before it
-            if share >= size / 2 or not in_flight:
-                return self.servers[index], size
+            if share >= size / 2 or not in_flight:  # otherwise others are done before it would be
+                return server, size
         return None
 
     def launch(self, server: ServerState, rows: list[Row], moves: int) -> Batch:
@@ -2965,14 +2963,15 @@ def page_sql(coverage: Coverage, condition: str, rows: int) -> str:
 
     Rows whose texts are beyond PAGE_CHARACTERS are left for the next page, before they are sent.
     """
-    key = coverage.source.key_sql
-    return (
-        "SELECT key, text FROM (SELECT key, text, "
-        "sum(length(text)) OVER (ORDER BY key) - length(text) AS before FROM ("
-        f"SELECT {key} AS key, {coverage.source.text_sql} AS text FROM {coverage.source.from_sql} AS s "
-        f"WHERE {condition} AND {coverage.pending_sql} ORDER BY {key} LIMIT {rows}"
-        f") AS page) AS sized WHERE before < {PAGE_CHARACTERS} ORDER BY key"
-    )
+    source, key = coverage.source, coverage.source.key_sql
+    return f"""
+        SELECT key, text FROM (
+            SELECT key, text, sum(length(text)) OVER (ORDER BY key) - length(text) AS before FROM (
+                SELECT {key} AS key, {source.text_sql} AS text FROM {source.from_sql} AS s
+                WHERE {condition} AND {coverage.pending_sql} ORDER BY {key} LIMIT {rows}
+            ) AS page
+        ) AS sized WHERE before < {PAGE_CHARACTERS} ORDER BY key
+    """
 
 
 def primary_key(columns: dict[str, Column]) -> list[str]:
@@ -3154,25 +3153,25 @@ class SQLite(Database):
 
     catalogue = Catalogue(
         table_names="SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'",
-        find_table=(
-            "SELECT ?2, name, type = 'table' FROM sqlite_master WHERE type IN ('table', 'view') "
-            "AND name COLLATE NOCASE IN (?1, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) END)"
-        ),
+        find_table="""
+            SELECT ?2, name, type = 'table' FROM sqlite_master WHERE type IN ('table', 'view')
+            AND name COLLATE NOCASE IN (?1, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) END)
+        """,
         place_table="SELECT ?2, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) ELSE ?1 END, 1",
         columns="SELECT name, type, pk FROM pragma_table_xinfo(?2) WHERE hidden <> 1",
         # Columns with an index of their own, and the INTEGER PRIMARY KEY, which needs none.
-        unique=(
-            "SELECT max(c.name) FROM pragma_index_list(?2) AS i JOIN pragma_index_info(i.name) AS c "
-            'WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1 UNION ALL '
-            "SELECT max(name) FROM pragma_table_xinfo(?2) WHERE pk GROUP BY '' HAVING count(*) = 1"
-        ),
-        references=(
-            "SELECT t.name, c.name FROM pragma_foreign_key_list(?2) AS f "
-            "JOIN sqlite_master AS t ON t.name = f.\"table\" COLLATE NOCASE AND t.type IN ('table', 'view') "
-            "JOIN pragma_table_xinfo(t.name) AS c "
-            'ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END '
-            'WHERE f."from" = ?3 ORDER BY f.id'
-        ),
+        unique="""
+            SELECT max(c.name) FROM pragma_index_list(?2) AS i JOIN pragma_index_info(i.name) AS c
+            WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1
+            UNION ALL SELECT max(name) FROM pragma_table_xinfo(?2) WHERE pk GROUP BY '' HAVING count(*) = 1
+        """,
+        references="""
+            SELECT t.name, c.name FROM pragma_foreign_key_list(?2) AS f
+            JOIN sqlite_master AS t ON t.name = f."table" COLLATE NOCASE AND t.type IN ('table', 'view')
+            JOIN pragma_table_xinfo(t.name) AS c
+            ON CASE WHEN f."to" IS NULL THEN c.pk = f.seq + 1 ELSE c.name = f."to" COLLATE NOCASE END
+            WHERE f."from" = ?3 ORDER BY f.id
+        """,
         may_refer="SELECT ?3 IS NOT NULL",
     )
     errors = SQLITE_ERRORS
@@ -3408,43 +3407,46 @@ EXACT_CONDITIONS = (
 
 
 POSTGRES_CATALOGUE = Catalogue(
-    table_names=(
-        "SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname "
-        "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-        "WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema' "
-        "AND n.nspname NOT LIKE 'pg\\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
-    ),
+    table_names=r"""
+        SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || c.relname
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND n.nspname <> 'information_schema'
+        AND n.nspname NOT LIKE 'pg\_%' AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1
+    """,
     # As given, then in the lower case that SQL makes of a name without quotes.
-    find_table=(
-        "WITH given AS (SELECT quote_ident($1) AS one, quote_ident(split_part($1, '.', 1)) || '.' || "
-        "quote_ident(substr($1, strpos($1, '.') + 1)) AS two, quote_ident($2) || '.' || quote_ident($1) AS exact) "
-        "SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f') FROM given, pg_class c "
-        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') "
-        "AND c.oid = CASE WHEN $2 <> '' THEN to_regclass(exact) ELSE COALESCE(to_regclass(one), to_regclass(two), "
-        "to_regclass(lower(one)), to_regclass(lower(two))) END"
-    ),
-    place_table=(
-        "SELECT nspname, substr($1, strpos($1, '.') + 1), true FROM pg_namespace WHERE $1 LIKE '%.%' "
-        "AND nspname = split_part($1, '.', 1) "
-        "UNION ALL SELECT COALESCE(NULLIF($2, ''), current_schema(), 'public'), $1, true"
-    ),
-    columns=(
-        "SELECT a.attname, format_type(a.atttypid, a.atttypmod), COALESCE(array_position(i.indkey::smallint[], "
-        "a.attnum) + 1, 0) FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary "
-        "WHERE a.attrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attnum > 0 "
-        "AND NOT a.attisdropped AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum"
-    ),
-    unique=(
-        "SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid "
-        "WHERE a.attnum = i.indkey[0] AND i.indrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) "
-        "AND i.indnkeyatts = 1 AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL"
-    ),
-    references=(
-        "SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid "
-        "JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum] "
-        "JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1] WHERE f.contype = 'f' "
-        "AND f.conrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attname = $3"
-    ),
+    find_table="""
+        WITH given AS (
+            SELECT quote_ident($1) AS one, quote_ident($2) || '.' || quote_ident($1) AS exact,
+            quote_ident(split_part($1, '.', 1)) || '.' || quote_ident(substr($1, strpos($1, '.') + 1)) AS two
+        )
+        SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f')
+        FROM given, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND c.oid = CASE WHEN $2 <> '' THEN to_regclass(exact) ELSE
+            COALESCE(to_regclass(one), to_regclass(two), to_regclass(lower(one)), to_regclass(lower(two))) END
+    """,
+    place_table="""
+        SELECT nspname, substr($1, strpos($1, '.') + 1), true FROM pg_namespace
+        WHERE $1 LIKE '%.%' AND nspname = split_part($1, '.', 1)
+        UNION ALL SELECT COALESCE(NULLIF($2, ''), current_schema(), 'public'), $1, true
+    """,
+    columns="""
+        SELECT a.attname, format_type(a.atttypid, a.atttypmod),
+            COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0)
+        FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
+        WHERE a.attrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attnum > 0
+        AND NOT a.attisdropped AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum
+    """,
+    unique="""
+        SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND i.indnkeyatts = 1
+        AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
+    """,
+    references="""
+        SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid
+        JOIN pg_attribute a ON a.attrelid = f.conrelid AND f.conkey = ARRAY[a.attnum]
+        JOIN pg_attribute t ON t.attrelid = f.confrelid AND t.attnum = f.confkey[1]
+        WHERE f.contype = 'f' AND f.conrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attname = $3
+    """,
     may_refer="SELECT has_column_privilege(quote_ident($1) || '.' || quote_ident($2), $3, 'REFERENCES')",
 )
 
@@ -3675,13 +3677,14 @@ class Postgres(Database):
 
     def indexes(self, target: Target) -> list[Any]:
         """Return the HNSW indexes for cosine distance: whether each is valid, and its name."""
-        sql = (
-            "SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-            "JOIN pg_am m ON m.oid = c.relam JOIN pg_opclass o ON o.oid = i.indclass[0] "
-            "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
-            "WHERE i.indrelid = $1::regclass AND a.attname = $2 AND m.amname = 'hnsw' AND o.opcname LIKE '%cosine_ops' "
-            "AND i.indpred IS NULL"
-        )
+        sql = """
+            SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i
+            JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+            JOIN pg_opclass o ON o.oid = i.indclass[0]
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = $1::regclass AND a.attname = $2 AND m.amname = 'hnsw'
+            AND o.opcname LIKE '%cosine_ops' AND i.indpred IS NULL
+        """
         return self.query(sql, target.table.sql, target.columns["embedding"])
 
     def check_index(self, target: Target, dimensions: int = 0) -> None:
@@ -4353,15 +4356,18 @@ class Claims:
         # A claim of ours that we do not know of was made when the connection broke: it is made again.
         taken = f"({self.is_good} AND (c.settled OR NOT {self.is_mine}))"
         is_free = f"(SELECT c.job FROM {self.claims} WHERE c.{self.key} = {key} AND {taken} LIMIT 1) IS NULL"
-        sql = (
-            f"WITH page AS MATERIALIZED ({page_sql(self.coverage, f'{within} AND {is_free}', count)}), "
-            f"claimed AS (INSERT INTO {self.claims} ({self.key}, job, machine, expires) "
-            f"SELECT key, {self.job}, {self.machine}, {self.until} FROM page ORDER BY key "
-            f"ON CONFLICT ({self.key}) DO UPDATE SET job = excluded.job, machine = excluded.machine, "
-            "expires = excluded.expires, settled = false, failed = false "
-            f"WHERE NOT {taken} RETURNING c.{self.key} AS key) "
-            "SELECT key, text, key IN (SELECT key FROM claimed) FROM page ORDER BY key"
-        )
+        page = page_sql(self.coverage, f"{within} AND {is_free}", count)
+        sql = f"""
+            WITH page AS MATERIALIZED ({page}),
+            claimed AS (
+                INSERT INTO {self.claims} ({self.key}, job, machine, expires)
+                SELECT key, {self.job}, {self.machine}, {self.until} FROM page ORDER BY key
+                ON CONFLICT ({self.key}) DO UPDATE SET job = excluded.job, machine = excluded.machine,
+                    expires = excluded.expires, settled = false, failed = false
+                WHERE NOT {taken} RETURNING c.{self.key} AS key
+            )
+            SELECT key, text, key IN (SELECT key FROM claimed) FROM page ORDER BY key
+        """
         return self.db.query(sql, after, bound)
 
     def heartbeat(self) -> tuple[int, int]:
@@ -4373,20 +4379,26 @@ class Claims:
     def renew(self) -> None:
         """Give a sign of life, settle what is to be settled, and learn what the other machines have done."""
         at_work, ours = f"c.{self.key} IS NOT NULL AND NOT c.settled", f"c.job = {self.job}"
-        sql = (
-            f"WITH settled AS (UPDATE {self.claims} SET settled = true, failed = u.failed "
-            f"FROM unnest($1::text[]::{self.key_type}[], $2::boolean[]) AS u (key, failed) "
-            f"WHERE c.{self.key} = u.key AND {self.is_mine}), "
-            f"alive AS (UPDATE {self.claims} SET expires = {self.until}, saved = $3 "
-            f"WHERE c.{self.key} IS NULL AND {self.is_mine} RETURNING 1), "
-            f"again AS (INSERT INTO {self.table.sql} (job, machine, space, expires, saved) SELECT {self.job}, "
-            f"{self.machine}, $4, {self.until}, $3 WHERE NOT EXISTS (SELECT 1 FROM alive)) "
-            f"SELECT COALESCE(sum(c.saved) FILTER (WHERE {ours}), 0)::bigint, "
-            f"count(*) FILTER (WHERE {ours} AND c.failed), "
-            f"count(*) FILTER (WHERE {at_work} AND {self.is_good}), "
-            f"count(*) FILTER (WHERE {at_work} AND NOT {self.is_good}) FROM {self.claims} "
-            f"WHERE (c.failed OR NOT c.settled) AND NOT {self.is_mine}"
-        )
+        sql = f"""
+            WITH settled AS (
+                UPDATE {self.claims} SET settled = true, failed = u.failed
+                FROM unnest($1::text[]::{self.key_type}[], $2::boolean[]) AS u (key, failed)
+                WHERE c.{self.key} = u.key AND {self.is_mine}
+            ),
+            alive AS (
+                UPDATE {self.claims} SET expires = {self.until}, saved = $3
+                WHERE c.{self.key} IS NULL AND {self.is_mine} RETURNING 1
+            ),
+            again AS (
+                INSERT INTO {self.table.sql} (job, machine, space, expires, saved)
+                SELECT {self.job}, {self.machine}, $4, {self.until}, $3 WHERE NOT EXISTS (SELECT 1 FROM alive)
+            )
+            SELECT COALESCE(sum(c.saved) FILTER (WHERE {ours}), 0)::bigint,
+                count(*) FILTER (WHERE {ours} AND c.failed),
+                count(*) FILTER (WHERE {at_work} AND {self.is_good}),
+                count(*) FILTER (WHERE {at_work} AND NOT {self.is_good})
+            FROM {self.claims} WHERE (c.failed OR NOT c.settled) AND NOT {self.is_mine}
+        """
         settled = (list(self.unsent), list(self.unsent.values()))
         found = self.db.query(sql, *settled, self.saved, self.space)
         saved, failures, self.others_at_work, self.abandoned = found[0]
