@@ -179,8 +179,8 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-# By the metavar of a flag: what its value must match, what that is called in errors, and how the value is made of the
-# text. A value of blanks alone is probably a script's variable that is not set.
+# For each metavar: the pattern of a value, its description for errors, and the conversion from text. A blank value is
+# refused: it is probably a variable that a script has not set.
 FILLED = (r".*\S.*", "a value. Give one, or leave the flag out", str)
 KINDS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "N": (r"0*[1-9]\d{0,17}", "a whole number from 1 upwards", int),
@@ -206,7 +206,7 @@ def value_of(kind: str, text: str) -> Any:
 
 
 class Flag(NamedTuple):
-    """What the parser, the checks and --help need to know about a flag."""
+    """A flag, as the parser, the checks and --help need it."""
 
     metavar: str  # "" for a switch, else one of KINDS, a choice such as a|b|c, or any text that is not blank
     help: str
@@ -221,16 +221,16 @@ flag: Any = Flag  # as the default of fields that will hold the flag's value
 
 
 class Settings(NamedTuple):
-    """What a run is to do: by flags, environment and the model's card. Made once by `parse_arguments`.
+    """The settings of a run, from flags, environment and the model's card. Made once, by `parse_arguments`.
 
-    The fields with a Flag are the command line, in the order of --help: by how often people need them.
+    The fields with a Flag are the command line, in the order of --help: the most common flags first.
     """
 
     action: str  # one of ALL
     reads_only: bool
     model_is_named: bool  # by a flag or the environment
     context: int  # tokens of a text that the model takes; 0 if not known
-    given_prefixes: tuple[str | None, str | None]  # by --document-prefix and --query-prefix
+    given_prefixes: tuple[str | None, str | None]  # the values of --document-prefix and --query-prefix
 
     # fmt: off
     database: str = flag("URL", f"{DATABASE_FORMS} (default: $DATABASE_URL, else sqlite:///movies.db)",
@@ -285,11 +285,11 @@ class Settings(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """The prefix of the texts that this run has embedded."""
+        """The prefix of the texts that this run embeds."""
         return self.query_prefix if self.action == "search" else self.document_prefix
 
     def for_model(self, name: str) -> Settings:
-        """Return these settings with another model, and what its card says where no flag says otherwise."""
+        """Return these settings for another model; its card gives the values that no flag sets."""
         model = name.removesuffix(":latest")  # which Ollama adds to names without a tag
         card, (document, query) = card_of(model), self.given_prefixes
         return self._replace(
@@ -344,7 +344,7 @@ def create_parser() -> Parser:
 
 
 def hide_password(url: str) -> str:
-    """Return a URL without the secret before its last @, or in a parameter."""
+    """Return a URL with asterisks for its password and for secrets in its parameters."""
     url = re.sub(r"(?s)^(.*?://)?.*@", r"\1***@", url)
     return re.sub(r"((?:password|token|secret|key)=)[^&\s]+", r"\1***", url)
 
@@ -366,7 +366,7 @@ def database_url(text: str) -> str:
 
 
 def action_of(given: set[str]) -> str:
-    """Return what is to be done; raise UsageError for flags that do not go with it, or with each other."""
+    """Return the action; raise UsageError for flags that do not go with it, or with each other."""
     action = next((name for name in ALL.split() if name in given), "generate")
     wrong = [(setting, action) for setting in sorted(given) if action not in FLAGS[setting].actions.split()]
     for setting, other in wrong + [pair for pair in EXCLUSIVE if given.issuperset(pair)]:
@@ -379,7 +379,7 @@ def action_of(given: set[str]) -> str:
 def parse_arguments(given: Sequence[str]) -> Settings:
     """Return the settings: from flags, then the environment, then the defaults."""
     parser, env = create_parser(), os.environ
-    # With question marks for what is not UTF-8.
+    # Bytes that are not UTF-8 become question marks.
     values = vars(parser.parse_args([text.encode("utf-8", "replace").decode() for text in given]))
     action = action_of({name for name, value in values.items() if value != parser.get_default(name)})
     if values["ca_file"]:
@@ -412,11 +412,11 @@ def parse_arguments(given: Sequence[str]) -> Settings:
 
 
 class Card(NamedTuple):
-    """What a model was trained with and no server tells."""
+    """Facts about a model that servers do not report: prefixes and context, as it was trained."""
 
-    document: str = ""  # prefix of a text that is stored
-    query: str = ""  # prefix of a text that is searched for
-    context: int = 0  # tokens of a text that it takes; 0 if not known
+    document: str = ""  # prefix of stored texts
+    query: str = ""  # prefix of search texts
+    context: int = 0  # longest text, in tokens; 0 if not known
 
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
@@ -460,7 +460,7 @@ def card_of(model: str) -> Card:
     return Card()
 
 
-# The default text: labels, and for each the columns to take it from; the first that is not blank counts.
+# The default text: labels with their candidate columns, of which the first that is not blank counts.
 LABELS = {
     "Title: ": ("title", "name"),
     "Year: ": ("year",),
@@ -470,7 +470,7 @@ LABELS = {
     "Language: ": ("language",),
     "Rating: ": ("rating",),
 }
-REQUIRED_LABELS = {"Title: ", "Description: "}  # at least one of them, or the text would say nothing about the row
+REQUIRED_LABELS = {"Title: ", "Description: "}  # at least one of them: years and ratings alone describe no row
 
 
 class Recipe(NamedTuple):
@@ -509,12 +509,12 @@ class Recipe(NamedTuple):
         return f"ltrim({text}, ' |')" if self.labelled else f"CASE WHEN {' OR '.join(present)} THEN {text} ELSE '' END"
 
 
-# White space, and characters without any width: a text of these alone is no text.
+# White space and characters of zero width: a text of nothing else counts as blank.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) + "\u2028\u2029\u202f\u205f\u3000\ufeff"
 
 
 def match(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that is the same, or else the only one that is the same but for case."""
+    """Return the equal one of `names`, or else the only one that differs in case alone."""
     names = list(names)
     alike = [other for other in names if other.casefold() == name.casefold()]
     return name if name in names else alike[0] if len(alike) == 1 else None
@@ -570,7 +570,7 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
     return Recipe(tuple(parts), labelled=False)
 
 
-# Nouns that only add an s to -ie; all others in -ies are taken for -y (stories, story).
+# Nouns in -ie. Other plurals in -ies are taken for nouns in -y (stories, story).
 IE_NOUNS = r"(?<![a-z])(mov|cook|calor|zomb|self|t|p|brown|rook|hood)ies$"
 
 
@@ -617,17 +617,17 @@ class Row(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """The vector of a text, float32 little-endian, and how much of the text it stands for."""
+    """The vector of a text, float32 little-endian, and which part of the text it represents."""
 
     vector: bytes
-    fit: str = "whole"  # or "cut": of the text's beginning; or "split": the mean of its parts' vectors
+    fit: str = "whole"  # or "cut": the text's beginning; or "split": the mean of its parts' vectors
 
 
 class Failure(NamedTuple):
     """Why a text gets no vector."""
 
     reason: str
-    kind: str = "failed"  # or "too_long": left out as --on-long skip asks
+    kind: str = "failed"  # or "too_long": skipped, by --on-long skip
 
 
 Answer = Union[Embedding, Failure]  # what an engine returns for each row
@@ -1495,7 +1495,7 @@ class BatchRequest:
 
 
 class Pace:
-    """How many requests are in flight to a server, and how many texts each carries. No clock, no I/O.
+    """Controls how many requests are in flight to a server, and how many texts each carries. No clock, no I/O.
 
     One experiment at a time: change a setting, measure the throughput, and undo the change unless it pays. When
     nothing pays, rest for a while, or until the throughput changes by itself. Trouble halves both settings, as the
@@ -1530,23 +1530,23 @@ class Pace:
         return f"{self.in_flight} in flight, batches of {self.batch_size}: {self.reason}"
 
     def observe(self, texts: int, seconds: float, outcome: str, load: int) -> None:
-        """Learn that a request ended: ok, overloaded, timeout, or failed for another reason.
+        """Take in the end of a request: ok, overloaded, timeout, or failed for another reason.
 
-        When it was sent, `load` texts were in flight, its own included.
+        `load` is the number of texts that were in flight when it was sent, its own included.
         """
         full = self.in_flight * self.batch_size
         if outcome == "failed" or load > full:
-            return  # no sign of too much, or sent before the last reduction
+            return  # no sign of overload, or sent before the last reduction
         weight = 0.25 if outcome == "timeout" else 0.05  # so 3 in a row are trouble, or 14 refusals; not one in five
         self._troubled += ((outcome != "ok") - self._troubled) * weight
         if self._troubled > 0.5:
             self._troubled = 0.0
             self._search.send((0, seconds))
-        elif outcome == "ok" and load >= 0.75 * full and 0.75 <= texts / self.batch_size <= 1:  # sent as things are now
+        elif outcome == "ok" and load >= 0.75 * full and 0.75 <= texts / self.batch_size <= 1:  # by today's settings
             self._search.send((load, max(seconds, 0.001)))
 
     def limit(self, max_texts: int) -> None:
-        """Learn that a request can carry no more texts than these."""
+        """Limit requests to `max_texts` texts."""
         if max_texts < self._largest:
             self._largest = max_texts
             self._change(self.in_flight, self.batch_size, f"no more than {max_texts} texts are taken")
@@ -1627,7 +1627,7 @@ NEVER = float("inf")  # a moment that does not come
 
 
 class ServerState:
-    """One server of a run: what is known of it, and what is under way to it. Moments are seconds of any one clock.
+    """One server of a run: its profile, its pace and its work in flight. Moments are seconds of any one clock.
 
     `status` is up; away, until a handshake with it succeeds; or barred, for the rest of the run.
     """
@@ -1637,16 +1637,16 @@ class ServerState:
     def __init__(self, index: int, protocol: Protocol, pace: Pace) -> None:
         self.index, self.protocol, self.pace = index, protocol, pace
         self.profile = ServerProfile()
-        self.status, self.reason = "up", ""  # and why, if it is not up
-        self.in_flight = self.texts = 0  # batches and texts under way
+        self.status, self.reason = "up", ""  # `reason` says why it is not up
+        self.in_flight = self.texts = 0  # batches and texts in flight
         self.rate = 0.0  # texts/s; 0: not known
         self.embedded = 0  # texts
         self.since = 0.0  # when it went away
-        self.trying = 0.0  # since when it has been tried in vain
-        self.next_probe = NEVER  # when a handshake is due; never while one is under way, or none is needed
+        self.trying = 0.0  # since when no try has succeeded
+        self.next_probe = NEVER  # when a handshake is due; never during a handshake, or while none is needed
 
     def observe(self, exchange: Exchange, load: int) -> None:
-        """Learn how a request went; Little's law gives the rate, as it does in Pace."""
+        """Take in the end of a request; Little's law gives the rate, as it does in Pace."""
         self.pace.observe(exchange.texts, exchange.seconds, exchange.outcome, load)
         if exchange.outcome == "ok":
             self.embedded += exchange.texts
@@ -1654,17 +1654,17 @@ class ServerState:
             self.rate += (rate - self.rate) * (self.WEIGHT if self.rate else 1.0)
 
     def learn(self, changes: dict[str, int]) -> None:
-        """Learn what a batch has found out; of two that found a limit at one time, the lower one counts."""
+        """Update the profile; if two batches find different limits at the same time, the lower one counts."""
         limits = {name: min(n, getattr(self.profile, name)) for name, n in changes.items() if name != "long_from"}
         self.profile = self.profile._replace(**{**changes, **limits})
         self.pace.limit(self.profile.most_texts)
 
 
 class Batch(NamedTuple):
-    """Texts that go to a server together, or None for a handshake; `load` texts were in flight to it then, its own
-    included.
+    """Texts that go to a server together, or None for a handshake.
 
-    `rows` are those of the texts, if they are a table's. `moves` is how many servers have left it undone.
+    `load` is the number of texts in flight to the server when it was sent, its own included. `rows` are the rows of the
+    texts, if they come from a table. `moves` counts the servers that have failed to do it.
     """
 
     server: ServerState
@@ -1676,37 +1676,37 @@ class Batch(NamedTuple):
 
 
 class Scheduler:
-    """Which server the next batch goes to, and how large it is; and which servers are away. No clock, no I/O.
+    """Decides which server gets the next batch, how large it is, and which servers are away. No clock, no I/O.
 
-    A server that has room gets a batch as its pace has it; towards the end of the table half of its share of what is
-    left, by its speed, so that all are done at nearly one moment.
+    A server with room gets a batch of its pace's size. Towards the end of the table it gets half of its share of the
+    remaining rows, by its speed, so that all servers finish at nearly the same moment.
     """
 
-    SMALLEST = 8  # times smaller than the pace's are the last batches at least: each has its overhead
-    UNKNOWN = 4  # times smaller are the first batches, until a server has answered
-    PROBE, LATE = 0.25, 8  # a server is probed so many seconds after it went, then each 1/LATE of its time away
-    MOVES = 3  # servers that may leave a batch undone; the next one has to find out what is wrong with it
+    SMALLEST = 8  # the last batches are at most so many times smaller than the pace's: each has its overhead
+    UNKNOWN = 4  # the first batches are so many times smaller, until the server has answered
+    PROBE, LATE = 0.25, 8  # a server is probed PROBE seconds after it went, then at intervals of 1/LATE of its absence
+    MOVES = 3  # servers that may fail to do a batch; the next one must find out which text is at fault
 
     def __init__(self, servers: list[ServerState], most: int, accept_drift: bool = False) -> None:
-        """`most` requests are in flight to all servers together; `accept_drift`: vectors are not compared."""
+        """`most` is the limit of requests in flight to all servers; `accept_drift`: do not compare their vectors."""
         self.servers, self.most, self.accept_drift = servers, most, accept_drift
-        self.alone = len(servers) == 1  # then it is used as it is, and what ends it ends the run
-        self.returned: list[tuple[Row, int]] = []  # rows that a server has left undone, and how many servers have
+        self.alone = len(servers) == 1  # then there is nobody to take over its work
+        self.returned: list[tuple[Row, int]] = []  # rows that servers have failed to do, and how many servers
 
     @property
     def up(self) -> list[ServerState]:
-        """The servers that are there."""
+        """The servers that can be used now."""
         return [server for server in self.servers if server.status == "up"]
 
     def told(self, name: str) -> Any:
-        """Return what the first server that tells it has in a field of its profile; what is empty, if none does."""
+        """Return the first value of a profile's field that is not empty, or an empty one."""
         values = [getattr(server.profile, name) for server in self.servers]
         return next(filter(None, values), values[0])
 
     def choose(self, left: Callable[[], int]) -> tuple[ServerState, int] | None:
         """Return the server for the next batch and its size, or None if there is room nowhere.
 
-        `left` gives how many rows have no answer yet, under way or not, as far as that is known.
+        `left` returns how many rows have no answer yet, in flight or not, as far as is known.
         """
         up, in_flight = self.up, sum(server.in_flight for server in self.servers)
         room = [server for server in up if server.in_flight < server.pace.in_flight]
@@ -1727,29 +1727,29 @@ class Scheduler:
         return None
 
     def launch(self, server: ServerState, rows: list[Row], moves: int) -> Batch:
-        """Note that a batch is on its way, and return it."""
+        """Return a batch that counts as in flight."""
         server.in_flight += 1
         server.texts += len(rows)
         movable = not self.alone and moves < self.MOVES
         return Batch(server, [row.text for row in rows], movable, rows, server.texts, moves)
 
     def land(self, batch: Batch) -> None:
-        """Note that a batch is no longer under way."""
+        """Count a batch as no longer in flight."""
         if batch.rows:
             batch.server.in_flight -= 1
             batch.server.texts -= len(batch.rows)
 
     def give_back(self, batch: Batch, moves: int) -> None:
-        """Take back the rows of a batch that so many servers have left undone."""
+        """Take back the rows of a batch that `moves` servers have failed to do."""
         self.returned += [(row, moves) for row in batch.rows]
 
     def take_returned(self, size: int) -> tuple[list[Row], int]:
-        """Return up to so many rows that a server has left undone, and how many servers have."""
+        """Return up to `size` rows that were given back, and how many servers have failed to do them."""
         taken, self.returned = self.returned[:size], self.returned[size:]
         return [row for row, _ in taken], max(moves for _, moves in taken)
 
     def lose(self, batch: Batch, stop: Stop, now: float) -> str:
-        """Note that a server left a batch undone, for others to do; return the news for the log."""
+        """Take a failed batch back and mark its server as away or barred; return the news for the log."""
         server, was = batch.server, batch.server.status
         self.give_back(batch, batch.moves + 1)
         if was == "barred":
@@ -1761,7 +1761,7 @@ class Scheduler:
             return f"{stop.message} The other servers do its work."
         server.status, server.reason = "away", stop.reason or stop.message
         if stop.retry_after:
-            server.trying = now + stop.retry_after  # waiting as long as the server asks for is not trying
+            server.trying = now + stop.retry_after  # a wait that the server asks for does not count as trying
         if was == "up" or not batch.rows:
             server.next_probe = now + max(self.PROBE, (now - server.since) / self.LATE, stop.retry_after)
         away = f"{server.protocol.address} is away ({server.reason}); the other servers do its work"
@@ -1802,14 +1802,14 @@ class Scheduler:
         return f"{address} is back after {now - server.since:.1f} s" if was != "up" else ""
 
     def given_up(self, now: float) -> Stop | None:
-        """Return the end of the run if all servers have been away for long, or are barred."""
+        """Return the error that ends the run if every server is barred or has been away for PATIENCE seconds."""
         if any(s.status == "up" or (s.status == "away" and now - s.trying < PATIENCE) for s in self.servers):
             return None
         said = "; ".join(f"{s.protocol.address} since {now - s.since:.0f} s: {s.reason}" for s in self.servers)
         return Stop(f"No server is left that gives good answers ({said}). Run the same command again when one does.")
 
     def shares(self, elapsed: float) -> list[str]:
-        """Return for the log what each server has done in that many seconds."""
+        """Return a line for the log about each server's work in `elapsed` seconds."""
         return [
             f"{s.protocol.address}: {s.embedded} texts, {s.embedded / max(elapsed, 0.001):.1f} texts/s; "
             f"at the end {s.pace}"
@@ -1818,7 +1818,7 @@ class Scheduler:
 
 
 def scheduler_for(settings: Settings, protocols: Sequence[Protocol]) -> Scheduler:
-    """Return the servers of a run, each with a pace of its own and its share of what may be in flight."""
+    """Return the scheduler of a run; each server has its own pace and its share of the requests in flight."""
     fixed, many = settings.concurrent, len(protocols)
     servers = []
     for index, protocol in enumerate(protocols):
@@ -2411,7 +2411,7 @@ ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngi
 
 
 class LogEvent(NamedTuple):
-    """What the log is told: a request to a server, or a remark."""
+    """An entry for the log: a request to a server, or a remark."""
 
     server: ServerState
     event: Exchange | str
@@ -2457,12 +2457,11 @@ def embed_on_all(engine: Engine, texts: list[str]) -> list[tuple[ServerState, li
 def embed_rows(
     engine: Engine, next_rows: Callable[[int], list[Row] | None], left: Callable[[], int], due: Callable[[], float]
 ) -> Iterator[Result | LogEvent | None]:
-    """Yield a Result for each batch, in any order, all events for the log, and None when the caller is to have a turn.
+    """Yield a Result for each batch, in any order, events for the log, and None to give the caller a turn.
 
-    `next_rows(size)` returns rows for a batch; none if there are none right now, and None if there will be no more.
-    `left` is as in Scheduler.choose, `due` returns the seconds until the caller wants a turn. After an interrupt, or a
-    conversation that raised, no more is taken and what is in flight has GRACE seconds to end; then the exception, if
-    there was one, is raised.
+    `next_rows(size)` returns rows for a batch: [] if there are none right now, None if there will be no more. `left` is
+    as in Scheduler.choose, `due` returns the seconds until the caller wants a turn. After an interrupt or an exception,
+    no more rows are taken, and the requests in flight get GRACE seconds; then the exception, if any, is raised.
     """
     scheduler, interrupt = engine.scheduler, engine.interrupt
     failure: Exception | None = None
@@ -2491,7 +2490,7 @@ def embed_rows(
 
 
 def submit_batches(engine: Engine, next_rows: Callable[[int], list[Row] | None], left: Callable[[], int]) -> bool:
-    """Send batches on their way as long as there is room; return whether there may be more rows."""
+    """Submit batches while there is room; return whether there may be more rows."""
     scheduler = engine.scheduler
     while choice := scheduler.choose(left):
         server, size = choice
@@ -2503,7 +2502,7 @@ def submit_batches(engine: Engine, next_rows: Callable[[int], list[Row] | None],
 
 
 def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iterator[Result | LogEvent]:
-    """Take in what has come of a batch; raise what ends the run."""
+    """Handle an event of a batch; raise the exceptions that end the run."""
     server, news = batch.server, ""
     if isinstance(event, Learned):
         server.learn(event.changes)
@@ -2521,7 +2520,7 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
                 news = scheduler.greet(server, event, now)
             elif server.status == "up":
                 yield Result(list(batch.rows), event)
-            else:  # it may have been started again with another model, which a handshake will tell
+            else:  # it may have restarted with another model: the next handshake will show
                 scheduler.give_back(batch, batch.moves)
         except Stop as stop:
             if not batch.movable:
@@ -2886,14 +2885,15 @@ class StagedFile:
 
 
 # ============================ storage ============================
-# From the database upward: SQLite and Postgres behind one face, the table to read (Source), what receives its vectors
-# (Target), which rows have their embedding (Coverage), what made it (Provenance), what a run writes (EmbeddingTable).
+# From the database upward: SQLite and Postgres behind one interface, the table to read (Source), the table or column
+# for its vectors (Target), which rows have an embedding (Coverage), the models that made them (Provenance), and what a
+# run reads and writes (EmbeddingTable).
 
-PAGE_ROWS = 512  # rows read at a time, and
-PAGE_CHARACTERS = 1 << 20  # of text after which a page ends early: memory stays flat whatever the rows hold
+PAGE_ROWS = 512  # rows read at a time
+PAGE_CHARACTERS = 1 << 20  # of text, after which a page ends early: memory stays flat however long the texts are
 PROVENANCE_TABLE = "embedgen_provenance"  # in the target's schema: which model versions made the vectors
 RETRY_SECONDS = 0.2  # between two tries
-STOPPING_PATIENCE = 5.0  # seconds that a run that is to stop still waits for its database
+STOPPING_PATIENCE = 5.0  # seconds for which a run that has been interrupted still waits for its database
 
 
 class Table(NamedTuple):
@@ -2921,11 +2921,11 @@ VectorWriter = Callable[..., int]
 
 
 class Forbidden(Stop):
-    """The database refuses something to this user."""
+    """The database user lacks a privilege."""
 
 
 class RowsRefused(Stop):
-    """A constraint or a trigger refuses at least one of the rows to be written."""
+    """A constraint or a trigger refuses at least one of the rows."""
 
 
 def quoted(name: str) -> str:
@@ -2939,7 +2939,7 @@ def literal(text: str) -> str:
 
 
 def upsert(key: str, columns: Iterable[str]) -> str:
-    """Return the clause of an INSERT that replaces these columns of an existing row with the same key."""
+    """Return the clause of an INSERT that updates these columns where the key exists."""
     changes = ", ".join(f"{quoted(column)} = excluded.{quoted(column)}" for column in columns if column != key)
     return f"ON CONFLICT ({quoted(key)}) DO " + (f"UPDATE SET {changes}" if changes else "NOTHING")
 
@@ -2959,9 +2959,9 @@ def insert_sql(coverage: Coverage, values: dict[str, str], rows: str) -> str:
 
 
 def page_sql(coverage: Coverage, condition: str, rows: int) -> str:
-    """Return the query for the next pending rows by key: key and text.
+    """Return the query for the next pending rows in the order of their keys: key and text.
 
-    Rows whose texts are beyond PAGE_CHARACTERS are left for the next page, before they are sent.
+    Rows beyond PAGE_CHARACTERS of text are left to the next page, within the database.
     """
     source, key = coverage.source, coverage.source.key_sql
     return f"""
@@ -2980,46 +2980,47 @@ def primary_key(columns: dict[str, Column]) -> list[str]:
 
 
 class Catalogue(NamedTuple):
-    """Questions to a database's catalogue; the parameters of most are a table's schema and name."""
+    """Queries about tables and columns; the parameters of most are a table's schema and name."""
 
     table_names: str  # names of the tables and views that can be read
-    find_table: str  # of a name as given, and of a schema if only that is meant: schema, name, whether it is a table
-    place_table: str  # of a name as given, and the schema for one that tells none: as find_table
-    columns: str  # of the readable columns: name, type, position in the primary key or 0
-    unique: str  # columns each of which alone is declared unique
-    references: str  # of schema, name and a column: table and column that a foreign key refers to
-    may_refer: str  # of schema, name and a column: true if this user may create foreign keys to it
+    find_table: str  # parameters: name as given, and the only schema to look in or ""; schema, name, is it a table
+    place_table: str  # parameters: name as given, and the default schema; result as of find_table
+    columns: str  # the readable columns: name, type, position in the primary key or 0
+    unique: str  # columns that are unique by themselves
+    references: str  # parameters: schema, name, column; table and column that its foreign key refers to
+    may_refer: str  # parameters: schema, name, column; true if this user may create foreign keys to it
 
 
 class ErrorRule(NamedTuple):
-    """What to do about an error of a database's."""
+    """How to treat a kind of database error."""
 
-    pattern: str  # of whether the connection is lost, the names of its classes, and its text
+    pattern: str  # matched against "lost=" True or False, the names of the exception's classes, and its text
     words: str  # for the user
     kind: type[BaseException] = Stop  # to raise
-    patience: float = 0.0  # seconds for which it is worth trying again before
+    patience: float = 0.0  # seconds of further tries before that
 
 
 class Database:
-    """What both databases share: statements that are repeated when that helps, and questions to the catalogue."""
+    """What both databases share: retries, transactions, and queries about tables and columns."""
 
     catalogue: ClassVar[Catalogue]
     errors: ClassVar[Sequence[ErrorRule]]  # the first that matches counts
-    mark: ClassVar[str]  # what stands before the number of a statement's parameter, counted from 1
-    type_names: ClassVar[dict[str, str]] = {}  # what is meant by a type of SQLite's, or made of a key's that is narrow
-    identity: ClassVar[str]  # type of a key that counts by itself
-    target_columns: ClassVar[str]  # of a new target, behind its key; {} is the type of its vectors
+    mark: ClassVar[str]  # placeholder of a parameter, without its number
+    type_names: ClassVar[dict[str, str]] = {}  # types of new columns for types by SQLite's names, and for narrow ones
+    identity: ClassVar[str]  # type of a key that numbers its rows
+    target_columns: ClassVar[str]  # of a new target, after its key; {} is the type of its vectors
     connection: Any = None
 
     def __init__(self, shown: str, driver_error: type[Exception], stopping: Callable[[], bool]) -> None:
-        """`shown` is the address without secrets; `driver_error` the root of the driver's exceptions; waits end when
-        `stopping()` says that the run is to stop.
+        """`shown` is the address without secrets, `driver_error` the base of the driver's exceptions.
+
+        Retries end early when `stopping()` returns true.
         """
         self.shown, self.driver_error, self.stopping = shown, driver_error, stopping
         self.in_transaction = False
 
     def judge(self, error: Exception) -> tuple[float, BaseException]:
-        """Return for how many seconds to repeat what failed with one of the driver's errors, and what to raise then."""
+        """Return for how many seconds to retry after one of the driver's errors, and the exception to raise then."""
         text = one_line(str(error).strip().partition("\n")[0])
         facts = f"lost={getattr(self.connection, 'closed', False)} {type(error).__mro__} {text}"
         rule = next(rule for rule in self.errors if re.search(rule.pattern, facts))
@@ -3037,9 +3038,9 @@ class Database:
         return contextlib.nullcontext()
 
     def retry(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, repeated while the database is locked or away; raise Stop if that lasts.
+        """Return the action's result; repeat it while the database is locked or away, and raise Stop if that lasts.
 
-        Inside a transaction nothing is repeated: the whole transaction is.
+        Inside a transaction nothing is repeated, because the whole transaction is.
         """
         if self.in_transaction:
             return action()
@@ -3057,7 +3058,7 @@ class Database:
             time.sleep(RETRY_SECONDS)
 
     def transaction(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, done as a whole or not at all, and repeated as a whole."""
+        """Return the action's result, from one transaction, which is repeated as a whole."""
 
         def whole() -> T:
             with self.begin():
@@ -3070,11 +3071,11 @@ class Database:
         return action() if self.in_transaction else self.retry(whole)
 
     def exclusively(self, action: Callable[[], T]) -> T:
-        """Return what the action returns, in a transaction that no other embedgen runs at the same time."""
+        """Return the action's result, from a transaction that excludes those of other runs of this program."""
         return self.transaction(action)
 
     def execute(self, sql: str, *parameters: Any) -> list[Any]:
-        """Return all rows of a statement, tried once; if it has none, one row with the number of rows it changed."""
+        """Return all rows of a statement, without retries; of one that returns none, the number of changed rows."""
         cursor = self.connection.execute(sql, parameters)
         return list(cursor.fetchall() if cursor.description else [(cursor.rowcount,)])
 
@@ -3083,51 +3084,51 @@ class Database:
         return self.retry(lambda: self.execute(sql, *parameters))
 
     def query_all(self, sql: str) -> list[Any]:
-        """Return all rows of a statement; raise Stop where the database would hide rows of a table from this user."""
+        """Return all rows of a query; raise Stop if row-level security hides rows from this user."""
         return self.query(sql)
 
     def delete(self, sql: str) -> int:
-        """Carry out a DELETE of rows all of which this user can see; return how many are gone."""
+        """Return how many rows a DELETE removed; raise Stop if row-level security hides rows from this user."""
         return int(self.query_all(sql)[0][0])
 
     def value(self, sql: str, *parameters: Any) -> Any:
-        """Return the first column of a query's first row, None if there is none."""
+        """Return the first column of a query's first row, or None without rows."""
         return next((row[0] for row in self.query(f"{sql} LIMIT 1", *parameters)), None)
 
     def find_table(self, name: str, schema: str = "") -> Table | None:
-        """Return the table or view meant by a name or schema.name; given `schema`, the one there of just that name."""
+        """Return the table or view called name or schema.name; with `schema`, only one of exactly that name in it."""
         return next((Table(*row) for row in self.query(self.catalogue.find_table, name, schema)), None)
 
     def place_table(self, name: str, schema: str = "") -> Table:
-        """Return where a table of that name is to be created, in `schema` if it does not tell."""
+        """Return the table to create for a name or schema.name; the default schema is `schema`."""
         return Table(*self.query(self.catalogue.place_table, name, schema)[0])
 
     def create_table(self, table: Table, columns: str) -> None:
-        """Create a table unless another machine has just done so; within a transaction."""
-        if not self.columns(table):  # IF NOT EXISTS alone asks for the right to create even if it does
+        """Create a table unless it exists; within a transaction."""
+        if not self.columns(table):  # IF NOT EXISTS alone asks for the right to create even where the table exists
             self.execute(f"CREATE TABLE IF NOT EXISTS {table.sql} ({columns})")
 
     def columns(self, table: Table) -> dict[str, Column]:
-        """Return the columns that can be read, by name; none if there is no such table."""
+        """Return the readable columns by name; none if there is no such table."""
         found = self.query(self.catalogue.columns, table.schema, table.name)
         return {name: Column(declared, pk_position) for name, declared, pk_position in found}
 
     def readable_columns(self, table: Table) -> dict[str, Column]:
-        """Return the columns that can be read, by name; raise Stop if there are none."""
+        """Return the readable columns by name; raise Stop if there are none."""
         if columns := self.columns(table):
             return columns
         raise Stop(f'"{table.name}" has no columns that may be read. Have SELECT on it granted.')
 
     def is_unique(self, table: Table, column: str) -> bool:
-        """Whether a column alone is declared to tell rows apart."""
+        """Whether a column is declared unique by itself."""
         return (column,) in self.query(self.catalogue.unique, table.schema, table.name)
 
     def type_name(self, declared: str) -> str:
-        """Return the type of a new column for values of a type."""
+        """Return the type of a new column that holds values of a declared type."""
         return self.type_names.get(declared.partition("(")[0], declared)
 
 
-CACHE_KIB = 512  # of SQLite's page cache: rows are read once and in order, so that its usual 2,000 only cost memory
+CACHE_KIB = 512  # of SQLite's page cache: rows are read once, in order, so its default of 2,000 only costs memory
 LOCK_PATIENCE = 60.0  # seconds to wait for a database that another program has locked
 SQLITE_ERRORS = (
     ErrorRule(
@@ -3756,14 +3757,14 @@ def vector_array(vectors: Sequence[bytes], element: int) -> bytes:
 
 
 class Source(NamedTuple):
-    """The table or view to read, called s in statements, and how a row of it becomes a text."""
+    """The table or view to read, and how its rows become texts. In SQL it is called s."""
 
     table: Table
     key: str
     key_type: str  # as declared
-    is_referable: bool  # whether the key is declared unique: a foreign key may refer to it, and an index finds its rows
+    is_referable: bool  # whether the key is declared unique: foreign keys may refer to it, and it has an index
     recipe: Recipe
-    text_sql: str  # the text without its prefix, '' for a row that has none
+    text_sql: str  # the text without its prefix, '' for a row without text
     prefix: str
     from_sql: str  # the table's name, or a subquery with the condition of --where
 
@@ -3774,23 +3775,23 @@ class Source(NamedTuple):
 
     @property
     def rows_sql(self) -> str:
-        """The table, or where only the condition of --where makes its key tell the rows apart, `from_sql`."""
+        """The table; or `from_sql`, if the key may be unique only among the rows of --where."""
         return self.table.sql if self.is_referable else self.from_sql
 
     @property
     def whole_text_sql(self) -> str:
-        """The SQL of what is embedded, and so of what is hashed."""
+        """The SQL of the text with its prefix, which is embedded and hashed."""
         return f"{literal(self.prefix)} || ({self.text_sql})" if self.prefix else self.text_sql
 
     def row(self, key: Any, text: str) -> Row:
         """Return a row to embed, given its key and its text without the prefix."""
-        if isinstance(key, str) and "\ufffd" in key:  # as SQLite's are read where they are no text
+        if isinstance(key, str) and "\ufffd" in key:  # put there for bytes that are not UTF-8
             raise Stop(f"the key {key!r} is not valid UTF-8, and could not be found again. Exclude it with --where.")
         return Row(key, text, digest_of(self.prefix + text))
 
     @classmethod
     def resolve(cls, db: AnyDatabase, settings: Settings) -> Source:
-        """Return the source that the settings name; raise UsageError where something about it is wrong."""
+        """Return the source of the settings; raise UsageError if table, key, columns or condition are wrong."""
         table = db.find_table(settings.table)
         if table is None:
             tables = listed(name for (name,) in db.query(db.catalogue.table_names))
@@ -3816,7 +3817,7 @@ class Source(NamedTuple):
 
 
 def key_column(given: str | None, columns: dict[str, Column], table: str) -> str:
-    """Return the key: as given, the primary key, or the column id."""
+    """Return the key column: the one given, else the primary key, else id."""
     if given:
         return column_of(given, list(columns), table)
     primary = primary_key(columns)
@@ -3830,7 +3831,7 @@ def key_column(given: str | None, columns: dict[str, Column], table: str) -> str
 
 
 def recipe_for(settings: Settings, columns: list[str], table: str) -> Recipe:
-    """Return how a text is made, as the flags or the columns have it."""
+    """Return the recipe for a row's text, by --text, --columns or the names of the columns."""
     if settings.action == "prune":
         return Recipe((), labelled=True)  # no text is looked at
     if settings.text:
@@ -3860,23 +3861,23 @@ OWN_COLUMNS = ("embedding", "model", "text_sha256", "updated_at", "provenance") 
 
 
 class Target(NamedTuple):
-    """What receives the vectors: a table, called e in statements, or a column of the source itself."""
+    """The table, called e in SQL, or the source's own column that receives the vectors."""
 
     table: Table
     key: str
-    columns: dict[str, str]  # our names for its columns, to its own, which differ for --out-column only
+    columns: dict[str, str]  # by the names in OWN_COLUMNS, its own names, which differ for --out-column only
     exists: bool
     vector_kind: str  # the name of the vectors' type
-    dimensions: int  # that this type demands, 0 for any
-    belongs: bool  # whether a row that the source's table does not have is gone for good
+    dimensions: int  # demanded by this type, 0 for any
+    belongs: bool  # whether it is for this source alone, so that a row the source does not have is gone for good
     is_column: bool
 
     def has(self, name: str) -> bool:
-        """Whether it exists, with a column for what we call by a name."""
+        """Whether it exists and has one of OWN_COLUMNS."""
         return self.exists and name in self.columns
 
     def column_sql(self, name: str) -> str:
-        """Return the SQL of what is stored with a row, by our name for the column; NULL where nothing is."""
+        """Return the SQL of one of OWN_COLUMNS; NULL if the target lacks it."""
         return f"{'s' if self.is_column else 'e'}.{quoted(self.columns[name])}" if self.has(name) else "NULL"
 
     @property
@@ -3886,12 +3887,12 @@ class Target(NamedTuple):
 
     @property
     def vectors_sql(self) -> str:
-        """The FROM clause of all vectors, whatever the source shows."""
+        """The FROM clause for all vectors, also those of rows that the source does not show."""
         return f"{self.table.sql} AS {'s' if self.is_column else 'e'}"
 
     @classmethod
     def resolve(cls, db: AnyDatabase, source: Source, settings: Settings) -> Target:
-        """Return the target that the settings name; raise UsageError if it cannot be used."""
+        """Return the target of the settings; raise UsageError if it cannot be used."""
         if settings.out_column:
             return cls.in_source(db, source, settings.out_column)
         noun, given, schema = singular(source.table.name), settings.target, source.table.schema
@@ -3905,13 +3906,13 @@ class Target(NamedTuple):
         return new.as_found(db, source) if found else new
 
     def as_found(self, db: AnyDatabase, source: Source) -> Target:
-        """Return this target with what its table, which exists, has of our columns, and its own name for the key."""
+        """Return this target with the columns and the key that its existing table has."""
         name, described = self.table.name, db.readable_columns(self.table)
         columns = {ours: ours for ours in OWN_COLUMNS if ours in described}
         if "text_sha256" not in columns:
-            columns.pop("provenance", None)  # somebody else's, for something else
+            columns.pop("provenance", None)  # somebody else's table, with another meaning of the word
         others, primary = [column for column in described if column not in columns], primary_key(described)
-        # A column that is named for it is the key, even beside a primary key of the target's own.
+        # A column with the usual name is the key, even if the primary key is another one.
         keys = [self.key] if self.key in others else primary if len(primary) == 1 else others
         if "embedding" not in columns or len(keys) != 1 or not db.is_unique(self.table, keys[0]):
             raise UsageError(
@@ -3963,74 +3964,75 @@ def create_target(db: AnyDatabase, source: Source, target: Target, settings: Set
         key += f" REFERENCES {table.sql}({quoted(source.key)}) ON DELETE CASCADE"
     columns = f"{key}, {db.target_columns.format(db.vector_type(dimensions))}"
     db.exclusively(lambda: db.create_table(target.table, columns))
-    return Target.resolve(db, source, settings)  # another machine may have been quicker
+    return Target.resolve(db, source, settings)  # anew: another machine may have created it first
 
 
 class Coverage:
-    """Which rows of a source have their embedding: the SQL of it, and what is counted, read and checked by it."""
+    """Which rows of a source have an embedding: SQL conditions, counts, pending rows, and checks of stored vectors."""
 
     def __init__(self, db: AnyDatabase, source: Source, target: Target, settings: Settings) -> None:
         self.db, self.source, self.target, self.settings = db, source, target, settings
         stored, key, model = target.column_sql, f"e.{quoted(target.key)}", literal(settings.model)
-        # In this order: SQLite compares as the left one does, and so by the index of the target's key.
+        # In this order: SQLite takes the left side's affinity, and so can use the index of the target's key.
         self.join_on = f"{key} = {source.key_sql}"
         is_beside = target.exists and not target.is_column
         self.left_join = f" LEFT JOIN {target.vectors_sql} ON {self.join_on}" if is_beside else ""
         self.from_sql = f"{source.from_sql} AS s{self.left_join}"
-        # The condition that a vector's row is gone from the table, whatever --where says.
+        # The condition that a vector's row is gone from the table, not only hidden by --where.
         self.is_orphan = f"NOT EXISTS (SELECT 1 FROM {source.table.sql} AS s WHERE {source.key_sql} = {key})"
         self.dimensions_sql = db.dimensions_sql(stored("embedding"))
-        self.is_by = f"COALESCE({stored('model')}, {model}) = {model}"  # a vector is by the model, as far as is known
+        self.is_by = f"COALESCE({stored('model')}, {model}) = {model}"  # the vector is by this model or an unknown one
         current = f"{target.has_vector_sql} AND {self.is_by}"
         if target.has("text_sha256"):
             current += f" AND COALESCE({stored('text_sha256')} = {db.sha256_sql(source.whole_text_sql)}, 1 = 0)"
-        self.current_sql = current  # the condition that there is an embedding of the row's text as it is now
-        # With --force none counts; but where that changes the model, an interrupted run has made those by the new one.
+        self.current_sql = current  # the condition that the row's present text has an embedding
+        # With --force no embedding counts as existing. But if it changes the model, those by the new model do: an
+        # interrupted run with --force has made them.
         self.starts_over = settings.force and not self.stored(self.differs_sql(0))
         self.exists_sql = "1 = 0" if self.starts_over else current
-        # The same for a page of rows: a look at the target's index for each row. Postgres might plan a join as a merge,
-        # so that each page would walk that index from its beginning.
+        # The same for a page of rows, as one look into the target's index for each row: Postgres might plan a join as a
+        # merge, which walks that index from its beginning for each page.
         found = f"(SELECT 1 FROM {target.vectors_sql} WHERE {self.join_on} AND {current} LIMIT 1)"
         self.pending_sql = f"{found} IS NULL" if is_beside and not self.starts_over else f"NOT ({self.exists_sql})"
-        # Whether a run replaces every vector of the target, and whether any version of the model may fill it.
+        # Whether the run replaces every vector of the target, and whether other versions of the model are allowed.
         self.replaces_all = settings.force and settings.limit is None and not settings.where and self.shows_all()
         self.any_version = self.replaces_all or settings.accept_drift
 
     def shows_all(self) -> bool:
-        """Whether the source, without --where, shows all rows that the target's vectors may belong to."""
+        """Whether the source, without --where, shows the row of every vector in the target."""
         if self.target.belongs or not self.target.exists:
             self.db.query_all(f"SELECT 1 FROM {self.source.table.sql} LIMIT 0")  # raises Stop where rows are hidden
             return True
         return not self.db.query_all(f"SELECT 1 FROM {self.target.vectors_sql} WHERE {self.is_orphan} LIMIT 1")
 
     def count(self) -> tuple[int, int]:
-        """Return how many rows there are, and how many of them have their embedding."""
+        """Return the number of rows, and of those with an embedding."""
         counted = f"count(*), count(CASE WHEN {self.exists_sql} THEN 1 END)"
         return tuple(self.db.query(f"SELECT {counted} FROM {self.from_sql}")[0])
 
     def pending(self) -> Iterator[Row]:
-        """Yield the rows without their embedding by ascending key; all rows with --force.
+        """Yield the rows without an embedding by ascending key; with --force all rows.
 
-        Read by pages, so that no statement is open, and no lock held, while requests are under way.
+        They are read in pages, so that no statement is open, and no lock held, during requests.
         """
         above, after = "1 = 1", list[Any]()
         while found := self.db.query(page_sql(self, above, PAGE_ROWS), *after):
             yield from (self.source.row(key, text) for key, text in found)
             above, after = f"{self.source.key_sql} > {self.db.mark}1", [found[-1][0]]
 
-    # What is stored, whatever rows the source shows
+    # All vectors of the target, also those of rows that the source does not show
 
     def differs_sql(self, dimensions: int) -> str:
-        """Return the condition that a vector is by another model, or not of these dimensions (0: not known yet)."""
+        """Return the condition that a vector is by another model or has other dimensions (0: not known yet)."""
         stored = self.target.dimensions or self.dimensions_sql
         return f"NOT ({self.is_by})" + (f" OR {stored} <> {dimensions}" if dimensions else "")
 
     def comparable_sql(self, dimensions: int) -> str:
-        """Return the condition that there is a vector by the model, and of these dimensions (0: any)."""
+        """Return the condition that there is a vector by this model and of these dimensions (0: any)."""
         return f"{self.target.has_vector_sql} AND NOT ({self.differs_sql(dimensions)})"
 
     def stored(self, condition: str = "1 = 1") -> tuple[str, int] | None:
-        """Return model ("": unknown) and dimensions of one stored vector that fulfils a condition, if there is one."""
+        """Return the model ("": unknown) and dimensions of any stored vector that fulfils a condition."""
         if not self.target.exists:
             return None
         found = self.db.query(
@@ -4040,7 +4042,7 @@ class Coverage:
         return tuple(found[0]) if found else None
 
     def check(self, dimensions: int = 0) -> None:
-        """Raise UsageError or Stop if vectors of another model or of other dimensions (0: unknown) would stay."""
+        """Raise UsageError or Stop if vectors of another model or other dimensions (0: unknown) would remain."""
         target, settings = self.target, self.settings
         if not target.exists:
             return
@@ -4053,7 +4055,7 @@ class Coverage:
             raise (UsageError if is_usage else Stop)(self.mismatch(other, dimensions))
 
     def mismatch(self, other: tuple[str, int], dimensions: int) -> str:
-        """Return the words for a stored vector, by model and dimensions, that does not compare with this run's."""
+        """Return the error's words for a stored vector, given by model and dimensions, of another vector space."""
         theirs = f'of the model "{other[0]}" ' if other[0] else ""
         ours = f'"{self.settings.model}"' + (f" with {dimensions} dimensions" if dimensions else "")
         return (
@@ -4150,19 +4152,19 @@ class Provenance:
 
 
 class EmbeddingTable:
-    """What a run reads from and writes to: pending rows, and their vectors."""
+    """What a run reads and writes: pending rows, and their vectors."""
 
     def __init__(self, coverage: Coverage, provenance: Provenance, claims: Claims | None, dimensions: int) -> None:
-        """`claims` shares the work with other machines; `dimensions` are those of every vector to be saved."""
+        """`claims` shares the work with other machines; every vector to be saved must have `dimensions` numbers."""
         self.db, self.coverage, self.provenance, self.claims = coverage.db, coverage, provenance, claims
         self.dimensions = dimensions
         self.heartbeat_seconds = RENEWAL_SECONDS if claims else math.inf  # between two calls of `heartbeat`, at most
         self.write = claims.save if claims else self.db.vector_writer(coverage, coverage.settings.model)
 
     def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield the rows to embed; None means that there is none right now, but another machine may leave some.
+        """Yield the rows to embed; None if there is none right now, but another machine may leave some.
 
-        `wanted` tells how many rows the next batch is to have.
+        `wanted` returns how many rows the next batch is to have.
         """
         return self.claims.pending(wanted) if self.claims else self.coverage.pending()
 
@@ -4196,20 +4198,20 @@ class EmbeddingTable:
                 raise Stop(self.coverage.mismatch(other, self.dimensions))
 
     def give_up(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed, or is left out, so that no other machine tries it either."""
+        """Mark a row as failed or skipped, so that no other machine tries it."""
         if self.claims:
             self.claims.settle(row, failed)
 
     def heartbeat(self) -> tuple[int, int]:
-        """Tell other machines that this one is alive, if that is due; return what they have done, as Claims.peers."""
+        """Renew this machine's claims if it is time; return what the others have done, as Claims.peers."""
         return self.claims.heartbeat() if self.claims else (0, 0)
 
     def recount(self) -> int:
-        """Return how many rows there are now, if other machines may have done some of them, else 0."""
+        """Return the present number of rows if other machines may have done some of them, else 0."""
         return self.coverage.count()[0] if self.claims else 0
 
     def finish(self) -> None:
-        """After a run over all rows: remove what a change of model, version or dimensions leaves behind."""
+        """After a run over all rows: remove vectors of an earlier model, version or dimension."""
         coverage, target = self.coverage, self.coverage.target
         if not coverage.replaces_all or target.is_column:
             return
@@ -4219,31 +4221,33 @@ class EmbeddingTable:
         self.provenance.forget_unused()
 
     def close(self) -> None:
-        """Leave the work that is not done to other machines."""
+        """Leave the remaining work to other machines."""
         if self.claims:
             self.claims.release()
 
 
-CLAIM_SECONDS = 6.0  # without a sign of life, after which a machine's rows go to others
-RENEWAL_SECONDS = 1.0  # between two such signs, and two looks at what other machines do
-CLAIM_WORK_SECONDS = 0.5  # of work that a machine claims at a time: a slower one claims less
-SCAN_ROWS = 5_000  # of the source, embedded or not, that one statement looks through: some ten milliseconds
+CLAIM_SECONDS = 6.0  # after which the claims of a machine that does not renew them go to others
+RENEWAL_SECONDS = 1.0  # between two renewals, which also read what the other machines have done
+CLAIM_WORK_SECONDS = 0.5  # of work that a machine claims at a time: slower machines claim less
+SCAN_ROWS = 5_000  # of the source, embedded or not, that one statement scans: some ten milliseconds
 
 
 class Claims:
     """Which machine works on which row, so that any number of them fill one Postgres table together.
 
-    A table beside the target has a row for each machine, which is to be renewed, and one for each key that a machine
-    works on; since it has the key's own type, the database compares keys, not their texts. A claim is good as long as
-    its machine is alive. The statement that saves a batch removes its claims. A row that is settled, since it has
-    failed, is left out, or was saved with --force, stays claimed, so that nobody tries it again before the last machine
-    of the job is gone. No transaction is open between two statements, and nothing belongs to a session, which a pooler
-    such as PgBouncer hands to others.
+    The claims table beside the target has a row for each machine, which the machine renews, and a row for each claimed
+    key. Its key column has the key's own type: the database compares keys, not texts. A claim is valid as long as its
+    machine is alive. The statement that saves a batch removes its claims. A row is settled if it has failed, was
+    skipped, or was saved with --force: its claim stays until the last machine of the job is gone, so that no machine
+    tries it again. No transaction stays open between two statements, and nothing depends on a session, which a pooler
+    such as PgBouncer may share.
     """
 
     def __init__(self, db: Postgres, coverage: Coverage, digest: str) -> None:
-        """Join the machines that fill a target; raise Stop if they do so with another model, Forbidden without a place
-        for claims."""
+        """Join the machines that fill a target.
+
+        Raises Stop if they do so with another model, Forbidden if there is no claims table and none can be created.
+        """
         self.db, self.coverage = db, coverage
         settings, target, source = coverage.settings, coverage.target, coverage.source
         name = target.table.name.encode()[:56].decode("utf-8", "ignore") + "_claims"  # a name has 63 bytes at most
@@ -4252,16 +4256,17 @@ class Claims:
         self.machine = literal(os.urandom(8).hex())
         work = (settings.model, digest, source, target.columns, settings.dimensions, settings.option, settings.force)
         self.job = literal(digest_of(repr(work)).hex())
-        self.space = f"{settings.model} {digest[:19]}"  # what all vectors have in common; no name has a blank in it
+        self.space = f"{settings.model} {digest[:19]}"  # the vector space; no name has a blank in it
         self.claims, self.is_mine = f"{self.table.sql} AS c", f"c.machine = {self.machine}"
         self.until = f"now() + interval '{CLAIM_SECONDS} s'"
         # After a restart of Postgres every machine gets one claim period to renew.
         grace = f"greatest(m.expires, pg_postmaster_start_time() + interval '{CLAIM_SECONDS} s')"
         is_alive = f"m.{self.key} IS NULL AND m.expires <> '-infinity' AND {grace} > now()"
         self.live_machines = f"FROM {self.table.sql} AS m WHERE {is_alive}"
-        # Whether a claim is good. A new one is for a while, since a statement may have begun before its machine came.
+        # Whether a claim is valid. A new one is, for a while, by itself: a statement that began before its machine came
+        # does not see that machine.
         self.is_good = f"(c.settled OR c.expires > now() OR c.machine IN (SELECT m.machine {self.live_machines}))"
-        # The statement that saves also removes the claims, or settles them if what is saved must not be done again.
+        # The statement that saves also removes the claims; with --force it settles them, so that no row is done again.
         done = f"UPDATE {self.claims} SET settled = true" if settings.force else f"DELETE FROM {self.claims}"
         of_batch = f"c.{self.key} = ANY ($1::text[]::{self.key_type}[]) AND {self.is_mine}"
         # And counts at that moment, so that to a machine that joins no row is done and not yet counted.
@@ -4270,18 +4275,17 @@ class Claims:
         also = f", released AS ({done} WHERE {of_batch}), counted AS ({count})"
         self.write = db.vector_writer(coverage, settings.model, also)
         self.began, self.saved = time.monotonic(), 0  # rows, by this machine
-        self.held: set[Any] = set()  # keys that are claimed, and neither saved nor settled
+        self.held: set[Any] = set()  # claimed keys that are neither saved nor settled
         self.unsent: dict[str, bool] = {}  # keys to be settled, and whether they have failed
-        # Rows that other machines have saved since this one began, and rows that failed there.
-        self.peers = (0, 0)
-        self.others_at_work = self.abandoned = 0  # claims of other machines, by whether these are alive
+        self.peers = (0, 0)  # rows that other machines have saved since this one began, and rows that failed there
+        self.others_at_work = self.abandoned = 0  # claims of other machines that are alive, and of dead ones
         self.next_renewal, self.saved_before = 0.0, 0
         db.exclusively(self.join)
-        # What they had done before exists already, unless with --force no embedding counts as existing.
+        # Rows saved before count as existing, unless --force lets no embedding count.
         self.saved_before = 0 if coverage.starts_over else self.peers[0]
 
     def join(self) -> None:
-        """Take part; within a transaction."""
+        """Create the claims table if need be, and add this machine; within a transaction."""
         db = self.db
         if not db.columns(self.table):
             db.create_table(
@@ -4301,19 +4305,19 @@ class Claims:
         self.renew()
 
     def forget_ended_jobs(self) -> None:
-        """Remove the rows of jobs that have no live machine any more; what they did not finish is found anew."""
+        """Remove the rows of jobs without a live machine."""
         self.db.execute(f"DELETE FROM {self.claims} WHERE c.job NOT IN (SELECT m.job {self.live_machines})")
 
     def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield the rows that this machine claims; None: there is none right now, but other machines may leave some.
+        """Yield the rows that this machine claims; None if there is none right now, but other machines may leave some.
 
-        It ends after a scan of the whole table, when no other machine is at work and no claim is left by one that is
-        gone. `ignored` is how many such claims the last scan has left, since their rows are not pending.
+        It ends after a scan of the whole table when no other machine is at work and dead machines have left no claims
+        but those, counted by `ignored`, that the last scan did not take over because their rows are not pending.
         """
         ignored = 0
         while True:
             yield from self.scan(wanted)
-            self.renew()  # so that the count of what others have done is the last
+            self.renew()  # for the latest counts of the others
             while self.others_at_work and self.abandoned <= ignored:
                 ignored = self.abandoned
                 yield None  # until the next heartbeat
@@ -4340,20 +4344,20 @@ class Claims:
             after = found[-1][0] if found else bound
 
     def key_after(self, after: Any) -> Any:
-        """Return the key that is SCAN_ROWS rows behind another (None: the beginning), None if there are fewer rows."""
+        """Return the key SCAN_ROWS rows after another (None: the beginning), or None if there are fewer rows."""
         source = self.coverage.source
         above = f"({source.key_sql} > $1 OR $1 IS NULL)"
         sql = f"SELECT {source.key_sql} FROM {source.from_sql} AS s WHERE {above} ORDER BY 1 OFFSET {SCAN_ROWS - 1}"
         return self.db.value(sql, after)
 
     def claim(self, after: Any, bound: Any, count: int) -> list[Any]:
-        """Claim the next pending rows between two keys that nobody has claimed.
+        """Claim the next pending and unclaimed rows between two keys.
 
-        Return for each candidate its key, text, and whether it is ours: another machine may have been quicker.
+        Returns for each candidate its key, its text, and whether it is ours: another machine may have been faster.
         """
         key = self.coverage.source.key_sql
         within = f"({key} > $1 OR $1 IS NULL) AND ({key} <= $2 OR $2 IS NULL)"
-        # A claim of ours that we do not know of was made when the connection broke: it is made again.
+        # A claim of ours that we do not know of comes from a statement whose answer was lost: it is made again.
         taken = f"({self.is_good} AND (c.settled OR NOT {self.is_mine}))"
         is_free = f"(SELECT c.job FROM {self.claims} WHERE c.{self.key} = {key} AND {taken} LIMIT 1) IS NULL"
         page = page_sql(self.coverage, f"{within} AND {is_free}", count)
@@ -4371,13 +4375,13 @@ class Claims:
         return self.db.query(sql, after, bound)
 
     def heartbeat(self) -> tuple[int, int]:
-        """Renew this machine's claims if it is time to; return `peers`."""
+        """Renew this machine's claims if it is time; return `peers`."""
         if time.monotonic() >= self.next_renewal:
             self.renew()
         return self.peers
 
     def renew(self) -> None:
-        """Give a sign of life, settle what is to be settled, and learn what the other machines have done."""
+        """Renew this machine's claims, settle the rows in `unsent`, and read what the other machines have done."""
         at_work, ours = f"c.{self.key} IS NOT NULL AND NOT c.settled", f"c.job = {self.job}"
         sql = f"""
             WITH settled AS (
@@ -4406,46 +4410,46 @@ class Claims:
         self.unsent, self.next_renewal = {}, time.monotonic() + RENEWAL_SECONDS
 
     def settle(self, row: Row, failed: bool) -> None:
-        """Note that a row has failed, or is left out, so that no machine of this job tries it again."""
+        """Mark a row as failed or skipped, so that no machine of this job tries it again."""
         self.held.discard(row.key)
         self.unsent[str(row.key)] = failed
-        self.saved += not failed  # for the others, it is as if there were an embedding
+        self.saved += not failed  # other machines count a skipped row as done
 
     def save(self, vectors: Sequence[tuple[Row, bytes, int | None]]) -> int:
-        """Save rows with their vectors and provenance, and return how many of them were still there."""
+        """Save rows with their vectors and provenance; return how many of them still existed."""
         count = self.write(vectors)
         self.saved += count
         self.held.difference_update(row.key for row, _, _ in vectors)
         return count
 
     def release(self) -> None:
-        """Leave what is not done to the others at once; where Postgres is away, they wait for the claims to expire."""
+        """Leave the remaining work to the others at once; if Postgres is away, they wait for the claims to expire."""
         if not self.db.connection.closed:
             with contextlib.suppress(Stop):
                 self.renew()
                 self.db.exclusively(self.leave)
 
     def leave(self) -> None:
-        """Say that this machine is gone, and leave no rows behind if it was the last; within a transaction."""
+        """Mark this machine as gone, and empty the table if it was the last; within a transaction."""
         self.db.execute(f"UPDATE {self.claims} SET expires = '-infinity' WHERE {self.is_mine}")
         self.forget_ended_jobs()
         if not self.db.execute(f"SELECT 1 FROM {self.claims} LIMIT 1"):
-            # No dead rows either, where this user may, and where nobody reads the table, as pg_dump does for hours.
+            # Frees the dead rows, too, if this user may, and if nobody reads the table, as pg_dump does for hours.
             with contextlib.suppress(self.db.driver_error), self.db.begin():
                 self.db.execute(f"LOCK TABLE {self.table.sql} NOWAIT")
                 self.db.execute(f"TRUNCATE {self.table.sql}")
 
 
 class Inspector:
-    """What is asked about a target without embedding anything, and the removal of what has lost its row."""
+    """Answers questions about a target without embedding anything, and removes vectors whose row is gone."""
 
     def __init__(self, coverage: Coverage, digest: str) -> None:
-        """`digest` is that of the server's model, "" if it is not known."""
+        """`digest` is the digest of the server's model, "" if not known."""
         self.db, self.coverage, self.provenance = coverage.db, coverage, Provenance(coverage, digest)
         self.source, self.target = coverage.source, coverage.target
 
     def tally(self, condition: str) -> tuple[int, int, int, int]:
-        """Return how many rows there are, with a vector, with one that fulfils a condition, and of these up to date."""
+        """Return how many rows there are, have a vector, have one that fulfils a condition, and are up to date then."""
         counts = (
             f"count(*), count({self.target.column_sql('embedding')}), count(CASE WHEN {condition} THEN 1 END), "
             f"count(CASE WHEN {condition} AND {self.coverage.current_sql} THEN 1 END)"
@@ -4473,12 +4477,12 @@ class Inspector:
         return stored[1] if stored else self.target.dimensions
 
     def updated_at(self) -> Any:
-        """Return when the target was last written to, as stored, None if it does not tell."""
+        """Return the latest time of a save, as stored; None if the target has no such column."""
         updated = self.target.column_sql("updated_at")
         return self.db.value(f"SELECT max({updated}) FROM {self.target.vectors_sql}") if self.target.exists else None
 
     def check_searchable(self, dimensions: int = 0) -> None:
-        """Raise Stop if nothing is stored, UsageError if nothing by the model and of these dimensions (0: any)."""
+        """Raise Stop without any vectors, UsageError without any by this model and of these dimensions (0: any)."""
         coverage = self.coverage
         if coverage.stored(coverage.comparable_sql(dimensions)):
             return
@@ -4490,11 +4494,11 @@ class Inspector:
         raise UsageError(coverage.mismatch(other, dimensions))
 
     def row_named(self, key: str) -> tuple[Any, bytes | None, str]:
-        """Return key, vector and its model ("": unknown) of the row with a key given as text, or raise UsageError."""
+        """Return key, vector and model ("": unknown) of the row whose key as text is `key`, or raise UsageError."""
         source, target, db = self.source, self.target, self.db
         shown = f"{source.key_sql}, {target.column_sql('embedding')}, {target.column_sql('model')}"
-        tables = f"{source.table.sql} AS s{self.coverage.left_join}"  # whatever --where says
-        # In SQLite a column of no type may hold both 7 and '7': the text is meant, which sorts behind the number.
+        tables = f"{source.table.sql} AS s{self.coverage.left_join}"  # without --where
+        # In SQLite a column of no type may hold both 7 and '7': take the text, which sorts after the number.
         where = f"CAST({source.key_sql} AS text) = {db.mark}1 ORDER BY {source.key_sql} DESC"
         found = db.query(f"SELECT {shown} FROM {tables} WHERE {where}", key)
         if not found:
@@ -4505,10 +4509,10 @@ class Inspector:
         return key, db.read_vector(vector), model or ""
 
     def nearest(self, vector: bytes, top: int, but: Any = None) -> list[Hit]:
-        """Return the rows nearest to a vector, the nearest first, those equally near by key; not that of key `but`.
+        """Return the rows nearest to a vector, nearest first, ties by key, without the row with the key `but`.
 
-        The database's own order is good to five digits, and an index's is only nearly complete: somewhat more than are
-        wanted are taken from it, and put in order here. The last digits differ between multiples of one vector.
+        The database's order is good to five digits, and an index may miss rows. So it gives some more than are wanted,
+        which are put in order here; rounded, because multiples of one vector differ in the last digits.
         """
         rows = f"FROM {self.coverage.from_sql} WHERE {self.coverage.comparable_sql(len(vector) // 4)}"
         found = self.db.nearest(self.coverage, rows, vector, 2 * top + 20)
@@ -4518,28 +4522,28 @@ class Inspector:
         return [Hit(similarity, key, self.columns_of(key)) for similarity, key in near[:top]]
 
     def columns_of(self, key: Any) -> dict[str, Any]:
-        """Return the columns that make up the text of a row, by name and as they are; none if it is gone meanwhile."""
+        """Return the values of the columns in a row's text, by name; none if the row is gone."""
         names = dict.fromkeys(column for _, columns in self.source.recipe.parts for column in columns)
         of_row = f"{self.source.from_sql} AS s WHERE {self.source.key_sql} = {self.db.mark}1"
         found = self.db.query(f"SELECT {', '.join(map(quoted, names))} FROM {of_row}", key)
         return dict(zip(names, found[0])) if found else {}
 
     def orphans(self) -> tuple[int, int]:
-        """Return how many vectors there are, and of how many the row is gone."""
+        """Return the number of vectors, and of those whose row is gone."""
         if not self.target.exists or self.target.is_column:
             return 0, 0
         gone = f"count(CASE WHEN {self.coverage.is_orphan} THEN 1 END)"
         return tuple(self.db.query(f"SELECT count(*), {gone} FROM {self.target.vectors_sql}")[0])
 
     def prune(self, all_of_them: bool) -> int:
-        """Remove the vectors whose row is gone, and return how many; unless these are all, if that is not meant."""
+        """Remove the vectors whose row is gone, and return how many; if these are all, only with `all_of_them`."""
         stays = f"SELECT 1 FROM {self.target.vectors_sql} JOIN {self.source.table.sql} AS s ON {self.coverage.join_on}"
         unless = "" if all_of_them else f" AND EXISTS ({stays})"
         return self.db.delete(f"DELETE FROM {self.target.vectors_sql} WHERE {self.coverage.is_orphan}{unless}")
 
 
 class Hit(NamedTuple):
-    """A row that was found: its cosine similarity, its key, and its columns by name."""
+    """A row of a search's result: cosine similarity, key, and columns by name."""
 
     similarity: float
     key: Any
@@ -4550,7 +4554,7 @@ AnyDatabase = Union[SQLite, Postgres]
 
 
 def open_database(settings: Settings, stopping: Callable[[], bool]) -> AnyDatabase:
-    """Return the database of --database; `stopping` tells whether the run is to stop."""
+    """Return the database of --database; `stopping` returns whether the run is to stop."""
     path = settings.database.removeprefix("sqlite:///")
     if path != settings.database:
         return SQLite(path, settings.reads_only, bool(settings.load), stopping)
@@ -4564,56 +4568,56 @@ PEER_FAILURE = "failed on another machine, whose log has the reason"
 
 
 class Counts:
-    """What has become of the rows; generated + skipped + failed is the total at the end."""
+    """The counts of rows by outcome; at the end generated + skipped + failed is the total."""
 
     def __init__(self, rows: int, existing: int, limit: int | None) -> None:
         self.existing, self.to_do, self.limit = existing, rows - existing, limit
         self.generated = self.failed = 0
         self.cut = 0  # of those generated
         self.too_long = 0  # skipped for their length
-        self.peers = 0  # generated by other machines during this run: skipped by this one
-        self.reasons: Counter[str] = Counter()  # of the failed rows
+        self.peers = 0  # generated by other machines during this run, so skipped by this one
+        self.reasons: Counter[str] = Counter()  # for failures
 
     @property
     def skipped(self) -> int:
-        """Rows that this run leaves as they are."""
+        """Rows that this run does not embed."""
         return self.existing + self.peers + self.too_long
 
     @property
     def done(self) -> int:
-        """Rows that are decided."""
+        """Rows whose outcome is known."""
         return self.generated + self.skipped + self.failed
 
     @property
     def total(self) -> int:
-        """Rows that this run is about; a failed row does not use up the limit."""
+        """Rows that this run has to process; a failed row does not count towards --limit."""
         expected = self.to_do if self.limit is None else min(self.to_do, self.limit + self.failed)
         return max(self.skipped + expected, self.done)
 
     @property
     def left(self) -> int:
-        """Rows without an embedding that did not fail."""
+        """Rows that have no embedding yet and have not failed."""
         return max(self.to_do - self.generated - self.failed, 0)
 
     def set_peers(self, generated: int, failed: int) -> None:
-        """Set how many rows other machines have generated, and how many failed there so far."""
+        """Set how many rows other machines have generated so far, and how many failed there."""
         self.failed += failed - self.reasons.pop(PEER_FAILURE, 0)
         if failed:
             self.reasons[PEER_FAILURE] = failed
-        # Two machines may have generated the same row, if one was silent for so long that it was given up.
+        # Two machines may have generated the same row, if the claims of one have expired.
         generated = min(generated, max(self.to_do + self.peers - self.generated - self.failed, 0))
         self.to_do -= generated - self.peers
         self.peers = generated
 
     def account_for_rest(self, rows: int) -> None:
-        """At the end of the table, take rows of which nothing is known as done by other machines, as far as there are
-        so many rows still, and else as deleted."""
+        """At the end of the table, count the rows without a known outcome as generated by other machines, or, if the
+        table has fewer `rows` now, as deleted."""
         rest, unknown = self.left, rows - self.done
         self.to_do -= rest
         self.peers += max(min(rest, unknown), 0)
 
     def skip_long(self) -> None:
-        """Count a row that is skipped since its text is too long."""
+        """Count a row as skipped for its length."""
         self.too_long += 1
         self.to_do -= 1
 
@@ -4624,15 +4628,15 @@ class Counts:
 
 
 RULE = "=" * 60
-PIPE_BAR = 8  # cells of the bar where there is no terminal to fit it to
+PIPE_BAR = 8  # cells of the bar where there is no terminal
 REDRAW_SECONDS, PIPE_SECONDS = 0.1, 30.0  # between two progress lines, on a terminal and elsewhere
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-# For encodings that have no such characters; others that they do not have become question marks.
+# Substitutes for encodings without these characters; any other character they lack becomes a question mark.
 PLAIN = str.maketrans("✓⊘✗✂…·▏▎▍▌▋▊▉█", "+-x<.-########")
 
 
 def bar(share: float, cells: int) -> str:
-    """Return a bar of that many cells, filled to the share, in steps of an eighth of a cell."""
+    """Return a bar of `cells` cells, filled to `share` in steps of an eighth of a cell."""
     full, eighth = divmod(int(share * cells * 8), 8)
     return ("█" * full + EIGHTHS[eighth]).ljust(cells)[:cells]
 
@@ -4649,15 +4653,15 @@ def clock(seconds: float) -> str:
 
 
 def width_of(text: str) -> int:
-    """Return the terminal cells that a text takes."""
+    """Return the width of a text in terminal cells."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def progress_line(counts: Counts, elapsed: float, columns: int | None, start_up: float = 0.0) -> str:
-    """Return the progress line, fitted to a terminal of that many columns, or as for a pipe.
+    """Return the progress line, fitted to a terminal's columns, or for a pipe (None).
 
-    The time left is extrapolated from the rows that this run has worked on, and from the
-    seconds `elapsed` without the `start_up` among them.
+    The time left is extrapolated from the rows that this run has worked on and the seconds `elapsed` since the start,
+    less the `start_up` before the first row.
     """
     worked, left = counts.done - counts.existing, counts.total - counts.done
     share = counts.done / counts.total if counts.total else 1.0
@@ -4665,7 +4669,7 @@ def progress_line(counts: Counts, elapsed: float, columns: int | None, start_up:
     tally = f"✓={counts.generated}, ⊘={counts.skipped}, ✗={counts.failed}"
     figures = f"{counts.done}/{counts.total} [{clock(elapsed)}<{eta}, {tally}]"
     head = f"Generating embeddings: {percent_of(share):3}%"
-    room = (columns or 0) - 3  # the terminal's own ^C, of two cells, must not make the line wrap
+    room = (columns or 0) - 3  # so that ^C, which the terminal echoes, does not wrap the line
     cells = room - len(f"{head}|| {figures}") if columns else PIPE_BAR
     return f"{head}|{bar(share, cells)}| {figures}" if cells >= 4 else figures[: max(room, 1)]
 
@@ -4678,13 +4682,13 @@ def complain(text: str) -> None:
 
 
 class Console:
-    """Standard output: survives encodings, closed pipes and full devices."""
+    """Standard output that survives limited encodings, closed pipes and full disks."""
 
     def __init__(self, out: TextIO | None, interrupt: Interrupt) -> None:
         self.out, self.interrupt = out, interrupt
-        self.verdict: int | None = None  # the exit code, once it is printed: nothing that comes later changes it
-        self.is_lost = False  # whether something could not be written
-        self.drawn = 0  # cells of the line that can be redrawn in place
+        self.verdict: int | None = None  # the exit code, once it has been printed: nothing later changes it
+        self.is_lost = False  # whether output was lost
+        self.drawn = 0  # length of the line that can be redrawn in place
         encoding = getattr(out, "encoding", None) or "utf-8"
         self.replaced = PLAIN if b"?" in "✓█".encode(encoding, "replace") else {}
         if isinstance(out, io.TextIOWrapper):
@@ -4692,18 +4696,18 @@ class Console:
 
     @property
     def columns(self) -> int | None:
-        """The terminal's width now; None where there is no terminal."""
+        """The terminal's present width, None without a terminal."""
         return os.get_terminal_size(self.out.fileno()).columns or 80 if self.out and self.out.isatty() else None
 
     def write(self, text: str) -> None:
-        """Write at once. A reader that has gone ends the run; any other fault only costs the output."""
+        """Write and flush. A closed pipe ends the run; any other error only loses the output."""
         if self.out is None:
             return
         try:
             self.out.write(text.translate(self.replaced))
             self.out.flush()
         except (OSError, ValueError) as error:
-            self.out = sys.stdout = None  # Python would flush it again at the exit
+            self.out = sys.stdout = None  # or Python would flush it at exit, and fail again
             # Windows reports a closed pipe as EINVAL.
             if isinstance(error, BrokenPipeError) or (os.name == "nt" and getattr(error, "errno", 0) == errno.EINVAL):
                 self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
@@ -4712,23 +4716,23 @@ class Console:
                 complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
 
     def lines(self, *texts: str) -> None:
-        """Print lines, below the one that was being redrawn, which stays as it is."""
+        """Print lines below the progress line, which stays as it is."""
         self.write("\n" * bool(self.drawn) + "".join(text + "\n" for text in texts))
         self.drawn = 0
 
     def redraw(self, text: str) -> None:
-        """Put the text in place of the last one; below it, where there is no terminal."""
+        """Print the text over the last one; below it, without a terminal."""
         if self.columns is None:
             self.lines(text)
-        else:  # also over the ^C that the terminal puts behind the last one
+        else:  # with blanks over the ^C that the terminal may have echoed
             self.write("\r" + text + " " * (self.drawn + 2 - len(text)))
             self.drawn = len(text)
 
 
 class Report:
-    """What is printed: a run's head, progress and summary; or what an action has found; or one JSON object.
+    """Prints a run's head, progress and summary, the result of another action, or one JSON object.
 
-    `table` gives the rows their name; `started` is when the program started, by time.monotonic().
+    The noun for a row comes from `table`; `started` is the program's start by time.monotonic().
     """
 
     def __init__(
@@ -4741,17 +4745,17 @@ class Report:
         self.noun, self.nouns = noun.lower(), (plural(noun) if settings.noun else table).lower()
         self.title = f"{noun.title()} Embedding"
         silent = settings.quiet or settings.json
-        self.screen = Console(None, console.interrupt) if silent else console  # for what is said before the result
+        self.screen = Console(None, console.interrupt) if silent else console  # for all that comes before the result
         self.start_up = 0.0  # seconds until the first row
-        self.shown = started  # when there was a progress line
+        self.shown = started  # time of the last progress line
         self.elapsed: float | None = None  # seconds until the last row was done
         self.said_stopping = False
 
     def give(self, facts: dict[str, Any], lines: Iterable[str], code: int = EXIT_DONE) -> None:
-        """Print the run's result: as one JSON object if that is wanted, else its lines without the empty ones."""
+        """Print the result: with --json as one object, else its lines that are not empty."""
         if self.settings.json:
             text = json.dumps(facts, default=str)
-            # NaN and Infinity, as Python writes them, are no JSON.
+            # Python writes NaN and Infinity, which JSON does not have: they become strings.
             lines = [json.dumps(json.loads(text, parse_constant=lambda name: str(float(name))))]
         self.console.verdict = code
         self.console.lines(*filter(None, lines))
@@ -4759,7 +4763,7 @@ class Report:
             self.console.verdict = EXIT_STOPPED
 
     def start(self, counts: Counts) -> None:
-        """Print what is going to be done."""
+        """Print the head of the report."""
         self.shown = time.monotonic()
         self.start_up = self.shown - self.started
         self.screen.lines(
@@ -4774,7 +4778,7 @@ class Report:
         )
 
     def update(self, counts: Counts) -> None:
-        """Show the progress, if it is time to."""
+        """Print the progress line if it is time, and once that the run is stopping."""
         if self.screen.interrupt.code and self.screen.columns and not self.said_stopping:
             self.said_stopping = True
             self.screen.redraw(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
@@ -4783,16 +4787,16 @@ class Report:
             self.show(counts, time.monotonic() - self.started)
 
     def due(self) -> float:
-        """Return the seconds until the progress is to be shown again."""
+        """Return the seconds until the next progress line."""
         return self.shown + (REDRAW_SECONDS if self.screen.columns else PIPE_SECONDS) - time.monotonic()
 
     def show(self, counts: Counts, elapsed: float) -> None:
-        """Show the progress."""
+        """Print the progress line."""
         self.shown = time.monotonic()
         self.screen.redraw(progress_line(counts, elapsed, self.screen.columns, self.start_up))
 
     def end(self, counts: Counts) -> float:
-        """Show that the last row is done, the first time; return the seconds until then."""
+        """Return the run's seconds until its last row; print the final progress line when first called."""
         if self.elapsed is None:
             self.elapsed = round(time.monotonic() - self.started, 2)
             self.show(counts, self.elapsed)
@@ -4800,7 +4804,7 @@ class Report:
         return self.elapsed
 
     def show_index(self, share: float) -> None:
-        """Show how far the index is; where there is no terminal, only that it is done."""
+        """Print the share of the index that is built; without a terminal only when it is complete."""
         if self.screen.columns or share == 1:
             self.screen.redraw(f"🔎 Building the index: {percent_of(share):3}%|{bar(share, PIPE_BAR)}|")
 
@@ -4839,15 +4843,15 @@ class Report:
 
 LOG_NAMES = {"async": "generate_embeddings_async", "process": "generate_embeddings"}
 LOG_FORMAT = "%(asctime)s - %(processName)s - %(levelname)s - %(message)s"
-LOG_BYTES, LOG_FILES = 10_000_000, 5  # size at which a log is put aside, and how many of those are kept
-LOGS_AT_ONCE = 100  # logs of one folder that are written at one time
+LOG_BYTES, LOG_FILES = 10_000_000, 5  # size at which a log is rotated, and rotated files kept
+LOGS_AT_ONCE = 100  # runs that can have a log of their own in one folder at the same time
 
 
 def take_log(folder: str, name: str) -> tuple[str, Any]:
-    """Return the first of the logs NAME.log, NAME.2.log, ... that no other run writes, and the lock on it.
+    """Return the path of the first of NAME.log, NAME.2.log, ... that no other run writes, and the lock on it.
 
-    So each log is written, and rotated, by one process only. A transaction on an empty SQLite database
-    is a lock on every system, and ends with the process. Without locks there, the first log is taken.
+    So only one process writes and rotates a log. A transaction on an empty SQLite database is a lock on every system,
+    and ends with the process. Without locks in that folder, the first log is taken.
     """
     import sqlite3
 
@@ -4863,7 +4867,7 @@ def take_log(folder: str, name: str) -> tuple[str, Any]:
 
 
 class Log:
-    """The log of a run; none without settings, in a run that only reads, or where it cannot be written."""
+    """The log of a run; disabled without settings, in a run that only reads, or if it cannot be written."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.path, self.shown = "", "none"  # the file; its name for people
@@ -4888,25 +4892,25 @@ class Log:
         def put_aside(log: str, target: str) -> None:
             try:
                 os.rename(log, target)
-            except OSError:  # on Windows, where somebody reads it: it grows, and the older ones stay
+            except OSError:  # on Windows, while another program has it open: the log grows on
                 handler.maxBytes = 0
 
         handler.rotator = put_aside
         handler.handleError = lambda record: self.give_up(cast(Exception, sys.exc_info()[1]))
         self.logger = logging.Logger("embedgen", logging.DEBUG if settings.verbose else logging.INFO)
         self.logger.addHandler(handler)
-        with contextlib.suppress(OSError):  # there may be no current folder any more
-            self.shown = self.path  # at least
+        with contextlib.suppress(OSError):  # the current folder may have been removed
+            self.shown = self.path
             self.shown = self.path.removeprefix(os.path.join(os.getcwd(), ""))
 
     def give_up(self, error: Exception) -> None:
-        """Go on without the log."""
+        """Warn that the log cannot be written, and go on without it."""
         self.close()
         self.shown, reason = "none", describe(error)
         complain(f"warning: cannot write the log {self.path} ({reason}); going on without it. Give --log-dir DIR.")
 
     def write(self, level: str, text: str, cause: BaseException | None = None) -> None:
-        """Write one line, and the traceback of `cause`."""
+        """Write one line, followed by the traceback of `cause`, if any."""
         if self.logger:
             getattr(self.logger, level)(one_line(text), exc_info=cause)
 
@@ -4916,7 +4920,7 @@ class Log:
     error = functools.partialmethod(write, "error")
 
     def close(self) -> None:
-        """Close the file, and leave it to the next run."""
+        """Close the file and release its lock."""
         logger, self.logger = self.logger, None
         with contextlib.suppress(OSError, ValueError):  # of what could not be written
             if logger:
@@ -4926,11 +4930,11 @@ class Log:
 
 
 # ============================ actions ============================
-# What the command line asks for, each a function that prints what came of it and returns the exit code.
+# Each action is a function that does what the command line asks for, prints the result, and returns the exit code.
 
 
 class Job(NamedTuple):
-    """What every action works with."""
+    """The parts that every action works with."""
 
     settings: Settings
     db: AnyDatabase
@@ -4942,42 +4946,42 @@ class Job(NamedTuple):
     interrupt: Interrupt
 
     def coverage(self) -> Coverage:
-        """Return which rows have their embedding."""
+        """Return the Coverage of the source by the target."""
         return Coverage(self.db, self.source, self.target, self.settings)
 
     def inspector(self, digest: str = "") -> Inspector:
-        """Return what answers questions about the target; `digest` is that of the server's model, if it is known."""
+        """Return an Inspector of the target; `digest` is the digest of the server's model, "" if not known."""
         return Inspector(self.coverage(), digest)
 
     def for_model(self, model: str) -> Job:
-        """Return the same job for the model that has made the vectors, if it is known."""
+        """Return the same job for another model, unless that is ""."""
         settings = self.settings.for_model(model) if model else self.settings
         return self._replace(settings=settings, source=self.source._replace(prefix=settings.document_prefix))
 
 
-MOST_CHARACTERS = 1_000_000  # of one request's texts together; one text alone may be longer
-# Finished work is saved when there is so much of it, or it is so old. Twice as many rows would take 2 MiB more, and
-# save a twentieth of the time where the server answers at once.
+MOST_CHARACTERS = 1_000_000  # in one request; a single text may be longer
+# Answers are saved when there are so many of them, or one has waited so long. Twice as many rows would take 2 MiB more,
+# and save a twentieth of the time with a server that answers at once.
 UNSAVED_ROWS, UNSAVED_SECONDS = 500, 1.0
 
 
 class Run:
-    """One pass over the pending rows: what both engines and all databases share."""
+    """One pass over the pending rows, the same for both engines and both databases."""
 
     def __init__(self, table: EmbeddingTable, counts: Counts, job: Job) -> None:
         self.table, self.counts, self.report, self.log = table, counts, job.report, job.log
         self.interrupt, self.limit = job.interrupt, job.settings.limit
         self.rows = table.pending(lambda: self.batch_size)
-        self.batch_size = 0  # texts that the next batch is to have
-        self.is_exhausted = False  # whether every pending row was read
-        self.in_flight = 0  # rows given to the engine and not back yet
+        self.batch_size = 0  # texts wanted for the next batch
+        self.is_exhausted = False  # whether all pending rows have been read
+        self.in_flight = 0  # rows given to the engine and not answered yet
         self.unsaved: list[tuple[Row, Embedding]] = []
-        self.oldest = 0.0  # when the first of them came, by time.monotonic()
-        self.encodings: set[str] = set()  # in which vectors came, as logged
-        self.paces: dict[int, str] = {}  # why each server has its pace, as logged
+        self.oldest = 0.0  # arrival of the first of them, by time.monotonic()
+        self.encodings: set[str] = set()  # of vectors, as logged so far
+        self.paces: dict[int, str] = {}  # each server's last logged reason for its pace
 
     def work(self, engine: Engine) -> None:
-        """Embed what is pending. Whatever ends this, but for a second signal, what was finished is saved."""
+        """Embed the pending rows. However this ends, except by a second signal, all answers are saved."""
         try:
             for event in embed_rows(engine, self.next_rows, self.left, self.due):
                 if isinstance(event, Result):
@@ -4988,7 +4992,7 @@ class Run:
                     self.save()
                 self.counts.set_peers(*self.table.heartbeat())
                 self.report.update(self.counts)
-        except Exception:  # not for a KeyboardInterrupt: saving could mean to wait for a lock
+        except Exception:  # not KeyboardInterrupt: a save could wait for a lock
             self.save()
             raise
         self.save()
@@ -4998,7 +5002,7 @@ class Run:
             self.table.finish()
 
     def room(self) -> int:
-        """Return how many more rows --limit allows to be given to the engine."""
+        """Return how many more rows --limit allows in flight."""
         taken = self.counts.generated + len(self.unsaved) + self.in_flight
         return sys.maxsize if self.limit is None else self.limit - taken
 
@@ -5007,11 +5011,11 @@ class Run:
         return min(self.room() + self.in_flight, self.counts.left - len(self.unsaved))
 
     def save_due(self) -> float:
-        """Return the seconds until finished work is to be saved; infinity if there is none."""
+        """Return the seconds until the next save; infinity if there is nothing to save."""
         return self.oldest + UNSAVED_SECONDS - time.monotonic() if self.unsaved else math.inf
 
     def due(self) -> float:
-        """Return the seconds until something is to be done though nothing happens."""
+        """Return the seconds until a save, a heartbeat or a progress line is due."""
         return min(self.save_due(), self.table.heartbeat_seconds, self.report.due())
 
     def next_rows(self, size: int) -> list[Row] | None:
@@ -5020,7 +5024,7 @@ class Run:
         if not self.room():
             if self.in_flight:
                 return []
-            self.save()  # a row that was deleted meanwhile leaves room for another
+            self.save()  # rows that turn out to be deleted leave room for others
         batch: list[Row] = []
         size, characters = min(size, self.room()), 0
         if not size:
@@ -5044,7 +5048,7 @@ class Run:
         return batch or None
 
     def take(self, result: Result) -> None:
-        """Count and log the rows that failed, and keep the others to be saved."""
+        """Count and log failed and skipped rows, and keep the embeddings for the next save."""
         self.in_flight -= len(result.rows)
         if not self.unsaved:
             self.oldest = time.monotonic()
@@ -5061,7 +5065,7 @@ class Run:
                 self.fail(row, answer.reason)
 
     def name(self, row: Row) -> str:
-        """Return what a row is called in the log."""
+        """Return the name of a row for the log."""
         return f"{self.report.noun} {repr(row.key) if isinstance(row.key, (str, bytes)) else row.key}"
 
     def fail(self, row: Row, reason: str) -> None:
@@ -5071,7 +5075,7 @@ class Run:
         self.log.warn(f"{self.name(row)} failed: {reason}")
 
     def log_event(self, log_event: LogEvent, name_server: bool) -> None:
-        """Log one request, or news about a server."""
+        """Log a request or a remark, and the server's pace if it has changed."""
         server, event = log_event
         at = f"{server.protocol.address}: " if name_server else ""
         if isinstance(event, str):
@@ -5089,14 +5093,14 @@ class Run:
             self.log.info(f"{at}{server.pace}")
 
     def save(self) -> None:
-        """Save what is finished; only then is it counted."""
-        embeddings, self.unsaved = self.unsaved, []  # at once: what cannot be saved now is not tried again at the end
+        """Save the answers, which count as generated only then."""
+        embeddings, self.unsaved = self.unsaved, []  # first: an embedding that cannot be saved is not tried again
         if not embeddings:
             return
         saved, refused = self.table.save(embeddings)
         self.counts.generated += saved
         self.counts.cut += min(saved, sum(embedding.fit == "cut" for _, embedding in embeddings))
-        self.counts.to_do -= len(embeddings) - saved - len(refused)  # rows that were deleted meanwhile
+        self.counts.to_do -= len(embeddings) - saved - len(refused)  # rows that have been deleted
         for row, reason in refused:
             self.fail(row, reason)
 
@@ -5138,7 +5142,7 @@ def generate(job: Job) -> int:
 
 
 def embed(job: Job, counts: Counts) -> Target:
-    """Embed what is pending and return the target; a Stop leaves with the summary printed."""
+    """Embed the pending rows and return the target; if this raises Stop during the run, the summary is printed."""
     interrupt, report = job.interrupt, job.report
     scheduler = scheduler_for(job.settings, job.protocols)
     with contextlib.ExitStack() as cleanup:
@@ -5178,7 +5182,7 @@ def embed(job: Job, counts: Counts) -> Target:
 
 
 def open_table(job: Job, scheduler: Scheduler) -> EmbeddingTable:
-    """Return what the run writes to, created if need be."""
+    """Return the table of the run; create the target if it does not exist."""
     db, settings, dimensions = job.db, job.settings, scheduler.told("dimensions")
     if settings.index:
         db.check_index(job.target, dimensions)
@@ -5214,12 +5218,12 @@ def check_drift(engine: Engine, table: EmbeddingTable) -> None:
             )
 
 
-TIMED_TEXTS = (4, 32)  # embedded by --dry-run to see how long it takes: first a few; if that was quick, more
+TIMED_TEXTS = (4, 32)  # embedded by --dry-run to measure the speed: first a few, then more if that was quick
 QUICK_SECONDS = 0.5
 
 
 def dry_run(job: Job) -> int:
-    """Say what a run would do, and how long it may take by a few texts measured; write nothing."""
+    """Print what a run would do, with an estimate of its time from a few texts; write nothing."""
     report = job.report
     if job.settings.index:
         job.db.check_index(job.target)
@@ -5253,7 +5257,10 @@ def dry_run(job: Job) -> int:
 
 
 def measure_speed(job: Job, coverage: Coverage) -> float:
-    """Return the embeddings per second that the servers may give, by texts of the table; 0 if no row has a text."""
+    """Return the speed of all servers together, measured with texts of the table, in embeddings per second.
+
+    It is 0 if no row has a text.
+    """
     rows = itertools.islice(coverage.pending(), PAGE_ROWS)
     texts = [row.text for row in rows if row.text.strip(BLANKS)][: TIMED_TEXTS[-1] + 1]
     speed, digest = 0.0, ""
@@ -5273,7 +5280,7 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
 
 
 def time_texts(session: Session, texts: list[str]) -> float:
-    """Return how many texts a server embeds in a second, without what each request takes whatever is in it."""
+    """Return a server's speed in texts per second, without the fixed cost of a request."""
 
     def seconds(count: int) -> float:
         began = time.monotonic()
@@ -5284,7 +5291,7 @@ def time_texts(session: Session, texts: list[str]) -> float:
     rate = 1 / max(one, 1e-6)
     for more in TIMED_TEXTS if len(texts) > 1 else ():
         took = seconds(1 + more)
-        # Where a server answers at once, the difference is mostly noise.
+        # With a server that answers at once, the difference is mostly noise.
         rate = (min(1 + more, len(texts)) - 1) / max(took - one, took / 10)
         if took > QUICK_SECONDS:
             break
@@ -5305,7 +5312,7 @@ def search(job: Job) -> int:
 
 
 def embed_query(job: Job, text: str) -> tuple[bytes, ServerProfile]:
-    """Return the vector of a text from the first server that is there, and what is known of that server."""
+    """Return the vector of a text from the first server that can be reached, and that server's profile."""
     away: Stop = Stop("there is no server")
     for protocol in job.protocols:
         try:
@@ -5320,7 +5327,7 @@ def embed_query(job: Job, text: str) -> tuple[bytes, ServerProfile]:
 
 
 def similar(job: Job) -> int:
-    """List the rows nearest to one of them, by the vector that it has already."""
+    """List the rows nearest to one of them, by its stored vector."""
     given = str(job.settings.similar)
     key, vector, model = job.inspector().row_named(given)
     row = f"{job.report.noun} {given}"
@@ -5339,7 +5346,7 @@ def similar(job: Job) -> int:
 def show_hits(
     job: Job, inspector: Inspector, asked: dict[str, Any], what: str, vector: bytes, model: str, but: Any = None
 ) -> None:
-    """Print the rows nearest to a vector, which is that of `what`; on standard error what was not searched."""
+    """Print the rows nearest to the vector of `what`; on standard error how many rows were not searched."""
     report, settings = job.report, job.settings
     hits = inspector.nearest(vector, settings.top, but)
     results = [
@@ -5357,7 +5364,7 @@ def show_hits(
 
 
 def note_unsearched(total: int, stored: int, found: int, current: int, nouns: str, action: str) -> None:
-    """Say on standard error how many rows were not searched, or by an older text."""
+    """Print to standard error how many rows were not searched, or found by an older text."""
     words: list[str] = []
     for count, what in (
         (total - stored, "not searched: no embedding yet"),
@@ -5372,12 +5379,12 @@ def note_unsearched(total: int, stored: int, found: int, current: int, nouns: st
         complain(f"note: {'; '.join(words)}.{next_step if total - stored or found - current else ''}")
 
 
-PIPE_WIDTH = 200  # cells of a result's line where there is no terminal to fit it to
-KEY_WIDTH = 40  # cells of a key, at most
+PIPE_WIDTH = 200  # cells of a result's line without a terminal
+KEY_WIDTH = 40  # most cells of a key
 
 
 def hit_lines(hits: list[Hit], cells: int) -> list[str]:
-    """Return a line of so many cells for each row that was found: rank, similarity, key, and its columns."""
+    """Return a line of at most `cells` cells for each hit: rank, similarity, key, columns."""
     keys = [truncate_to_width(str(hit.key), KEY_WIDTH) for hit in hits]
     key_width, digits = max(map(width_of, keys), default=0), len(str(len(hits)))
     lines = []
@@ -5391,7 +5398,7 @@ def hit_lines(hits: list[Hit], cells: int) -> list[str]:
 
 
 def truncate_to_width(text: str, cells: int) -> str:
-    """Return a text on one line, cut to so many cells of a terminal."""
+    """Return a text on one line, cut to `cells` terminal cells."""
     text = one_line(text[: 4 * cells])
     if width_of(text) <= cells:
         return text
@@ -5489,7 +5496,7 @@ def prune(job: Job) -> int:
     if gone and not settings.dry_run:
         gone = inspector.prune(settings.force)
         if not gone and inspector.orphans()[1]:
-            raise refused  # somebody else was at work meanwhile
+            raise refused  # another program has deleted rows since they were counted
     job.log.info(f"pruned {job.db.shown}, {target.table.name}: {gone} of {total} embeddings removed")
     did, what = ("would_remove", "Would remove") if settings.dry_run else ("removed", "Removed")
     why = f"whose {job.report.nouns} are gone" if gone else f"since all their {job.report.nouns} are there"
@@ -5513,7 +5520,7 @@ ACTIONS: dict[str, Callable[[Job], int]] = {
 
 
 def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log: Log, started: float) -> int:
-    """Do what the settings ask for and return the exit code; raise Stop if it cannot be done."""
+    """Carry out the settings' action and return the exit code; raise Stop if it cannot be done."""
     interrupt = console.interrupt
     with contextlib.closing(open_database(settings, lambda: bool(interrupt.code))) as db:
         loaded = load(db, settings, settings.load) if settings.load else None
@@ -5529,14 +5536,14 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
 
 
 def fail(error: BaseException, console: Console, log: Log, given: Sequence[str]) -> int:
-    """Log and print what has ended the run; return the exit code."""
+    """Log and print the error that has ended the run; return the exit code."""
     code, message, interrupt = EXIT_STOPPED, f"{type(error).__name__}: {error}", console.interrupt
-    if stopped := interrupt.forced or isinstance(error, KeyboardInterrupt):  # or what the clean-up made of it
+    if stopped := interrupt.forced or isinstance(error, KeyboardInterrupt):  # or an error that it caused
         code, message = interrupt.code or EXIT_SIGINT, "ended at once by a signal; what was generated is saved"
         log.warn(message)
     elif isinstance(error, Stop):
         code, message = error.code, error.message
-        # A traceback says more only where a database or a system has raised something.
+        # A traceback helps only if a database or the system has raised the error.
         log.error(message, None if isinstance(error.__cause__, Stop) else error.__cause__)
     else:
         log.error(message, error)
@@ -5570,7 +5577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupt.ignore_signals()
             kill_workers()
             log.close()
-    except KeyboardInterrupt:  # a first signal, while something else was reported
+    except KeyboardInterrupt:  # a first signal, while another error was being reported
         code = interrupt.code
     if interrupt.code == EXIT_SIGPIPE:  # nobody has read the verdict
         return EXIT_SIGPIPE
