@@ -981,7 +981,10 @@ class Ollama(contextlib.AbstractContextManager["Ollama"]):
             return
         if self.held:
             self.held.close()
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--until-eof", *self.tls]
+        # Imported, since what Python runs as a script it compiles each time.
+        here = os.path.dirname(os.path.abspath(__file__))
+        code = f"import sys; sys.path.insert(0, {here!r}); import ollama; ollama.main()"
+        command = [sys.executable, "-I", "-S", "-c", code, "--until-eof", *self.tls]
         command += ["--port", str(self.port), "--settings", json.dumps(self.current)]
         # In a session of its own, so that a signal meant for the test's group spares the double.
         self.process = subprocess.Popen(

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -48,6 +49,9 @@ START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
 if START_METHOD:
     embedgen.START_METHOD = START_METHOD
 
+# A script is compiled at each start, which takes as long as most of what is run here: processes import it instead.
+py_compile.compile(str(PROGRAM), quiet=2)
+
 
 def command(*arguments: object, **constants: object) -> list[str]:
     """Return the command line that runs the program, with other values for some of its constants."""
@@ -55,7 +59,7 @@ def command(*arguments: object, **constants: object) -> list[str]:
         constants.setdefault("START_METHOD", START_METHOD)
     changes = "".join(f"embedgen.{name} = {value!r}; " for name, value in constants.items())
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import embedgen; {changes}sys.exit(embedgen.main())"
-    return [sys.executable, *(["-c", code] if changes else [str(PROGRAM)]), *map(str, arguments)]
+    return [sys.executable, "-c", code, *map(str, arguments)]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -61,7 +61,8 @@ class Usage(Case):
                 self.refuse(2, *flags, words=words)
 
     def test_help(self) -> None:
-        shown = subprocess.run(command("--help"), stdout=subprocess.PIPE, check=True).stdout.decode()
+        script = [sys.executable, str(PROGRAM), "--help"]
+        shown = subprocess.run(script, stdout=subprocess.PIPE, check=True).stdout.decode()
         readme = (PROGRAM.parent / "README.md").read_text("utf-8")
         for flag in re.findall(r"^\| `(--[a-z-]+)", readme, re.MULTILINE):
             self.assertRegex(shown, rf"\n  {flag}\b")
