@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 import unittest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tests.databases import Postgres
 from tests.ollama import Ollama, blob
-from tests.support import FULL, START_METHOD, Case, OnPostgres
+from tests.support import FULL, Case, OnPostgres
 
 NOMIC = "nomic-embed-text"
 ROWS = 200
@@ -212,55 +213,26 @@ class Asleep(Case):
             found += int(lines["voluntary_ctxt_switches"])
         return found
 
-    def workers(self, pid: int) -> list[int]:
-        """Return the children of a process."""
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
     def cpu(self, pid: int) -> int:
         """Return the ticks of the clock that a process has computed for."""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
-    def look(self, process: subprocess.Popen[bytes], seconds: float) -> tuple[int, int]:
-        """Return how often a parent wakes up in that time, and the ticks that it computes for."""
-        before = self.wake_ups(process.pid), self.cpu(process.pid)
-        with self.assertRaises(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        return self.wake_ups(process.pid) - before[0], self.cpu(process.pid) - before[1]
+    def is_asleep(self, pid: int) -> bool:
+        """Whether a process sleeps for a second."""
+        before = self.wake_ups(pid), self.cpu(pid)
+        time.sleep(1.0)
+        return self.wake_ups(pid) - before[0] <= 2 and self.cpu(pid) - before[1] <= 1
 
-    def start_and_wait(self) -> subprocess.Popen[bytes]:
-        """Start a run whose workers all wait for the server."""
+    def test_an_idle_parent_sleeps(self) -> None:
         self.make_movies(20)
         self.ollama.configure(hold=["Film"])
         process = self.start_program("--engine", "process", "--workers", 2, "--batch-size", 2)
-        self.wait_for(lambda: " ".join(self.ollama.texts()).count("Film") >= 4, "both workers' requests")
-        return process
-
-    def test_an_idle_parent_sleeps(self) -> None:
-        process = self.start_and_wait()
+        self.wait_for(lambda: len(self.asked()) >= 4, "both workers' requests")
         # Without a terminal to draw on, and with nothing to save, there is nothing to wake up for.
-        woken, ticks = min(self.look(process, 1.0) for _ in range(2))
-        self.assertLessEqual(woken, 2)
-        self.assertLessEqual(ticks, 1)
+        self.wait_for(lambda: self.is_asleep(process.pid), "a second of sleep", 10)
         self.ollama.configure(hold=[])
         self.assertEqual(self.ended(process).code, 0)
-        self.assert_complete()
-
-    def test_asleep_it_hears_signals(self) -> None:
-        process = self.start_and_wait()
-        process.send_signal(signal.SIGTERM)
-        self.wait_for(lambda: self.wake_ups(process.pid), "it still lives")
-        self.ollama.configure(hold=[])
-        self.assertEqual(self.ended(process).code, 143)
-
-    @unittest.skipIf(START_METHOD == "spawn", "it would kill multiprocessing's own helper")
-    def test_asleep_it_misses_a_worker(self) -> None:
-        process = self.start_and_wait()
-        for worker in self.workers(process.pid):
-            os.kill(worker, signal.SIGKILL)
-        self.ollama.configure(hold=[])
-        done: Any = self.ended(process)
-        self.assertEqual((done.code, done.err), (0, ""))
         self.assert_complete()
 
 
