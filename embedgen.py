@@ -57,7 +57,7 @@ import unicodedata
 import warnings
 from array import array as Array
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union, cast
 from urllib.parse import quote, unquote
 
@@ -994,9 +994,9 @@ class Protocol:
         return ServerProfile(base64_bytes=sys.maxsize)
         yield  # makes it a generator
 
-    def look_up_loaded(self, profile: ServerProfile) -> Steps[ServerProfile]:
-        """Return the profile with what the server tells once the model is loaded."""
-        return profile
+    def loaded_bytes(self) -> Steps[int]:
+        """Return the longest text, in bytes, that the model as it is loaded now takes whole; 0 if that is not told."""
+        return sys.maxsize
         yield  # makes it a generator
 
     def build(self, profile: ServerProfile, texts: list[str], timeout: float, truncate: bool = False) -> Request:
@@ -1004,7 +1004,7 @@ class Protocol:
         texts = [self.prefix + text for text in texts]
         asked = {**self.common, "input": texts[0] if profile.most_texts == 1 else texts}
         path, encoding = self.path, "decimals"
-        if 0 < max(map(len, map(str.encode, texts))) <= profile.base64_bytes:
+        if 0 < most_bytes(texts) <= profile.base64_bytes:
             path, encoding, asked["encoding_format"] = self.base64_path, "base64", "base64"
         elif self.truncates:
             asked["truncate"] = truncate
@@ -1059,6 +1059,13 @@ class Protocol:
         return ServerAway(f"cannot reach {self.product} at {self.address} ({reason}).{advice}", reason)
 
 
+def json_object(response: Response) -> dict[str, Any]:
+    """Return the JSON object in an answer, {} if there is none."""
+    with contextlib.suppress(*MALFORMED):
+        return dict(json.loads(response.body)) if response.status == 200 else {}
+    return {}
+
+
 def in_order(items: list[Any]) -> list[Any]:
     """Return the vectors of an OpenAI answer's `data` by their index, packed where they come as base64."""
     vectors: list[Any] = [None] * len(items)
@@ -1072,10 +1079,17 @@ def in_order(items: list[Any]) -> list[Any]:
     return vectors
 
 
-# Bytes of UTF-8. A token is made of at least one, so that a text of no more of them than the context has tokens cannot
-# be cut. Models add two tokens of their own, tokenizers a space; the rest is for words that they spell out. A model's
-# context may be longer than what Ollama gives it unasked: that was 2,048 tokens for long, and is still so in one piece.
+# A token is made of at least one byte, so that a text of no more bytes than the context has tokens cannot be cut. No
+# less crude bound is sure without the vocabulary: a rare word takes a token for each letter, and an answer counts the
+# tokens of all its texts together. Models add two tokens of their own, tokenizers a space; the margin has room for more.
+# A model's context may be longer than what Ollama gives it unasked: 2,048 tokens for long, and still in one piece.
 CONTEXT_MARGIN, CONTEXT_MOST = 16, 2048
+
+
+def most_bytes(texts: list[str]) -> int:
+    """Return the length of the longest text in bytes of UTF-8, as a tokenizer may see it that spells out ligatures."""
+    forms = texts + [unicodedata.normalize("NFKC", text) for text in texts if not text.isascii()]
+    return max(map(len, map(str.encode, forms)))
 
 
 class Ollama(Protocol):
@@ -1099,19 +1113,20 @@ class Ollama(Protocol):
     def look_up(self) -> Steps[ServerProfile]:
         # "name" is the older form.
         card = yield from self.fetch("/api/show", json.dumps({"model": self.model, "name": self.model}).encode())
-        own = (yield from self.fetch("/api/tags", own=True)).get("digest")
+        tags = yield from self.fetch("/api/tags")
         version = (yield from self.fetch("/api/version")).get("version")
         weights = re.search(r"(?m)^FROM .*sha256-(\w+)", str(card.get("modelfile")))
         # A model may come with a shorter context set than it could have (all-minilm does).
-        contexts = [int(n) for n in re.findall(r"(?m)^num_ctx +(\d+)", str(card.get("parameters")))]
+        contexts = [int(n) for n in re.findall(r"(?m)^num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))]
         figures = card.get("model_info") or {}
         trained = [int(n) for key, n in figures.items() if key.endswith(".context_length") and n]
         most = min(*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST) if trained else 0
         most = 0 if "options" in self.common else max(most - CONTEXT_MARGIN, 0)
-        return ServerProfile(b"", str(own or ""), weights[1] if weights else "", str(version or ""), most)
+        digest = str(self.entry(tags).get("digest") or "")
+        return ServerProfile(b"", digest, weights[1] if weights else "", str(version or ""), most)
 
-    def fetch(self, path: str, body: bytes = b"", own: bool = False) -> Steps[dict[str, Any]]:
-        """Return the JSON object that the server has under a path, {} if it tells none; or of a list, the model's own.
+    def fetch(self, path: str, body: bytes = b"") -> Steps[dict[str, Any]]:
+        """Return the JSON object that the server has under a path, {} if it tells none.
 
         What is wrong with the server shows when it is asked for a vector; but not if nobody is there.
         """
@@ -1125,19 +1140,20 @@ class Ollama(Protocol):
                 raise self.unreachable(response.reason)
             if 0 < response.status < 429:
                 break
-        try:
-            answer = json.loads(response.body) if response.status == 200 else {}
-            models = {model["name"]: model for model in answer["models"]} if own else {}
-            return dict(models.get(self.model) or models[f"{self.model}:latest"]) if own else dict(answer)
-        except MALFORMED:
-            return {}
+        return json_object(response)
 
-    def look_up_loaded(self, profile: ServerProfile) -> Steps[ServerProfile]:
+    def entry(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's own entry in a list of models, {} if there is none."""
+        with contextlib.suppress(*MALFORMED):
+            models = {model["name"]: model for model in answer["models"]}
+            return dict(models.get(self.model) or models[f"{self.model}:latest"])
+        return {}
+
+    def loaded_bytes(self) -> Steps[int]:
         # The context that the model was loaded with may be smaller than its own (OLLAMA_CONTEXT_LENGTH).
-        if profile.base64_bytes and (context := (yield from self.fetch("/api/ps", own=True)).get("context_length")):
-            most = max(int(context) - CONTEXT_MARGIN, 0)
-            return profile._replace(base64_bytes=min(profile.base64_bytes, most))
-        return profile
+        response = yield Request("/api/ps", b"", min(self.timeout, 30.0), 2.5)
+        context = self.entry(json_object(response)).get("context_length")
+        return max(context - CONTEXT_MARGIN, 0) if isinstance(context, int) else 0
 
 
 class OpenAI(Protocol):
@@ -1274,7 +1290,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
     version = profile.version or batch.server_header
-    return (yield from protocol.look_up_loaded(batch.profile._replace(sample=sample, version=version)))
+    return batch.profile._replace(sample=sample, version=version)
 
 
 class BatchRequest:
@@ -1420,6 +1436,13 @@ class BatchRequest:
             if request.encoding == "base64" and not all(isinstance(vector, bytes) for vector in numbers):
                 yield from self.learn(base64_bytes=0)  # so as not to ask for what is not given
             vectors = validate_vectors(numbers, texts)
+            if request.encoding == "base64":
+                # Only now is it known what context the texts have met: the server may have loaded the model again.
+                most = yield from protocol.loaded_bytes()
+                if most < self.profile.base64_bytes:
+                    yield from self.learn(base64_bytes=most)
+                if most < most_bytes([protocol.prefix + text for text in texts]):
+                    raise ProtocolChanged("the loaded model may have cut a text")
             for dimensions in {len(vector) // 4 for vector in vectors} - {known or len(vectors[0]) // 4}:
                 raise Trouble("dimensions", f"vectors of {dimensions} dimensions came instead of {known}")
         except ProtocolChanged as changed:
@@ -1900,58 +1923,6 @@ def make_response(status: int, headers: Mapping[str, str], body: bytes) -> Respo
     return Response(status, body, 0.0, float(after) if after.isdigit() else 0.0, server=server, location=location)
 
 
-class BlockingTransport:
-    """A kept connection by http.client. Its coroutines never wait for one another: see run_blocking."""
-
-    def __init__(self, endpoint: Endpoint, halted: threading.Event) -> None:
-        import http.client
-
-        self.endpoint, self.is_halted, self.wait, self.connected = endpoint, halted.is_set, halted.wait, False
-        make: Any = http.client.HTTPConnection
-        if endpoint.scheme == "https":
-            make = functools.partial(http.client.HTTPSConnection, context=tls_context(endpoint.ca_file))
-        self.connection = make(endpoint.host, endpoint.port)
-
-    async def open(self, seconds: float) -> None:
-        """Connect within that time."""
-        self.connection.timeout = seconds
-        self.connection.connect()
-        self.connected = True
-
-    async def send(self, request: Request) -> Response:
-        """Return the response to a request.
-
-        Raises ConnectionError or EOFError where nothing of an answer came, another OSError where it broke off, a
-        time-out where it took too long.
-        """
-        import http.client
-
-        self.connection.sock.settimeout(request.timeout)
-        try:
-            path, method = self.endpoint.path + request.path, "POST" if request.body else "GET"
-            self.connection.request(method, path, request.body or None, headers_for(self.endpoint))
-            response = self.connection.getresponse()
-        except http.client.RemoteDisconnected:
-            raise EOFError from None
-        except http.client.HTTPException as error:
-            raise OSError(f"malformed answer: {error!r}") from None
-        try:
-            body = response.read()
-        except (http.client.HTTPException, ConnectionError):
-            raise OSError("the answer was cut off") from None
-        self.connected = not response.will_close  # otherwise it has closed itself
-        return make_response(response.status, response.headers, body)
-
-    async def sleep(self, seconds: float) -> None:
-        """Let time pass, until nothing more is to be sent."""
-        self.wait(seconds)
-
-    def close(self) -> None:
-        """Drop the connection, if there is one."""
-        self.connected = False
-        self.connection.close()
-
-
 STREAM_BYTES = 1 << 18  # what asyncio buffers of an answer before it stops reading; most answers fit in twice of it
 
 
@@ -1974,7 +1945,11 @@ class StreamTransport:
         self.connected = True
 
     async def send(self, request: Request) -> Response:
-        """Return the response to a request; raises as BlockingTransport.send does."""
+        """Return the response to a request.
+
+        Raises ConnectionError or EOFError where nothing of an answer came, another OSError where it broke off, a
+        time-out where it took too long.
+        """
         import asyncio
 
         endpoint, body = self.endpoint, request.body
@@ -2047,10 +2022,7 @@ class StreamTransport:
             self.writer.transport.abort()  # without ceremony: nothing is left to be sent
 
 
-Transport = Union[BlockingTransport, StreamTransport]
-
-
-async def exchange(transport: Transport, request: Request) -> Response:
+async def exchange(transport: StreamTransport, request: Request) -> Response:
     """Return what comes of a request; never raises for what a network can do.
 
     A kept connection that the server has closed is replaced without a word, once: embedding is idempotent.
@@ -2075,7 +2047,7 @@ async def exchange(transport: Transport, request: Request) -> Response:
             return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=late and connected)
 
 
-async def converse(transport: Transport, conversation: Steps[T], report: Callable[[Any], None]) -> T:
+async def converse(transport: StreamTransport, conversation: Steps[T], report: Callable[[Any], None]) -> T:
     """Carry out a conversation's steps and return its result; raise Abandoned if nothing more is to be sent."""
     response: Response | None = None
     try:
@@ -2084,7 +2056,7 @@ async def converse(transport: Transport, conversation: Steps[T], report: Callabl
             response = None
             if not isinstance(step, (Request, Wait)):
                 report(step)
-            elif transport.is_halted():
+            elif transport.is_halted() and getattr(step, "body", True):  # but a question about an answer may be asked
                 raise Abandoned
             elif isinstance(step, Wait):
                 await transport.sleep(step.seconds)
@@ -2093,37 +2065,6 @@ async def converse(transport: Transport, conversation: Steps[T], report: Callabl
     except StopIteration as end:
         result: T = end.value
         return result
-
-
-def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine that never waits, as those over a BlockingTransport."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    raise RuntimeError("a coroutine waited where nothing can wake it")
-
-
-class Session:
-    """A connection to one server for a few texts, after a handshake: without an engine, which takes longer to start."""
-
-    def __init__(self, protocol: Protocol) -> None:
-        """Raises Stop if the server is of no use, ServerAway if it is not there."""
-        self.protocol, self.transport = protocol, BlockingTransport(protocol.endpoint, threading.Event())
-        self.profile: ServerProfile = self.run(handshake(protocol))
-
-    def run(self, conversation: Steps[T]) -> T:
-        """Return the result of a conversation; nobody logs what happens on the way."""
-        return run_blocking(converse(self.transport, conversation, lambda event: None))
-
-    def embed(self, texts: list[str]) -> list[Answer]:
-        """Return the answer for each text."""
-        return self.run(embed_batch(self.protocol, self.profile, texts))
-
-    def close(self) -> None:
-        """Drop the connection."""
-        self.transport.close()
 
 
 # ---- the two engines ----
@@ -2281,6 +2222,7 @@ def signals_held_back() -> Iterator[None]:
 
 def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
     """Be a worker process: do the tasks that come over the pipe, and say what comes of them, until it is closed."""
+    import asyncio
     import queue
     import traceback
 
@@ -2290,25 +2232,27 @@ def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
     for other in inherited:
         other.close()
     inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    halted = threading.Event()
+    loop = asyncio.new_event_loop()
+    halted = loop.create_future()
 
     def listen() -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 task = pipe.recv()
                 if task is None:
-                    halted.set()
+                    loop.call_soon_threadsafe(halted.set_result, None)
                 else:
                     inbox.put(task)
         os._exit(0)  # the parent has closed the pipe, or died: at once, even in the middle of a request
 
     threading.Thread(target=listen, daemon=True).start()
-    transports = [BlockingTransport(protocol.endpoint, halted) for protocol in protocols]
+    transports = [StreamTransport(protocol.endpoint, halted) for protocol in protocols]
     while True:
         task = inbox.get()
         index = task[0]
         try:
-            event: Event = run_blocking(converse(transports[index], begin(protocols[index], task), pipe.send))
+            conversation = converse(transports[index], begin(protocols[index], task), pipe.send)
+            event: Event = loop.run_until_complete(conversation)
         except (Stop, Abandoned) as end:
             event = end
         except Exception:  # in a form that a pipe can carry
@@ -2323,7 +2267,7 @@ class ProcessEngine:
     """Conversations in worker processes, which are started as they are needed and replaced if they die."""
 
     def __init__(self, scheduler: Scheduler, interrupt: Interrupt) -> None:
-        import http.client  # noqa: F401 - forked workers share what is loaded now
+        import asyncio  # noqa: F401 - forked workers share what is loaded now
         import multiprocessing.connection
 
         self.scheduler, self.interrupt, self.wait_for = scheduler, interrupt, multiprocessing.connection.wait
@@ -5256,6 +5200,14 @@ def dry_run(job: Job) -> int:
     return EXIT_DONE
 
 
+@contextlib.contextmanager
+def open_session(job: Job, protocol: Protocol) -> Iterator[tuple[Engine, ServerProfile]]:
+    """Give an engine with one server, and its profile; raise Stop if it is of no use, ServerAway if it is not there."""
+    with contextlib.closing(AsyncEngine(scheduler_for(job.settings, [protocol]), job.interrupt)) as engine:
+        handshake_all(engine)
+        yield engine, engine.scheduler.servers[0].profile
+
+
 def measure_speed(job: Job, coverage: Coverage) -> float:
     """Return the speed of all servers together, measured with texts of the table, in embeddings per second.
 
@@ -5266,12 +5218,12 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
     speed, digest = 0.0, ""
     for protocol in job.protocols if texts else []:
         try:
-            with contextlib.closing(Session(protocol)) as session:
-                coverage.check(session.profile.dimensions)
+            with open_session(job, protocol) as (engine, profile):
+                coverage.check(profile.dimensions)
                 if job.target.is_column:  # which is never created, but said to be missing
-                    create_target(job.db, job.source, job.target, job.settings, session.profile.dimensions)
-                digest = digest or session.profile.digest
-                speed += time_texts(session, texts)
+                    create_target(job.db, job.source, job.target, job.settings, profile.dimensions)
+                digest = digest or profile.digest
+                speed += time_texts(engine, texts)
         except ServerAway:
             if protocol is job.protocols[-1] and not speed:
                 raise
@@ -5279,12 +5231,12 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
     return speed
 
 
-def time_texts(session: Session, texts: list[str]) -> float:
+def time_texts(engine: Engine, texts: list[str]) -> float:
     """Return a server's speed in texts per second, without the fixed cost of a request."""
 
     def seconds(count: int) -> float:
         began = time.monotonic()
-        session.embed(texts[:count])
+        embed_on_all(engine, texts[:count])
         return time.monotonic() - began
 
     one = seconds(1)
@@ -5316,11 +5268,11 @@ def embed_query(job: Job, text: str) -> tuple[bytes, ServerProfile]:
     away: Stop = Stop("there is no server")
     for protocol in job.protocols:
         try:
-            with contextlib.closing(Session(protocol)) as session:
-                [answer] = session.embed([text])
+            with open_session(job, protocol) as (engine, profile):
+                [(_, [answer])] = embed_on_all(engine, [text])
                 if isinstance(answer, Failure):
                     raise Stop(f"{protocol.address} does not embed the text that is searched for: {answer.reason}.")
-                return answer.vector, session.profile
+                return answer.vector, profile
         except ServerAway as error:
             away = error
     raise away

@@ -63,6 +63,8 @@ DEFAULTS: dict[str, Any] = {
     "api": True,      # False: not Ollama but another server, has only /v1
     "lean": True,     # False: has no /v1/embeddings, or stands behind a proxy that does not let it through
     "base64": True,   # False: older than 0.12.7, ignores encoding_format; "refused"; "mangled"
+    "context_length": None,  # OLLAMA_CONTEXT_LENGTH: of all models, where theirs is not smaller
+    "ps": True,       # whether /api/ps tells the context; "asked": as 0.12 does, which may be more than the model has
     "truncates": True,  # False: refuses long texts whatever it is asked, as some versions do
     "token": None,    # wanted as "Authorization: Bearer TOKEN" in every request
     "basic": None,    # or as "Authorization: Basic ...", user:password
@@ -228,6 +230,7 @@ class Question:
     tokens: int
     dimensions: int
     base64: bool
+    context: int  # as /api/ps tells it
 
 
 class Refusal(Exception):
@@ -678,6 +681,8 @@ class Server:
         models = [{"name": n, "model": n, "digest": m["digest"]} for n, m in self.models.items()]
         if path == "/api/ps":
             models = [model for model in models if self.loaded and model["name"] == self.loaded[0]]
+            if self.settings["ps"]:
+                models = [{**model, "context_length": self.loaded[2]} for model in models]
         return json_reply({"models": models})
 
     @staticmethod
@@ -733,7 +738,7 @@ class Server:
         if deployments := self.settings["deployments"]:
             place = self.led.setdefault(entry["connection"], len(self.led) % len(deployments))
             question.dimensions = deployments[place]["dimensions"]
-        loaded = await self.load(question.name, body.get("options"), entry)
+        loaded = await self.load(question.name, body.get("options"), question.context, entry)
         if question.texts:
             await self.compute(len(question.texts))
             self.refuse(texts)
@@ -793,7 +798,8 @@ class Server:
             raise Refusal(404, f"model '{name}' not found")
 
         options = {} if openai else body.get("options") or {}
-        context = min(options.get("num_ctx", model["context"]), model["context"])
+        asked = options.get("num_ctx") or self.settings["context_length"] or 4096
+        context = min(asked, model["context"])
         shortened = [cut(text, context) for text in texts]
         whole = body.get("truncate") is False or not self.settings["truncates"]
         if path == "/api/embed" and whole and shortened != texts:
@@ -805,7 +811,8 @@ class Server:
         if path != "/api/embeddings" and 0 < (body.get("dimensions") or 0) < dimensions:
             dimensions = body["dimensions"]
         as_base64 = encoding == "base64" and bool(self.settings["base64"])
-        return Question(path, name, model, texts, tokens, dimensions, as_base64)
+        told = asked if self.settings["ps"] == "asked" else context
+        return Question(path, name, model, texts, tokens, dimensions, as_base64, told)
 
     def check_limits(self, openai: bool, texts: list[str], shortened: list[str], context: int) -> None:
         """Refuse too many texts, or those too long, as some servers do."""
@@ -825,11 +832,11 @@ class Server:
                 if rule["contains"] in text:
                     raise Refusal(rule["status"], rule["error"])
 
-    async def load(self, name: str, options: Any, entry: Entry) -> float:
-        """Load the model unless it is loaded with these options; the seconds that took."""
+    async def load(self, name: str, options: Any, context: int, entry: Entry) -> float:
+        """Load the model unless it is loaded with these options and this context; the seconds that took."""
         begin = time.monotonic()
-        if self.loaded != (full_name(name), options or None):
-            self.loaded = (full_name(name), options or None)
+        if self.loaded != (full_name(name), options or None, context):
+            self.loaded = (full_name(name), options or None, context)
             self.loaded_at = begin + self.settings["load_seconds"]
             entry["loaded"] = True
         await self.sleep(self.loaded_at - begin)

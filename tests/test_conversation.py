@@ -31,6 +31,12 @@ def error(status: int, words: object, **more: float) -> Response:
     return Response(status, json.dumps({"error": words}).encode(), 0.1, **more)
 
 
+def loaded(context: object) -> Response:
+    """Return an answer to /api/ps; the context None is not told."""
+    told = {} if context is None else {"context_length": context}
+    return Response(200, json.dumps({"models": [{"name": "m:latest", **told}, {"name": "other"}]}).encode())
+
+
 SILENCE = Response(0, seconds=300.0, reason="no answer within 300 s", timed_out=True)
 REFUSED = Response(0, seconds=0.0, reason="connection refused")
 NAN = "embedding contains NaN or Inf values"
@@ -56,6 +62,7 @@ class Server:
         path = "/v1" if kind is embedgen.OpenAI else ""
         self.protocol = kind(embedgen.Endpoint("http", "h", 1, path), Settings(**settings))
         self.profile = embedgen.ServerProfile(sample=blob(KNOWN_GOOD), base64_bytes=base64_bytes)
+        self.context: object = 4096  # of the loaded model, as /api/ps tells it
 
 
 OPENAI = (LEAN, "/embeddings")
@@ -104,7 +111,9 @@ class Talked:
             while True:
                 step = conversation.send(response)
                 response = None
-                if isinstance(step, Request):
+                if isinstance(step, Request) and not step.body:
+                    response = loaded(on.context)
+                elif isinstance(step, Request):
                     body = json.loads(step.body)
                     asked = [body["input"]] if isinstance(body["input"], str) else body["input"]
                     self.sent.append(asked)
@@ -281,7 +290,9 @@ class Conversations(unittest.TestCase):
                     while True:
                         step = conversation.send(reply)
                         reply = None
-                        if isinstance(step, Request):
+                        if isinstance(step, Request) and not step.body:
+                            reply = loaded(4096)
+                        elif isinstance(step, Request):
                             reply = as_asked(step.path, serve(json.loads(step.body)["input"]))
                         elif isinstance(step, Wait):
                             clock[0] += step.seconds
@@ -475,6 +486,19 @@ class OverBase64(Conversations):
         for text, path in (("x" * 100, LEAN), ("x" * 101, USUAL), ("é" * 50, LEAN), ("é" * 51, USUAL), ("y", LEAN)):
             talked = self.talk(["short", text], good, on)
             self.assertEqual((talked.paths, talked.answers), ([path], [blob("short"), blob(text)]))
+
+    def test_what_a_smaller_context_may_have_cut_is_asked_for_again(self) -> None:
+        for context, kept in ((64, 48), (10, 0), (None, 0), ("many", 0)):
+            on = self.server()
+            on.context = context
+            talked = self.talk(["short", "x" * 60], good, on)
+            self.assertEqual((talked.paths, talked.waits), ([LEAN, USUAL], []))
+            self.assertEqual((talked.answers, on.profile.base64_bytes), ([blob("short"), blob("x" * 60)], kept))
+            self.assertEqual(self.talk(["short"], good, on).paths, [LEAN if kept else USUAL])
+
+    def test_a_tokenizer_may_spell_out_one_character(self) -> None:
+        for text, path in (("\ufdfa" * 3, LEAN), ("\ufdfa" * 4, USUAL)):  # one of them is eighteen letters, 33 bytes
+            self.assertEqual(self.talk([text], good).paths, [path])
 
     def test_a_server_without_base64_is_asked_over_the_usual_path_from_then_on(self) -> None:
         def serve(asked: list[str]) -> Response:
@@ -775,7 +799,7 @@ class Handshake(unittest.TestCase):
                 reply = None
                 if isinstance(step, Request):
                     self.sent.append((step.path, json.loads(step.body) if step.body else None))
-                    reply = left.pop(0)
+                    reply = self.loaded if step.path == "/api/ps" else left.pop(0)
                     self.seconds += reply.seconds
                 elif isinstance(step, Wait):
                     self.seconds += step.seconds
@@ -791,6 +815,7 @@ class Handshake(unittest.TestCase):
         self.assertLess(self.seconds, 5.0)
         return caught.exception
 
+    loaded = loaded(4096)
     numbers = vector(KNOWN_GOOD)
     decimals = Response(200, json.dumps({"embeddings": [vector(KNOWN_GOOD)]}).encode())
     none = Response(404, b"404 page not found")
@@ -802,7 +827,7 @@ class Handshake(unittest.TestCase):
 
     def test_all_that_an_ollama_tells(self) -> None:
         models = [{"name": f"{name}:latest", "digest": digest} for name, digest in (("other", "a"), ("m", "b"))]
-        loaded = json.dumps({"models": [{"name": "m:latest", "context_length": 128}]}).encode()
+        self.loaded = loaded(128)
         profile = self.shake(
             embedgen.Ollama,
             self.card(modelfile="# comment\nFROM /blobs/sha256-77\n"),
@@ -810,7 +835,6 @@ class Handshake(unittest.TestCase):
             Response(200, b'{"version": "0.14.0"}'),
             self.decimals,
             data(in_base64(self.numbers)),
-            Response(200, loaded),
             prefix="doc: ",
         )
         expected = embedgen.ServerProfile(blob(KNOWN_GOOD), "b", "77", "0.14.0", 128 - embedgen.CONTEXT_MARGIN)
@@ -819,19 +843,24 @@ class Handshake(unittest.TestCase):
         self.assertEqual([path for path, _ in self.sent], paths)
         self.assertEqual(self.sent[3][1], {"model": "m", "input": ["doc: " + KNOWN_GOOD], "truncate": False})
 
-    def test_the_model_card_tells_which_texts_cannot_be_cut(self) -> None:
+    def test_the_model_card_and_the_loaded_model_tell_which_texts_cannot_be_cut(self) -> None:
         margin = embedgen.CONTEXT_MARGIN
         lean = data(in_base64(self.numbers))
-        for context, parameters, most in (
-            (512, "", 512 - margin),
-            (2048, "", 2048 - margin),
-            (32768, "", 2048 - margin),  # Ollama may not use all of it
-            (512, "num_ctx                        256\ntemperature 1", 256 - margin),
-            (2048, "num_ctx 8192", 2048 - margin),
+        for context, parameters, told, most in (
+            (512, "", 4096, 512),
+            (2048, "", 4096, 2048),
+            (32768, "", 32768, 2048),  # Ollama may not use all of it
+            (512, "num_ctx                        256\ntemperature 1", 256, 256),
+            (2048, "num_ctx 8192", 8192, 2048),
+            (2048, "num_batch 512", 2048, 512),
+            (2048, "", 128, 128),
+            (2048, "", None, margin),
+            (2048, "", "many", margin),
         ):
             card = self.card(context, parameters)
-            profile = self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals, lean, self.none)
-            self.assertEqual(profile.base64_bytes, most)
+            self.loaded = loaded(told)
+            profile = self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals, lean)
+            self.assertEqual(profile.base64_bytes, most - margin)
         # Options go over the usual path alone.
         option = [("num_ctx", 512)]
         profile = self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals, option=option)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import unittest
+from collections.abc import Iterable
+from typing import Any, ClassVar
 from unittest import mock
 
 import embedgen
@@ -165,6 +168,63 @@ class LongTexts(Case):
         self.succeed(*self.flags("cut", "async"), "--concurrent", "1", "--batch-size", "10")
         # Each twice, once not to be cut and once to be; but those that stand twice in a batch, and few to find out.
         self.assertLess(len(self.asked()), 200 * 2 + 60)
+
+
+class NothingIsCutUnsaid(Case):
+    """Where the server gives the model a smaller context than its own, over the path that cuts without a word."""
+
+    FORMS: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"version": "0.12.7", "ps": "asked"},
+        {"version": "0.24.0"},
+        {"version": "0.32.15"},
+        {"version": "0.24.0", "ps": False},  # a proxy, say, that does not let it through
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Of one and two letters a word, so that bytes and tokens are as near to each other as they can be.
+        words = [(key, key * 7 % 200 + 1) for key in range(1, 101)]
+        self.texts = {key: " ".join([f"k{key}", *["aa" if key % 3 else "b"] * count]) for key, count in words}
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, overview TEXT)")
+        self.execute("INSERT INTO movies VALUES (?, ?)", list(self.texts.items()))
+
+    def assert_all_said(self, out: str, whole: Iterable[int] = ()) -> None:
+        """Each vector must be that of its whole text, or the text must be counted and logged as cut.
+
+        `whole` are the keys of those that a larger context took before.
+        """
+        told = {int(key) for key in re.findall(r"movie (\d+) is longer than the model takes: cut", self.log())}
+        self.assertEqual(told, {key for key, text in self.texts.items() if cut(text, 128) != text}.difference(whole))
+        self.assertEqual(
+            self.stored(), {key: blob(cut(text, 128) if key in told else text) for key, text in self.texts.items()}
+        )
+        self.assertIn(f"✂  Cut to the model's context: {len(told)}\n", out)
+        shutil.rmtree(self.folder / "logs")
+
+    def test_a_smaller_context_from_the_beginning(self) -> None:
+        for engine in ENGINES:
+            for form in self.FORMS:
+                with self.subTest(engine=engine, form=form):
+                    self.ollama.reset()
+                    self.ollama.configure(context_length=128, **form)
+                    done = self.succeed("--text", "{overview}", "--engine", engine, "--force")
+                    self.assert_all_said(done.out)
+                    asked = [entry for entry in self.ollama.log() if entry["path"] == "/v1/embeddings"]
+                    self.assertEqual(len(asked) > 1, form.get("ps", True) is not False)
+
+    def test_the_model_is_loaded_again_with_a_smaller_context_in_mid_run(self) -> None:
+        for engine in ENGINES:
+            for form in self.FORMS:
+                with self.subTest(engine=engine, form=form):
+                    self.ollama.reset()
+                    self.ollama.configure(hold=["k41 "], **form)
+                    flags = ("--engine", engine, "--force", "--concurrent", 1, "--batch-size", 10)
+                    process = self.start_program("--text", "{overview}", *flags)
+                    self.wait_for(lambda: self.texts[41] in self.ollama.texts(), "the batch that is held")
+                    self.ollama.configure(context_length=128, hold=[])
+                    done = self.ended(process)
+                    self.assertEqual((done.code, done.err), (0, ""))
+                    self.assert_all_said(done.out, whole=range(1, 41))
 
 
 class LongTextsWhereTheServerDoesNotCut(LongTexts):
