@@ -1081,7 +1081,7 @@ def in_order(items: list[Any]) -> list[Any]:
 
 # A token is made of at least one byte, so that a text of no more bytes than the context has tokens cannot be cut. No
 # less crude bound is sure without the vocabulary: a rare word takes a token for each letter, and an answer counts the
-# tokens of all its texts together. Models add two tokens of their own, tokenizers a space; the margin has room for more.
+# tokens of all its texts together. Models add two tokens of their own, tokenizers a space; the margin has room.
 # A model's context may be longer than what Ollama gives it unasked: 2,048 tokens for long, and still in one piece.
 CONTEXT_MARGIN, CONTEXT_MOST = 16, 2048
 
