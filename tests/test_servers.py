@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-import time
+import subprocess
 import unittest
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import embedgen
 from embedgen import Batch, Exchange, Pace, Scheduler, ServerAway, ServerProfile, ServerState, Stop
 from tests.ollama import Ollama, blob
 from tests.simulation import Slots, simulate_fleet
-from tests.support import SLOW_ENGINES, START_METHOD, Case
+from tests.support import SLOW_ENGINES, Case
 
 NAN = "embedding contains NaN or Inf values"
 RATES = (50, 50, 100, 200)
@@ -241,19 +241,38 @@ class SeveralServers(Case):
         self.other.reset()
         return (*self.two, "--engine", engine)
 
-    @unittest.skipIf(START_METHOD == "spawn", "all may be done before a second worker has started")
+    def start(self, engine: str, path: str = "", **settings: Any) -> subprocess.Popen[bytes]:
+        """Start a run over 60 rows, and wait until both servers are at work and do not answer."""
+        self.again(engine)
+        self.make_movies(60)
+        self.both(hold=["Film"], **settings)
+        flags = ("--server", self.ollama.url + path, "--server", self.other.url + path, "--engine", engine)
+        process = self.start_program(*flags, GRACE=3600.0)
+        for server in (self.ollama, self.other):
+            self.wait_for(lambda server=server: "Film" in " ".join(server.texts()), "both at work")
+        return process
+
+    def lose(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill one of the servers, and wait until it is missed."""
+        self.other.kill()
+        self.wait_for(lambda: "is away" in self.log(), "it is missed")
+
+    def return_as(self, words: str, **model: str) -> None:
+        """Have the killed server come back with another version of the model, which is to be turned down."""
+        self.other.current["models"] = {"nomic-embed-text": model}
+        self.other.start()
+        self.wait_for(lambda: words in self.log(), "it is turned down")
+
     def test_they_share_the_work(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
-                flags = self.again(engine)
-                self.make_movies(300)
-                self.both(seconds_per_text=0.002, slots=1)
-                self.assertEqual(self.succeed(*flags).tally, (300, 0, 0))
+                process = self.start(engine)
+                self.both(hold=[])
+                self.assertEqual(self.ended(process).tally, (60, 0, 0))
                 self.assert_complete()
                 asked = [server.texts() for server in (self.ollama, self.other)]
-                self.assertEqual(len(asked[0] + asked[1]) - 2 * 2, 300)
-                self.assertGreater(min(map(len, asked)), 50)
                 known = 2  # the known-good text, in decimals and base64
+                self.assertEqual(sum(len(texts) - known for texts in asked), 60)
                 for server, texts in zip((self.ollama, self.other), asked):
                     said = rf"{server.url}: {len(texts) - known} texts, [\d.]+ texts/s; at the end \d+ in flight"
                     self.assertRegex(self.log(), said)
@@ -315,74 +334,50 @@ class SeveralServers(Case):
             self.refuse(3, *flags, words=[self.ollama.url, self.other.url, "connection refused", "--server"])
             self.assertEqual(self.execute("SELECT name FROM sqlite_master"), [("movies",)])
 
-    def start(self, engine: str, rows: int = 600, seconds: float = 0.005) -> Any:
-        """Start a run, and wait until both servers are at work."""
-        flags = self.again(engine)
-        self.make_movies(rows)
-        self.both(seconds_per_text=seconds, slots=1)
-        process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
-        self.wait_for(lambda: len(self.other.texts()) > 20 and len(self.ollama.texts()) > 20, "both at work")
-        return process
-
     def test_one_goes_and_comes_back(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
-                self.other.kill()
-                self.wait_for(lambda: "is away" in self.log(), "it is missed")
+                self.lose(process)
                 self.other.start()
                 self.wait_for(lambda: "is back after" in self.log(), "it is found again")
-                self.both(seconds_per_text=0)
-                _, err = process.communicate(timeout=60)
-                self.assertEqual((process.returncode, err), (0, b""))
+                self.both(hold=[])
+                done = self.ended(process)
+                self.assertEqual((done.code, done.err), (0, ""))
                 self.assert_complete()
 
     def test_one_goes_for_good(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
-                self.other.kill()
-                self.wait_for(lambda: "is away" in self.log(), "it is missed")
-                self.ollama.configure(seconds_per_text=0)
-                _, err = process.communicate(timeout=60)
-                self.assertEqual(process.returncode, 0)
-                self.assertRegex(
-                    err.decode(), rf"\Awarning: {self.other.url} did not do its share to the end: .*connection.*\n\Z"
-                )
+                self.lose(process)
+                self.ollama.configure(hold=[])
+                done = self.ended(process)
+                self.assertEqual(done.code, 0)
+                said = rf"\Awarning: {self.other.url} did not do its share to the end: .*connection.*\n\Z"
+                self.assertRegex(done.err, said)
                 self.assert_complete()
 
     def test_one_comes_back_with_another_model(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
-                self.other.kill()
-                self.wait_for(lambda: "is away" in self.log(), "it is missed")
-                self.other.current["models"] = {"nomic-embed-text": {"digest": "5" * 64, "seed": "another"}}
-                self.other.start()
-                self.wait_for(lambda: "has another model" in self.log(), "it is turned down")
-                self.ollama.configure(seconds_per_text=0)
-                _, err = process.communicate(timeout=60)
-                self.assertEqual(process.returncode, 0)
-                self.assertRegex(err.decode(), rf"\Awarning: .*{self.other.url} has another model .*\n\Z")
+                self.lose(process)
+                self.return_as("has another model", digest="5" * 64, seed="another")
+                self.ollama.configure(hold=[])
+                done = self.ended(process)
+                self.assertEqual(done.code, 0)
+                self.assertRegex(done.err, rf"\Awarning: .*{self.other.url} has another model .*\n\Z")
                 self.assert_complete()
 
     def test_one_without_a_digest_comes_back_with_other_vectors(self) -> None:
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
-                self.again(engine)
-                self.make_movies(600)
-                self.both(seconds_per_text=0.005, slots=1, api=False)
-                flags = ("--server", f"{self.ollama.url}/v1", "--server", f"{self.other.url}/v1", "--engine", engine)
-                process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
-                self.wait_for(lambda: len(self.other.texts()) > 20 and len(self.ollama.texts()) > 20, "both at work")
-                self.other.kill()
-                self.wait_for(lambda: "is away" in self.log(), "it is missed")
-                self.other.current["models"] = {"nomic-embed-text": {"seed": "another"}}
-                self.other.start()
-                self.wait_for(lambda: "gives other vectors than" in self.log(), "it is turned down")
-                self.ollama.configure(seconds_per_text=0)
-                process.communicate(timeout=60)
-                self.assertEqual(process.returncode, 0)
+                process = self.start(engine, "/v1", api=False)
+                self.lose(process)
+                self.return_as("gives other vectors than", seed="another")
+                self.ollama.configure(hold=[])
+                self.assertEqual(self.ended(process).code, 0)
                 self.assert_complete()
 
     def test_one_that_is_busy_when_vectors_are_compared(self) -> None:
@@ -438,15 +433,13 @@ class SeveralServers(Case):
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 process = self.start(engine)
-                self.other.kill()
-                self.wait_for(lambda: "is away" in self.log(), "it is missed")
+                self.lose(process)
                 os.killpg(process.pid, signal.SIGINT)
-                began = time.monotonic()
-                _, err = process.communicate(timeout=60)
-                self.assertLess(time.monotonic() - began, 8.0)
-                self.assertEqual((process.returncode, err), (130, b""))
+                self.ollama.configure(hold=[])
+                done = self.ended(process)
+                self.assertEqual((done.code, done.err), (130, ""))
                 self.other.start()
-                self.both(seconds_per_text=0)
+                self.both(hold=[])
                 self.succeed(*self.two, "--engine", engine)
                 self.assert_complete()
 
