@@ -309,17 +309,21 @@ def flag_of(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return the question whether the nearest of some names was meant, "" if none is like it."""
+    import difflib
+
+    return "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(name, list(names), 1))
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence, without the usage before it."""
 
     def error(self, message: str) -> Any:
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            import difflib
-
-            near = difflib.get_close_matches(unknown[1], map(flag_of, FLAGS), 1)
-            message += f"; did you mean {near[0]}?" if near else ""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = suggestion(unknown[1], map(flag_of, FLAGS)) if unknown else ""
         message = re.sub(r"\S*@", "***@", message)  # the password in a URL after a misspelt flag
-        raise UsageError(f"{message} (see --help)")
+        raise UsageError(f"{message}.{near} See --help.")
 
 
 def create_parser() -> Parser:
@@ -601,6 +605,10 @@ def counted(number: int, noun: str) -> str:
 def one_line(text: str) -> str:
     """Return a text with its line breaks and other control characters as escapes."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+class Damaged(str):
+    """A text of a database with U+FFFD for bytes that are not UTF-8, which SQLite does not mind."""
 
 
 def digest_of(text: str) -> bytes:
@@ -970,6 +978,7 @@ class Protocol:
 
     product = "a server"  # as an error calls it
     path = base64_path = "/embeddings"  # for vectors as decimals, and as base64
+    list_path = "/models"  # of the models that the server has
     truncates = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"  # the settings that carry the token
     # What to do about a server that cannot be reached, a model that is missing, a path that is, an answer that is none.
@@ -1099,7 +1108,7 @@ class Ollama(Protocol):
     texts without a word, and takes no options.
     """
 
-    product, path, base64_path = "Ollama", "/api/embed", "/v1/embeddings"
+    product, path, base64_path, list_path = "Ollama", "/api/embed", "/v1/embeddings", "/api/tags"
     truncates = True
     tokens = "OLLAMA_API_KEY"
     get_server = 'Start it with "ollama serve", or give --server URL.'
@@ -1275,7 +1284,14 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     if profile.sample:  # no server at all
         return profile
     batch = BatchRequest(protocol, profile._replace(base64_bytes=0), movable)
-    sample, _ = yield from batch.wait_until_healthy()
+    try:
+        sample, _ = yield from batch.wait_until_healthy()
+    except Stop as stop:
+        if protocol.get_model not in stop.message:
+            raise
+        listing: Response = yield Request(protocol.list_path, b"", 10.0)
+        names = re.findall(r'"(?:name|id)": ?"([^"]+?)(?::latest)?"', listing.body.decode("utf-8", "replace"))
+        raise Stop(stop.message + suggestion(protocol.model, names)) from None
     if profile.base64_bytes:
         batch.profile = batch.profile._replace(base64_bytes=profile.base64_bytes)
         base64_sample = b""
@@ -2480,14 +2496,11 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
 # A cell is a text, "" where it is empty, until its column's type is known to hold it exactly. A file is read twice:
 # once for its columns and their types, and once to stage its rows in a temporary table, where they are checked.
 
+STAGED = "embedgen_load"  # the temporary table, called f in statements
 Cells = Iterator[tuple[int, dict[str, Any]]]  # each row's line, in a .json file its number, and its cells by column
 INTEGER, FRACTION, WHOLE, TEXT = 1, 2, 4, 8  # what a cell looks like: 6, 6.5, 6.0, or anything else
 # The type of a new column by all that its cells look like, if each of them then reads back as it is written.
 EXACT_TYPES = {1: "INTEGER", 2: "REAL", 4: "REAL", 6: "REAL", 3: "NUMERIC"}
-FIRST_BYTES = (  # of files that are not text
-    (b"PK\3\4", "an Excel workbook or a zip archive. Save the sheet as CSV UTF-8"),
-    ((b"\xff\xfe", b"\xfe\xff"), "encoded in UTF-16. Save it as UTF-8"),
-)
 UNSTORABLE = (  # characters that no database takes
     ("\0", "it has a NUL character"),
     ("[\udc80-\udcff]", "it is not UTF-8. Save the file as UTF-8"),  # Python's sign for a byte that is no UTF-8
@@ -2499,13 +2512,7 @@ class Written(str):
     """A cell as it is written in the file, which may be a number; other cells are texts, whatever they look like."""
 
 
-class LoadReport(NamedTuple):
-    """What came of --load."""
-
-    rows: int  # of the table that have the file's values now
-    repeated: int  # rows of the file that a later one with the same key replaced
-    replaced: int  # rows of the table that had other values before
-    notes: list[str]  # sentences for standard error: what was replaced or made up
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
 class DataFile:
@@ -2530,12 +2537,12 @@ class DataFile:
         try:
             with open(self.path, "rb") as file:
                 start = file.read(4)
-            for first, problem in FIRST_BYTES:
-                if start.startswith(first):
-                    raise UsageError(f"{self.path} is {problem}.")
+            if start.startswith((b"PK\3\4", b"\xff\xfe", b"\xfe\xff")):
+                kind = "a zip archive or an Excel workbook" if start[:1] == b"P" else "encoded in UTF-16"
+                raise UsageError(f"{self.path} is {kind}. Save it as CSV in UTF-8.")
             opened: Any = gzip.open if start.startswith(b"\x1f\x8b") else open
             with opened(self.path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-                for number, row in READERS[self.ending](self, text):
+                for number, row in getattr(self, f"read_{READERS[self.ending]}")(text):
                     yield number, {self.cell(number, name, name): self.cell(number, name, row[name]) for name in row}
         except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"--load {self.path}: {getattr(error, 'strerror', None) or error}.") from None
@@ -2579,7 +2586,7 @@ class DataFile:
     def is_dump(self, text: TextIO) -> bool:
         """Whether quotes in a .tsv file are part of its values, as in dumps of databases; UsageError if unclear."""
         width = unclear = 0
-        is_broken = is_doubled = False  # by quotes within a field; doubled ones are CSV's
+        is_dump = False
         text.seek(0)
         for line, row in enumerate(text, 1):
             fields = row.rstrip("\r\n").split("\t")
@@ -2588,12 +2595,11 @@ class DataFile:
             if (quotes and line == 1) or (row.strip() and len(fields) != width):
                 return False  # a dump's header has no quotes, and its values have no tabs or line ends
             for field in quotes:
-                is_broken = is_broken or not re.fullmatch('"([^"]|"")*"', field)
-                is_doubled = is_doubled or '""' in field[1:-1]
                 unclear = unclear or line
-        if unclear and not is_broken and not is_doubled:
+                is_dump = is_dump or not re.fullmatch('"([^"]|"")*"', field)
+        if unclear and not is_dump:
             raise self.error(unclear, "are the quotes around a value part of it? If not, rename the file to .csv")
-        return is_broken or not is_doubled
+        return True
 
     def header(self, line: int, fields: list[str]) -> list[str]:
         """Return the names of the columns, without the blanks around them; only the first may be ""."""
@@ -2631,28 +2637,18 @@ class DataFile:
         """Return the value of JSON that begins on a line; its numbers are Written, but NaN and Infinity float."""
         numbers = {"parse_int": Written, "parse_float": Written, "parse_constant": float}
         try:
-            return json.loads(text, object_pairs_hook=self.unique, **numbers)
-        except json.JSONDecodeError as error:
-            line += error.lineno - 1
-            problem = f"{error.msg} at column {error.colno}"
-        except RecursionError:
-            problem = "nested too deeply"
-        raise UsageError(f"{self.path}, line {line}: not JSON: {problem}.")
-
-    def unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Return an object of JSON; UsageError if it has a name twice."""
-        if len(dict(pairs)) < len(pairs):
-            raise UsageError(f"{self.path}: an object has a name twice: {listed(name for name, _ in pairs)}.")
-        return dict(pairs)
+            return json.loads(text, object_pairs_hook=unique, **numbers)
+        except (ValueError, RecursionError) as error:
+            line += getattr(error, "lineno", 1) - 1
+            problem = re.sub(r": line \d+ (.*) \(.*", r" at \1", str(error))
+            raise UsageError(f"{self.path}, line {line}: not JSON: {problem}.") from None
 
 
-READERS: dict[str, Callable[[DataFile, TextIO], Cells]] = {
-    ".csv": DataFile.read_csv,
-    ".tsv": DataFile.read_csv,
-    ".json": DataFile.read_json,
-    ".jsonl": DataFile.read_jsonl,
-    ".ndjson": DataFile.read_jsonl,
-}
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError if it has a name twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"an object has a name twice: {listed(name for name, _ in pairs)}")
+    return dict(pairs)
 
 
 def cell_text(value: Any) -> str:
@@ -2693,12 +2689,16 @@ def column_types(file: DataFile) -> dict[str, str]:
     return {column: EXACT_TYPES.get(seen, "TEXT") for column, seen in looks.items()}
 
 
-def load(db: AnyDatabase, settings: Settings, path: str) -> LoadReport:
-    """Load a file into --table: all of its rows or, if this raises, none."""
+def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
+    """Load a file into --table: all of its rows or, if this raises, none.
+
+    Returns how many rows of the table have the file's values now, how many of the file a later one with the same key
+    replaced, how many of the table had other values before, and sentences about these and what was made up.
+    """
     file = DataFile(path)
     kinds = column_types(file)
 
-    def load_all() -> LoadReport:
+    def load_all() -> dict[str, Any]:
         report = StagedFile(db, settings, file, kinds).insert()
         Source.resolve(db, settings)  # raises if there is nothing to make a text of
         return report
@@ -2710,7 +2710,7 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> LoadReport:
 
 
 class StagedFile:
-    """A file's rows in a temporary table f, and the table they go to, created if need be; within a transaction."""
+    """A file's rows in a temporary table, and the table they go to, created if need be; within a transaction."""
 
     def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile, kinds: dict[str, str]) -> None:
         self.db, self.file, self.force = db, file, settings.force
@@ -2726,7 +2726,9 @@ class StagedFile:
         if found:
             columns = [column_of(name, list(self.described), found.name) for name in names]
         rows = ([line, str(n), *map(row.get, kinds)] for n, (line, row) in enumerate(file.rows(), 1))
-        self.staged = db.stage([f"c{index}" for index in range(len(names) + 1)], rows)
+        texts = "".join(f", c{index} text" for index in range(len(names) + 1))
+        db.execute(f"CREATE TEMP TABLE {STAGED} (line bigint{texts})")
+        db.fill(STAGED, len(names) + 2, rows)
         self.cells = {column: f"f.c{index}" for index, column in enumerate(columns, 1)}
         if len(self.cells) < len(names):
             raise UsageError(f'{file.path}: several of its columns are one in "{self.table.name}": {listed(columns)}.')
@@ -2753,10 +2755,10 @@ class StagedFile:
 
     def number_rows(self, is_new: bool) -> None:
         """Make the number of each row its key; UsageError if a column could be the key."""
-        path, key, staged = self.file.path, self.key, self.staged
+        path, key = self.file.path, self.key
         if is_new:
             sql = "SELECT count(*) = count(DISTINCT NULLIF({}, '')) FROM {} AS f".format
-            unique = [column for column, cell in self.cells.items() if self.db.execute(sql(cell, staged))[0][0]]
+            unique = [column for column, cell in self.cells.items() if self.db.execute(sql(cell, STAGED))[0][0]]
             if unique:
                 raise UsageError(f"{path} has no column id. Say which is the key, with --id COLUMN: {listed(unique)}.")
         elif not (self.force and self.described.keys() == {key, *self.cells}):
@@ -2765,7 +2767,7 @@ class StagedFile:
                 "replace all of its rows with --force."
             )
         # The table may have been made of a longer file.
-        self.db.execute(f"DELETE FROM {self.table.sql} WHERE {quoted(key)} > (SELECT count(*) FROM {staged})")
+        self.db.execute(f"DELETE FROM {self.table.sql} WHERE {quoted(key)} > (SELECT count(*) FROM {STAGED})")
         self.cells[key] = "f.c0"
         self.notes.append(f'{path} has no key: its rows are numbered from 1, in the column "{key}"')
 
@@ -2773,7 +2775,7 @@ class StagedFile:
         """Raise UsageError for a row without a key, and for a cell that its column cannot hold exactly."""
         for column, cell in self.cells.items():
             wrong = f"{self.values[column]} IS NULL" + ("" if column == self.key else f" AND {cell} <> ''")
-            sql = f"SELECT line, {cell} FROM {self.staged} AS f WHERE {wrong} ORDER BY line LIMIT 1"
+            sql = f"SELECT line, {cell} FROM {STAGED} AS f WHERE {wrong} ORDER BY line LIMIT 1"
             for line, text in self.db.execute(sql):
                 problem = (
                     f"{text!r} cannot be stored exactly as {self.described[column].type}"
@@ -2787,7 +2789,7 @@ class StagedFile:
         key, value = self.cells[self.key], self.values[self.key]
         found = self.db.execute(
             f"SELECT count(*) OVER (), cell, before, line FROM (SELECT {key} AS cell, line, "
-            f"lag(line) OVER (PARTITION BY {value} ORDER BY line) AS before FROM {self.staged} AS f) AS k "
+            f"lag(line) OVER (PARTITION BY {value} ORDER BY line) AS before FROM {STAGED} AS f) AS k "
             "WHERE before IS NOT NULL ORDER BY line LIMIT 1"
         )
         for repeated, cell, before, line in found:
@@ -2802,14 +2804,14 @@ class StagedFile:
             return int(repeated)
         return 0
 
-    def insert(self) -> LoadReport:
+    def insert(self) -> dict[str, Any]:
         """Insert the last row of each key; what an object does not mention stays as it is in the table."""
-        ((rows,),) = self.db.execute(f"SELECT count(*) FROM {self.staged}")
+        ((rows,),) = self.db.execute(f"SELECT count(*) FROM {STAGED}")
         repeated = self.count_repeated(rows)
         table, key, value = self.table.sql, quoted(self.key), self.values[self.key]
         source = (
-            f"FROM {self.staged} AS f LEFT JOIN {table} AS old ON old.{key} = {value} "
-            f"WHERE f.line IN (SELECT max(line) FROM {self.staged} AS f GROUP BY {value})"
+            f"FROM {STAGED} AS f LEFT JOIN {table} AS old ON old.{key} = {value} "
+            f"WHERE f.line IN (SELECT max(line) FROM {STAGED} AS f GROUP BY {value})"
         )
         new = {
             quoted(column): f"CASE WHEN {cell} IS NULL THEN old.{quoted(column)} ELSE {self.values[column]} END"
@@ -2824,8 +2826,8 @@ class StagedFile:
             f"INSERT INTO {table} ({', '.join(new)}) SELECT {', '.join(new.values())} {source} "
             f"ORDER BY f.line {upsert(self.key, self.cells)}"
         )
-        self.db.execute(f"DROP TABLE {self.staged}")
-        return LoadReport(rows - repeated, repeated, replaced, self.notes)
+        self.db.execute(f"DROP TABLE {STAGED}")
+        return {"rows": rows - repeated, "repeated": repeated, "replaced": replaced, "notes": self.notes}
 
 
 # ============================ storage ============================
@@ -2966,7 +2968,8 @@ class Database:
     def judge(self, error: Exception) -> tuple[float, BaseException]:
         """Return for how many seconds to retry after one of the driver's errors, and the exception to raise then."""
         text = one_line(str(error).strip().partition("\n")[0])
-        facts = f"lost={getattr(self.connection, 'closed', False)} {type(error).__mro__} {text}"
+        name = getattr(error, "sqlite_errorname", "")  # Python 3.11 on; says more than the text
+        facts = f"lost={getattr(self.connection, 'closed', False)} {type(error).__mro__} {name} {text}"
         rule = next(rule for rule in self.errors if re.search(rule.pattern, facts))
         return rule.patience, rule.kind(rule.words.format(shown=self.shown, text=text))
 
@@ -3076,14 +3079,18 @@ CACHE_KIB = 512  # of SQLite's page cache: rows are read once, in order, so its 
 LOCK_PATIENCE = 60.0  # seconds to wait for a database that another program has locked
 SQLITE_ERRORS = (
     ErrorRule(
-        "is locked", "another run is under way on {shown}, or a program has it locked. Wait for its end, or stop it.",
+        "is locked", "another run is under way on {shown}, a program has it locked, or its disk has no file locks, as "
+        "some network shares. Wait for the end of the others, or use a local disk.",
         patience=LOCK_PATIENCE,
     ),
-    ErrorRule("interrupted", "{text}", KeyboardInterrupt),  # by a signal's exception in the progress handler
+    # By a signal's exception in the progress handler, or in a function that a statement calls.
+    ErrorRule("interrupted|user-defined function", "{text}", KeyboardInterrupt),
     ErrorRule("IntegrityError", "SQLite says: {text}", RowsRefused),
-    ErrorRule("disk is full|disk I/O|locking protocol", "{shown} cannot be used ({text}): the disk is full, failing or "
-              "a network share. Make room, or take a sound local disk, and run again."),
-    ErrorRule("unable to open", "{shown} cannot be opened. Check its permissions and its folder's."),
+    ErrorRule("IOERR_[A-Z]*LOCK|locking protocol",
+              "{shown} is on a disk without file locks, such as a network share. Use a local disk."),
+    ErrorRule("disk is full|disk I/O", "{shown} cannot be used ({text}): the disk is full, failing, or a network share "
+              "without file locks. Make room, or use a sound local disk."),
+    ErrorRule("unable to open|access permission", "{shown} cannot be opened. Check its permissions and its folder's."),
     # The second for a run that only reads, which cannot roll back what another has left.
     ErrorRule("readonly", "{shown} cannot be written ({text}): it is protected, or a program was killed while it "
               "wrote. Check its permissions, or run embedgen for it once."),
@@ -3132,7 +3139,6 @@ class SQLite(Database):
         import sqlite3
 
         super().__init__(path, sqlite3.Error, stopping)
-        self.hash_error: BaseException | None = None
         self.is_new = not os.path.exists(path)
         if self.is_new and not may_create:
             folder = os.path.dirname(path) or "."
@@ -3154,8 +3160,9 @@ class SQLite(Database):
             self.encoding = self.value("SELECT encoding FROM pragma_encoding")  # fails unless it is a database
             opened.pop_all()
         self.query(f"PRAGMA cache_size = -{CACHE_KIB}")
-        self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        self.connection.text_factory = text_of_bytes
         self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
+        self.connection.create_function("embedgen_text", 2, text_of_bytes, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
 
@@ -3183,16 +3190,7 @@ class SQLite(Database):
 
     def sha256(self, raw: bytes) -> bytes:
         """Return the SHA-256 of a text in the database's encoding; what is no text becomes what is sent for it."""
-        try:
-            return digest_of(raw.decode(self.encoding, "replace"))
-        except BaseException as error:  # which sqlite3 replaces by words of its own
-            self.hash_error = error
-            raise
-
-    def judge(self, error: Exception) -> tuple[float, BaseException]:
-        if "user-defined function" in str(error) and self.hash_error:
-            return 0.0, self.hash_error
-        return super().judge(error)
+        return digest_of(raw.decode(self.encoding, "replace"))
 
     def begin(self) -> Any:
         self.connection.rollback()  # of a commit that failed, which Python before 3.9.8 leaves open
@@ -3204,7 +3202,8 @@ class SQLite(Database):
         name = f"s.{quoted(column)}"
         # Nearly always the first character decides, in a third of the time.
         visible = f"unicode({name}) BETWEEN 33 AND 126 OR trim({name}, {literal(BLANKS)}) <> ''"
-        return f"CASE WHEN {visible} THEN CAST({name} AS TEXT) END"
+        text = f"CASE typeof({name}) WHEN 'blob' THEN embedgen_text({name}, '{NO_TEXT}') ELSE CAST({name} AS TEXT) END"
+        return f"CASE WHEN {visible} THEN {text} END"
 
     def sha256_sql(self, text: str) -> str:
         """Return the SQL of a text's SHA-256; as bytes, since a text may hold NUL or what is no text at all."""
@@ -3283,12 +3282,9 @@ class SQLite(Database):
         """Return None: the run's lock keeps other machines away."""
         return None
 
-    def stage(self, columns: list[str], rows: Iterable[Sequence[Any]]) -> str:
-        """Create a temporary table of texts, the first column `line` a number; return its name; in a transaction."""
-        self.execute(f"CREATE TEMP TABLE embedgen_load (line INTEGER PRIMARY KEY, {' TEXT, '.join(columns)} TEXT)")
-        marks = ", ".join("?" * (len(columns) + 1))
-        self.connection.executemany(f"INSERT INTO embedgen_load VALUES ({marks})", rows)
-        return "embedgen_load"
+    def fill(self, table: str, width: int, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows of so many values into a table."""
+        self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * width)})", rows)
 
     def exact_sql(self, cell: str, declared: str) -> str:
         """Return the SQL of a staged cell as a column of this type stores it, NULL if it would be another value."""
@@ -3298,6 +3294,17 @@ class SQLite(Database):
         return f"CASE WHEN {cell} IS NOT NULL THEN embedgen_exact({cell}, {literal(declared)}) END"
 
 
+NO_TEXT = "\ufdd0\uffff"  # stands in a row's text for a BLOB that is none; characters that are for internal use
+
+
+def text_of_bytes(raw: bytes, replacement: str = "") -> str:
+    """Return bytes as text; if they are not UTF-8, the replacement, without one a Damaged text."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return replacement or Damaged(raw.decode("utf-8", "replace"))
+
+
 def exact_value(text: str, declared: str) -> int | float | str | None:
     """Return a text as a column of a declared type stores it, None if it would be another number.
 
@@ -3305,16 +3312,15 @@ def exact_value(text: str, declared: str) -> int | float | str | None:
     """
     from decimal import Decimal
 
-    found = re.search("INT|REAL|FLOA|DOUB|NUM|DEC", declared.upper())
-    affinity = found[0] if found else "ANY"
-    if look_of(text) == INTEGER and affinity in ("INT", "NUM", "DEC", "ANY"):
+    is_whole, is_real = "INT" in declared.upper(), re.search("REAL|FLOA|DOUB", declared.upper())
+    if look_of(text) == INTEGER and (is_whole or not is_real):
         return int(text)
     try:
         number = float(text)
     except ValueError:
-        return text if affinity == "ANY" else None
+        return None if is_whole or is_real else text
     is_plain = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,3})?", text, re.ASCII)
-    return number if is_plain and affinity != "INT" and Decimal(repr(number)) == Decimal(text) else None
+    return number if is_plain and not is_whole and Decimal(repr(number)) == Decimal(text) else None
 
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
@@ -3497,6 +3503,8 @@ class Postgres(Database):
 
     def text_sql(self, column: str, declared: str) -> str:
         """Return the SQL of a column's value as text, NULL where it is blank."""
+        if declared == "bytea":
+            raise UsageError(f'the column "{column}" holds bytes, not text. Choose others with --columns or --text.')
         name = f"s.{quoted(column)}"
         value = f"array_to_string({name}, ', ')" if declared.endswith("[]") else f"{name}::text"
         return f"CASE WHEN btrim({value}, {self.blanks}) <> '' THEN {value} END"
@@ -3596,13 +3604,11 @@ class Postgres(Database):
             found = look(f"round(({distance})::numeric, 5), {key}")
         return [(key, packed) for key, text in found if (packed := self.read_vector(text))]
 
-    def stage(self, columns: list[str], rows: Iterable[Sequence[Any]]) -> str:
-        """Create a temporary table of texts, the first column `line` a number; return its name; in a transaction."""
-        self.execute(f"CREATE TEMP TABLE embedgen_load (line bigint, {' text, '.join(columns)} text)")
-        with self.connection.cursor().copy("COPY embedgen_load FROM STDIN") as copy:
+    def fill(self, table: str, width: int, rows: Iterable[Sequence[Any]]) -> None:
+        """Insert rows into a table."""
+        with self.connection.cursor().copy(f"COPY {table} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
-        return "embedgen_load"
 
     def exact_sql(self, cell: str, declared: str) -> str:
         """Return the SQL of a staged cell as a column of this type stores it, NULL if it would be another value.
@@ -3729,7 +3735,7 @@ class Source(NamedTuple):
 
     def row(self, key: Any, text: str) -> Row:
         """Return a row to embed, given its key and its text without the prefix."""
-        if isinstance(key, str) and "\ufffd" in key:  # put there for bytes that are not UTF-8
+        if isinstance(key, Damaged):
             raise Stop(f"the key {key!r} is not valid UTF-8, and could not be found again. Exclude it with --where.")
         return Row(key, text, digest_of(self.prefix + text))
 
@@ -4517,7 +4523,7 @@ class Counts:
     def __init__(self, rows: int, existing: int, limit: int | None) -> None:
         self.existing, self.to_do, self.limit = existing, rows - existing, limit
         self.generated = self.failed = 0
-        self.cut = 0  # of those generated
+        self.cut = self.damaged = 0  # of those generated
         self.too_long = 0  # skipped for their length
         self.peers = 0  # generated by other machines during this run, so skipped by this one
         self.reasons: Counter[str] = Counter()  # for failures
@@ -4680,7 +4686,7 @@ class Report:
     """
 
     def __init__(
-        self, console: Console, settings: Settings, log: Log, table: str, started: float, loaded: LoadReport | None
+        self, console: Console, settings: Settings, log: Log, table: str, started: float, loaded: dict[str, Any]
     ) -> None:
         self.console, self.settings, self.log, self.started = console, settings, log, started
         self.loaded = loaded
@@ -4760,9 +4766,10 @@ class Report:
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
             "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": elapsed,
             "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": self.settings.model,
-            "log": self.log.shown, **({"error": error} if error else {}),
-            **({"loaded": self.loaded._asdict()} if self.loaded else {}),
+            "log": self.log.shown,
         }  # fmt: skip
+        rare = {"not_utf8": counts.damaged, "error": error, "loaded": self.loaded}
+        facts.update((name, value) for name, value in rare.items() if value)
         complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
         lines = [
             RULE if self.settings.quiet else "\n" + RULE,
@@ -4771,6 +4778,7 @@ class Report:
             f"📊 Total {self.nouns} processed: {counts.done}",
             f"   ✓  Successfully generated: {counts.generated}",
             f"   ✂  Cut to the model's context: {counts.cut}" if counts.cut else "",
+            f"   !  Not valid UTF-8, with U+FFFD in its place: {counts.damaged}" if counts.damaged else "",
             f"   ⊘  Skipped (already exist): {counts.skipped}",
             f"   ✂  Skipped for their length: {counts.too_long}" if counts.too_long else "",
             f"   ✗  Failed: {counts.failed}",
@@ -4976,8 +4984,8 @@ class Run:
         for row in self.rows:
             if row is None or self.interrupt.code:
                 return batch
-            if not row.text.strip(BLANKS):
-                self.fail(row, "no text")
+            if NO_TEXT in row.text or not row.text.strip(BLANKS):
+                self.fail(row, "a BLOB that is not UTF-8" if NO_TEXT in row.text else "no text")
                 self.report.update(self.counts)
                 continue
             characters += len(row.text)
@@ -5001,6 +5009,8 @@ class Run:
                 self.unsaved.append((row, answer))
                 if answer.fit != "whole":
                     self.log.warn(f"{self.name(row)} is longer than the model takes: {answer.fit}")
+                if isinstance(row.text, Damaged):
+                    self.log.warn(f"{self.name(row)} is not valid UTF-8: embedded with U+FFFD in its place")
             elif answer.kind == "too_long":
                 self.counts.skip_long()
                 self.table.give_up(row, failed=False)
@@ -5044,6 +5054,7 @@ class Run:
         saved, refused = self.table.save(embeddings)
         self.counts.generated += saved
         self.counts.cut += min(saved, sum(embedding.fit == "cut" for _, embedding in embeddings))
+        self.counts.damaged += min(saved, sum(isinstance(row.text, Damaged) for row, _ in embeddings))
         self.counts.to_do -= len(embeddings) - saved - len(refused)  # rows that have been deleted
         for row, reason in refused:
             self.fail(row, reason)
@@ -5111,8 +5122,7 @@ def embed(job: Job, counts: Counts) -> Target:
         try:
             Run(table, counts, job).work(engine)
         except Stop as stop:
-            left = f"{counts.left} {report.nouns} are" if counts.left != 1 else f"1 {report.noun} is"
-            message = f"{stop.message} What was generated is saved; {left} left."
+            message = f"{stop.message} What was generated is saved. Left to do: {counted(counts.left, report.noun)}."
             cleanup.close()  # before the verdict, which nothing that fails now may change
             report.finish(counts, interrupt.code or stop.code, message)
             raise Stop(message) from stop.__cause__
@@ -5317,18 +5327,13 @@ def show_hits(
 
 def note_unsearched(total: int, stored: int, found: int, current: int, nouns: str, action: str) -> None:
     """Print to standard error how many rows were not searched, or found by an older text."""
-    words: list[str] = []
-    for count, what in (
-        (total - stored, "not searched: no embedding yet"),
-        (stored - found, "not searched: what is stored cannot be compared"),
-        (found - current, "found by an older text"),
-    ):
-        if count:
-            whose = "" if words else f" {nouns}"
-            words.append(f"{count} of {total}{whose} {'is' if count == 1 else 'are'} {what}")
-    if words:
-        next_step = f" Run embedgen without --{action} to embed them."
-        complain(f"note: {'; '.join(words)}.{next_step if total - stored or found - current else ''}")
+    counts = {
+        "not searched, without an embedding": total - stored,
+        "not searched, with one that does not compare": stored - found,
+        "found by an older text": found - current,
+    }
+    if words := [f"{count} {what}" for what, count in counts.items() if count]:
+        complain(f"note: of {total} {nouns}, {'; '.join(words)}. Run embedgen without --{action} to embed them.")
 
 
 PIPE_WIDTH = 200  # cells of a result's line without a terminal
@@ -5475,12 +5480,10 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
     """Carry out the settings' action and return the exit code; raise Stop if it cannot be done."""
     interrupt = console.interrupt
     with contextlib.closing(open_database(settings, lambda: bool(interrupt.code))) as db:
-        loaded = load(db, settings, settings.load) if settings.load else None
-        if loaded:
-            log.info(f"loaded {loaded.rows} rows from {settings.load}")
-            for note in loaded.notes:
-                log.info(note)
-                complain(f"{note}.")
+        loaded = load(db, settings, settings.load) if settings.load else {}
+        for note in loaded.get("notes", []):
+            log.info(note)
+            complain(f"{note}.")
         source = Source.resolve(db, settings)
         target = Target.resolve(db, source, settings)
         report = Report(console, settings, log, source.table.name, started, loaded)

@@ -33,7 +33,7 @@ class Usage(Case):
             (["--option", "num_ctx"], ["KEY=VALUE"]),
             (["--nonsense"], ["--nonsense"]),
             (["stray"], ["stray"]),
-            (["--forc"], ["--forc", "did you mean --force?"]),
+            (["--forc"], ["--forc", "Did you mean --force?"]),
             (["--where", ""], ["--where", "Give one"]),
             (["--columns", " "], ["--columns", "Give one"]),
             (["--server", ""], ["--server", "Give one"]),
@@ -185,7 +185,11 @@ class Unreachable(Case):
             self.ollama.configure(show=show)
             for engine in ENGINES:
                 with self.subTest(engine=engine, show=show):
-                    self.refuse(3, "--model", "bge-m3", "--engine", engine, words=["bge-m3", "ollama pull bge-m3"])
+                    said = self.refuse(3, "--model", "bge-m3", "--engine", engine, words=["ollama pull bge-m3"])
+                    self.assertNotIn("mean", said)
+        for engine in ENGINES:
+            words = ["ollama pull nomic-embed-txt", "Did you mean nomic-embed-text?"]
+            self.refuse(3, "--model", "nomic-embed-txt", "--engine", engine, words=words)
         self.assertEqual(self.asked(), [])
 
     def test_a_server_behind_a_token(self) -> None:

@@ -946,7 +946,10 @@ class Handshake(unittest.TestCase):
 
     def test_a_missing_model_and_other_refusals_that_no_row_is_to_blame_for(self) -> None:
         missing = error(404, "The model `m` does not exist.")
-        self.assertRegex(self.stop(embedgen.OpenAI, missing).message, r'no model "m" .*does not exist.*--model NAME')
+        said = self.stop(embedgen.OpenAI, missing, error(404, "no list")).message
+        self.assertRegex(said, r'no model "m" .*does not exist.*--model NAME\.$')
+        models = Response(200, b'{"data": [{"id": "other"}, {"id": "m:latest"}, {"id": "m2"}]}', 0.1)
+        self.assertRegex(self.stop(embedgen.OpenAI, missing, models).message, r"Did you mean m\?$")
         words = 'Model "m" does not support matryoshka representation'
         self.assertIn(words, self.stop(embedgen.OpenAI, *[error(400, words)] * 2, dimensions=4).message)
         self.assertIn("OPENAI_API_KEY", self.stop(embedgen.OpenAI, error(401, "no")).message)

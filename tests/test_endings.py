@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -21,6 +22,30 @@ import embedgen
 from tests.support import ENGINES, FULL, SLOW_ENGINES, START_METHOD, Case, Finished, environment
 
 PROC = Path("/proc/self/stat").exists()
+# A library that stands before the C library's, and has each lock of a file refused with $LOCK_ERROR.
+WITHOUT_LOCKS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+static int call(const char *name, int file, int command, void *argument) {
+    int (*theirs)(int, int, ...) = dlsym(RTLD_NEXT, name);
+    if (command == F_SETLK || command == F_SETLKW || command == F_GETLK) {
+        errno = atoi(getenv("LOCK_ERROR"));
+        return -1;
+    }
+    return theirs(file, command, argument);
+}
+
+#define REPLACE(name) int name(int file, int command, ...) { \\
+    va_list more; va_start(more, command); void *argument = va_arg(more, void *); va_end(more); \\
+    return call(#name, file, command, argument); }
+REPLACE(fcntl)
+REPLACE(fcntl64)
+"""
 
 
 def living(field: int, value: int) -> list[int]:
@@ -228,7 +253,7 @@ class Signals(Ending):
         done = subprocess.run([sys.executable, "-c", code, *flags], cwd=self.folder, env=environment(),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)  # fmt: skip
         self.assertEqual(done.returncode, 3)
-        self.assertRegex(done.stderr.decode(), r"\Aerror: worker processes keep dying.*20 movies are left\.\n\Z")
+        self.assertRegex(done.stderr.decode(), r"\Aerror: worker processes keep dying.*Left to do: 20 movies\.\n\Z")
 
     @unittest.skipUnless(PROC, "/proc is needed to find the workers")
     def test_kill_9_leaves_whole_rows_no_lock_and_no_workers(self) -> None:
@@ -279,7 +304,7 @@ class Signals(Ending):
                     self.ollama.configure(next=["ok"] * 7, faults={"503": 1.0})
                     done = self.run_program("--engine", engine, "--concurrent", 1, "--batch-size", 4)
                 self.assertEqual((done.code, done.tally), (3, (20, 0, 0)))
-                self.assertRegex(done.err, r"\Aerror: Ollama at http.* no good answer .*40 movies are left\.\n\Z")
+                self.assertRegex(done.err, r"\Aerror: Ollama at http.* no good answer .*Left to do: 40 movies\.\n\Z")
                 self.assertEqual(len(self.stored()), 20)
 
 
@@ -341,6 +366,17 @@ class Databases(Ending):
         self.assertEqual(len(self.stored()), 10)
         self.assertEqual(self.execute("PRAGMA integrity_check"), [("ok",)])
 
+    @unittest.skipUnless(sys.platform.startswith("linux") and shutil.which("cc"), "needs the C compiler of a Linux")
+    def test_a_disk_without_locks(self) -> None:
+        self.make_movies(1)
+        self.succeed()
+        source, library = self.folder / "locks.c", self.folder / "locks.so"
+        source.write_text(WITHOUT_LOCKS)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        for code in (errno.EIO, errno.EOPNOTSUPP, errno.ENOLCK):
+            env = {"LD_PRELOAD": str(library), "LOCK_ERROR": str(code)}
+            self.refuse(3, real=True, env=env, words=["movies.db", "locks", "network share", "local disk"])
+
     @unittest.skipUnless(sys.platform.startswith("linux"), "the size limit is set as Linux has it")
     def test_a_full_disk(self) -> None:
         import resource
@@ -357,7 +393,7 @@ class Databases(Ending):
                 )  # fmt: skip
                 err = done.stderr.decode()
                 self.assertEqual(done.returncode, 3, err)
-                self.assertRegex(err, r"\Aerror: .*(full|may not grow).* are left\.\n\Z")
+                self.assertRegex(err, r"\Aerror: .*(full|may not grow).* Left to do: \d+ movies\.\n\Z")
                 self.assertEqual(self.execute("PRAGMA integrity_check"), [("ok",)])
         self.succeed()
         self.assertEqual(len(self.stored()), 1500)

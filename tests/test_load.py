@@ -180,7 +180,7 @@ class Tabs(Load):
 
     def test_quoted(self) -> None:
         for content, expected in (
-            ('id\ttitle\n1\t"said ""so"""\n2\t"x"\n', [("1", 'said "so"'), ("2", "x")]),
+            ('"id"\t"title"\n1\t"said ""so"""\n2\t"x"\n', [("1", 'said "so"'), ("2", "x")]),
             ('id\ttitle\n1\t"two\nlines"\n', [("1", "two\nlines")]),
             ('id\ttitle\n1\t"a\tb"\n', [("1", "a\tb")]),
             ('"id"\t"title"\n"1"\t"a"\n', [("1", "a")]),

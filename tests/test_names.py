@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
+import re
 import sqlite3
 import uuid
 
@@ -369,19 +371,36 @@ class TextsOnPostgres(OnPostgres, Texts):
             'Title: T | Genres: Action, Sci-Fi | Year: 2010-07-16 | Rating: 8.80 | Overview: {"a": [1]} | New: true',
         )
 
+    def test_bytes_are_no_text(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview BYTEA)")
+        self.refuse(2, words=['"overview"', "bytes", "--columns"])
+
 
 class TextsOfSQLite(Texts):
     def test_any_text(self) -> None:
         self.embed_texts({1: "nul \0 inside \0", 2: "x"})
 
-    def test_invalid_utf_8_in_the_database(self) -> None:
+    def test_text_that_is_not_utf_8_is_counted_and_named(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
-        self.execute("INSERT INTO movies VALUES (1, CAST(x'61ff62c3' AS TEXT)), (2, 'fine'), (3, x'f09f')")
-        self.assertEqual(self.succeed().tally, (3, 0, 0))
+        self.execute("INSERT INTO movies VALUES (1, CAST(x'61ff62c3' AS TEXT)), (2, 'fine'), (3, '\ufffd')")
+        done = self.succeed()
+        self.assertEqual(done.tally, (3, 0, 0))
+        self.assertIn("   !  Not valid UTF-8, with U+FFFD in its place: 1\n", done.out)
         self.assertEqual(
             self.stored(), {1: blob("Title: a\ufffdb\ufffd"), 2: blob("Title: fine"), 3: blob("Title: \ufffd")}
         )
+        self.assertEqual(re.findall("movie (\\d+) is not valid UTF-8", self.log()), ["1"])
         self.assertEqual(self.succeed().tally, (0, 3, 0))
+        self.assertEqual(json.loads(self.succeed("--force", "--json").out)["not_utf8"], 1)
+
+    def test_a_blob_is_a_text_or_fails_its_row(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview BLOB)")
+        self.execute("INSERT INTO movies VALUES (1, 'a', x'ffd8ffe0'), (2, 'b', x'c3a9'), (3, x'f09f', NULL)")
+        done = self.run_program()
+        self.assertEqual((done.code, done.tally), (1, (1, 0, 2)))
+        self.assertEqual(self.stored(), {2: blob("Title: b | Description: é")})
+        self.assertEqual(re.findall("movie (\\d+) failed: .*BLOB.*not UTF-8", self.log()), ["1", "3"])
+        self.assertEqual(self.run_program().tally, (0, 1, 2))
 
     def test_a_database_in_utf_16(self) -> None:
         connection = sqlite3.connect(self.database)

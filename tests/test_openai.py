@@ -178,7 +178,9 @@ class Job(Case):
         self.make_movies(2)
         for engine in ENGINES:
             words = [self.ollama.url + "/v1", '"bge-m3"', "/models", "--model"]
-            self.refuse(3, "--model", "bge-m3", "--engine", engine, words=words)
+            self.assertNotIn("mean", self.refuse(3, "--model", "bge-m3", "--engine", engine, words=words))
+            words = ['"nomic-embed-txt"', "Did you mean nomic-embed-text?"]
+            self.refuse(3, "--model", "nomic-embed-txt", "--engine", engine, words=words)
         self.assertEqual(self.asked(), [])
         self.assertNotIn("movie_embeddings", self.db.tables())
 

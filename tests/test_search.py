@@ -137,7 +137,7 @@ class Films(SearchCase):
         self.prefixed = True
         self.assertEqual(self.run_program("--similar", 7).err, "")
         self.execute("UPDATE movies SET title = 'Another' WHERE id = 12")
-        self.assertIn("note: 1 of 200 movies is found by an older text. ", self.run_program("--similar", 7).err)
+        self.assertIn("note: of 200 movies, 1 found by an older text. ", self.run_program("--similar", 7).err)
 
     def test_multiples_of_one_vector_come_by_key(self) -> None:
         self.duplicate(7, *range(400, 340, -1))
@@ -181,7 +181,7 @@ class Films(SearchCase):
         done = self.run_program(*flags)
         self.assertEqual(
             done.err,
-            "note: 2 of 202 movies are not searched: no embedding yet; 1 of 202 is found by an older text. "
+            "note: of 202 movies, 2 not searched, without an embedding; 1 found by an older text. "
             "Run embedgen without --similar to embed them.\n",
         )
         self.assertEqual(self.run_program(*flags, "--quiet").err, "")
@@ -347,7 +347,7 @@ class Queries(SearchCase):
         self.assertEqual({one["key"] for one in json.loads(done.out)["results"]}, {1, 3})
         self.assertIsNone(json.loads(done.out)["model"])
         self.assertIn(", by an unknown model\n", self.run_program("--similar", 2, "--target", "vectors").out)
-        self.assertIn("1 of 4 movies is not searched", done.err)
+        self.assertIn("of 4 movies, 1 not searched", done.err)
         self.assertEqual(len(self.found("--search", "x", "--target", "vectors")), 3)
 
     def test_columns_with_names_of_our_own(self) -> None:
@@ -382,7 +382,11 @@ class OnlySQLite(SearchCase):
         done = self.run_program("--server", "hash:", "--similar", 5, "--top", 500, "--json")
         keys = [one["key"] for one in json.loads(done.out)["results"]]
         self.assertEqual(set(range(1, 201)) - set(keys), {5, 9, 10})
-        self.assertEqual(done.err, "note: 1 of 200 movies is not searched: what is stored cannot be compared.\n")
+        self.assertEqual(
+            done.err,
+            "note: of 200 movies, 1 not searched, with one that does not compare. "
+            "Run embedgen without --similar to embed them.\n",
+        )
 
     def compare(self, rows: Sequence[tuple[Any, bytes]], *tops: int, key_type: str = "INTEGER") -> None:
         """Have films with these vectors, and look for the nearest to another one, film 0: as many as each of `tops`."""
@@ -472,7 +476,7 @@ class OnlyPostgres(OnPostgres, SearchCase):
         self.execute("UPDATE movie_embeddings SET embedding = '[1,2,3]' WHERE movie_id = 2")
         done = self.run_program("--similar", 1, "--json")
         self.assertEqual({one["key"] for one in json.loads(done.out)["results"]}, {3, 4, 5})
-        self.assertIn("1 of 5 movies is not searched", done.err)
+        self.assertIn("of 5 movies, 1 not searched", done.err)
 
     def looks(self) -> int:
         """Return how often the index was used for a search."""
