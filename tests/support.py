@@ -112,10 +112,18 @@ class Finished(NamedTuple):
 
 
 @functools.lru_cache(None)
-def shared_double(number: int = 0) -> Ollama:
+def shared_double(number: int = 0, *tls: str) -> Ollama:
     """Return a double that all tests share: to start one for each class would take as long as the tests do."""
-    double = Ollama()
+    double = Ollama(*tls)
     atexit.register(double.close)
+    return double
+
+
+def another_double(number: int = 1, *tls: str, **settings: Any) -> Ollama:
+    """Return another double than the test's own, as if it had just been started with these settings."""
+    double = shared_double(number, *tls)
+    double.reset()
+    double.configure(**settings)
     return double
 
 
@@ -153,7 +161,7 @@ AUTHORITY = str(TLS / "root.pem")
 
 def tls_double(name: str, **settings: Any) -> Ollama:
     """Return a double that speaks TLS with one of the certificates."""
-    return Ollama(cert=str(TLS / f"{name}.pem"), key=str(TLS / f"{name}.key"), **settings)
+    return another_double(0, str(TLS / f"{name}.pem"), str(TLS / f"{name}.key"), **settings)
 
 
 class Case(unittest.TestCase):

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.ollama import Ollama
 from tests.support import ENGINES, MOVIES, PROGRAM, Case, command, environment
 
 
@@ -194,16 +193,16 @@ class Unreachable(Case):
 
     def test_a_server_behind_a_token(self) -> None:
         self.make_movies(3)
-        with Ollama(token="s3cr3t-token") as guarded:
-            for engine in ENGINES:
-                with self.subTest(engine=engine):
-                    self.execute("DROP TABLE IF EXISTS movie_embeddings")
-                    self.refuse(3, "--server", guarded.url, "--engine", engine, words=["401", "OLLAMA_API_KEY"])
-                    wrong = self.run_program("--server", guarded.url, "--verbose", env={"OLLAMA_API_KEY": "wr0ng"})
-                    self.assertEqual(wrong.code, 3)
-                    self.assertNotIn("wr0ng", wrong.out + wrong.err + self.log())
-                    self.succeed("--server", guarded.url, "--force", "--engine", engine,
-                                 env={"OLLAMA_API_KEY": "s3cr3t-token"})  # fmt: skip
+        self.ollama.configure(token="s3cr3t-token")
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.execute("DROP TABLE IF EXISTS movie_embeddings")
+                self.refuse(3, "--engine", engine, words=["401", "OLLAMA_API_KEY"])
+                wrong = self.run_program("--verbose", env={"OLLAMA_API_KEY": "wr0ng"})
+                self.assertEqual(wrong.code, 3)
+                self.assertNotIn("wr0ng", wrong.out + wrong.err + self.log())
+                self.succeed("--force", "--engine", engine,
+                             env={"OLLAMA_API_KEY": "s3cr3t-token"})  # fmt: skip
         self.assertNotIn("s3cr3t-token", self.log())
 
     def test_a_password_in_the_address_is_shown_nowhere(self) -> None:

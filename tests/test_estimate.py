@@ -6,8 +6,7 @@ import json
 import unittest
 from typing import Any
 
-from tests.ollama import Ollama
-from tests.support import FULL, ROOT, Case, OnPostgres
+from tests.support import AUTHORITY, FULL, Case, OnPostgres, tls_double
 
 ROWS = 20_000  # so many that what comes before the first of them is not worth mentioning
 
@@ -70,14 +69,11 @@ class PaceOverTLS(Case):
     """Handshakes are not rows."""
 
     def test_a_server_behind_tls(self) -> None:
-        folder = ROOT / "tests" / "data" / "tls"
         self.make_movies(ROWS)
-        server = Ollama(str(folder / "good.pem"), str(folder / "good.key"), slots=1, seconds_per_text=1 / 50)
-        self.addCleanup(server.close)
-        server.configure(connecting=0.2)
+        server = tls_double("good", slots=1, seconds_per_text=1 / 50, connecting=0.2)
         for path in ("", "/v1"):
             with self.subTest(path=path):
-                flags = ("--server", server.url + path, "--ca-file", folder / "root.pem")
+                flags = ("--server", server.url + path, "--ca-file", AUTHORITY)
                 seconds = json.loads(self.succeed("--dry-run", "--json", *flags).out)["seconds"]
                 self.assertGreaterEqual(seconds, 0.75 * ROWS / 50)
                 self.assertLessEqual(seconds, 1.25 * ROWS / 50)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from tests.databases import Postgres
 from tests.ollama import Ollama, blob
-from tests.support import FULL, Case, OnPostgres
+from tests.support import FULL, Case, OnPostgres, another_double
 
 NOMIC = "nomic-embed-text"
 ROWS = 200
@@ -30,8 +30,7 @@ class Elsewhere(OnPostgres, Case):
 
     def setUp(self) -> None:
         super().setUp()
-        self.other = Ollama()
-        self.addCleanup(self.other.close)
+        self.other = another_double()
         self.execute(f"CREATE TABLE movies (id {self.key_type} PRIMARY KEY, title text)")
         self.execute(f"INSERT INTO movies SELECT {self.keys}, 'Film ' || n FROM generate_series(1, {ROWS}) AS n")
 
@@ -129,8 +128,7 @@ class OtherVersions(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        self.other = Ollama()
-        self.addCleanup(self.other.close)
+        self.other = another_double()
         self.servers = [self.ollama, self.other]
         self.make_movies(60)
 

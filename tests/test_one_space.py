@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from tests.databases import Postgres
-from tests.ollama import Ollama, blob
-from tests.support import FULL, Case, OnPostgres
+from tests.ollama import blob
+from tests.support import FULL, Case, OnPostgres, another_double
 
 NOMIC, MINI = "nomic-embed-text", "all-minilm"
 Content = list[tuple[Any, ...]]
@@ -184,8 +184,7 @@ class Space(SpaceCase):
     def with_two_servers(self, digest: str) -> None:
         """Run with two servers that differ in nothing but the dimensions; there is room in the target for one kind."""
         self.ollama.configure(models={NOMIC: {"digest": digest}})
-        other = Ollama(models={NOMIC: {"digest": digest, "dimensions": 16}})
-        self.addCleanup(other.close)
+        other = another_double(models={NOMIC: {"digest": digest, "dimensions": 16}})
         done = self.run_program("--server", self.ollama.url, "--server", other.url, "--batch-size", 1)
         self.assertIn(done.code, (0, 3), done.err)  # without the second one, or not at all
         self.assertRegex(done.err, r"\A(warning|error): .*\bdimensions\b")

@@ -10,8 +10,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.ollama import Ollama
-from tests.support import ENGINES, START_METHOD, Case
+from tests.support import ENGINES, Case, another_double
 
 
 class Choice(Case):
@@ -204,32 +203,35 @@ class Job(Case):
                 self.succeed("--server", address, "--engine", engine, "--force", env=env)
         self.refuse(3, "--engine", engine, "--force", words=["401", "OPENAI_API_KEY", "OLLAMA_API_KEY"])
 
-    @unittest.skipIf(START_METHOD == "spawn", "all may be done before a second worker has started")
     def test_both_protocols_side_by_side(self) -> None:
-        with Ollama() as other:
-            for engine in ENGINES:
-                with self.subTest(engine=engine):
-                    self.again()
-                    other.reset()
-                    for server in (self.ollama, other):
-                        server.configure(seconds_per_text=0.002, slots=1)
-                    self.make_movies(200)
-                    two = ("--server", self.ollama.url + "/v1", "--server", other.url, "--engine", engine)
-                    self.assertEqual(self.succeed(*two).tally, (200, 0, 0))
-                    self.assert_complete()
-                    for server, path in ((self.ollama, "/v1/embeddings"), (other, "/api/show")):
-                        self.assertIn(path, [entry["path"] for entry in server.log()])
-                        self.assertGreater(len(server.texts()), 20)
-            other.configure(models={"nomic-embed-text": {"dimensions": 16}})
-            self.refuse(3, *two, "--force", words=["16 and 8 dimensions"])
-            for engine in ENGINES:  # a name alone does not tell that a model is the same
+        other = another_double()
+        two: tuple[object, ...] = ("--server", self.ollama.url + "/v1", "--server", other.url)
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
                 self.again()
-                self.make_movies(5)
-                other.configure(models={"nomic-embed-text": {"seed": "another one"}})
-                two = ("--server", self.ollama.url + "/v1", "--server", other.url, "--engine", engine)
-                self.refuse(3, *two, words=[self.ollama.url, other.url, "nomic-embed-text", "cosine"])
-                self.assertEqual(self.asked(), [])
-                self.assertEqual(self.succeed(*two, "--accept-drift").tally, (5, 0, 0))
+                other.reset()
+                self.make_movies(60)
+                for server in (self.ollama, other):
+                    server.configure(hold=["Film"])
+                process = self.start_program(*two, "--engine", engine)
+                for server in (self.ollama, other):
+                    self.wait_for(lambda server=server: "Film" in " ".join(server.texts()), "both at work")
+                for server in (self.ollama, other):
+                    server.configure(hold=[])
+                self.assertEqual(self.ended(process).tally, (60, 0, 0))
+                self.assert_complete()
+                for server, path in ((self.ollama, "/v1/embeddings"), (other, "/api/show")):
+                    self.assertIn(path, [entry["path"] for entry in server.log()])
+        other.configure(models={"nomic-embed-text": {"dimensions": 16}})
+        self.refuse(3, *two, "--force", words=["16 and 8 dimensions"])
+        for engine in ENGINES:  # a name alone does not tell that a model is the same
+            self.again()
+            self.make_movies(5)
+            other.configure(models={"nomic-embed-text": {"seed": "another one"}})
+            flags = (*two, "--engine", engine)
+            self.refuse(3, *flags, words=[self.ollama.url, other.url, "nomic-embed-text", "cosine"])
+            self.assertEqual(self.asked(), [])
+            self.assertEqual(self.succeed(*flags, "--accept-drift").tally, (5, 0, 0))
 
 
 if __name__ == "__main__":

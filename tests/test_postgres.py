@@ -20,7 +20,7 @@ from unittest import mock
 import embedgen
 from tests.databases import LossyProxy, Postgres, postgres_url, start_server
 from tests.ollama import Ollama
-from tests.support import ENGINES, FULL, Case, Finished, OnPostgres, shared_double
+from tests.support import ENGINES, FULL, Case, Finished, OnPostgres, another_double
 
 ROWS = 5_000 if FULL else 500
 SPEED = 400.0 if FULL else 200.0  # texts per second of a usual machine's server
@@ -50,9 +50,8 @@ class Fleet(PostgresCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.servers = [shared_double(number) for number in range(4)]
+        self.servers = [self.ollama, *map(another_double, (1, 2, 3))]
         for number, server in enumerate(self.servers):
-            server.reset()
             server.configure(seconds_per_text=(4 if number == 3 else 1) / SPEED, slots=1, hold=["Film"])
 
     def start_all(self) -> list[subprocess.Popen[bytes]]:
@@ -131,8 +130,7 @@ class Machines(PostgresCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.other = shared_double(1)
-        self.other.reset()
+        self.other = another_double()
         self.make_movies(40)
 
     def machine(self, server: Ollama, *flags: object, path: str = "", **constants: object) -> subprocess.Popen[bytes]:
@@ -184,9 +182,7 @@ class Machines(PostgresCase):
         sql = "SELECT 1 FROM movie_embeddings_claims WHERE now() < expires AND expires < 'infinity'"
         self.wait_for(lambda: not self.execute(sql), "the end of the last sign of life")
         self.execute("INSERT INTO movies VALUES (99, 'Another', 'x')")
-        later = shared_double(2)
-        later.reset()
-        self.succeed("--server", later.url, "--where", "id = 99")
+        self.succeed("--server", another_double(2).url, "--where", "id = 99")
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """End a machine as a power cut would."""
@@ -582,8 +578,7 @@ class Restarts(Case):
 
     def test_a_restart_takes_no_rows_from_machines(self) -> None:
         """Who could not give a sign of life, since there was no database, is not taken for dead."""
-        other = shared_double(1)
-        other.reset()
+        other = another_double()
         for server in (self.ollama, other):
             server.configure(hold=["Film"])
         flags = ("--batch-size", 10, "--server")

@@ -6,7 +6,7 @@ import signal
 import unittest
 from typing import Any
 
-from tests.support import ENGINES, Case, OnPostgres, shared_double
+from tests.support import ENGINES, Case, OnPostgres, another_double
 
 MODEL = "nomic-embed-text"
 OTHER_SEED = {MODEL: {"seed": "another version"}}
@@ -212,9 +212,7 @@ class ProvenanceOnPostgres(OnPostgres, Provenance):
         self.ollama.configure(hold=["Film"])
         first = self.start_program("--batch-size", 2, "--force")
         self.wait_for(lambda: "Film" in " ".join(self.ollama.texts()), "the first run's request")
-        other = shared_double(1)
-        other.reset()
-        other.configure(models={MODEL: {"digest": "sha256:bbbb"}})
+        other = another_double(models={MODEL: {"digest": "sha256:bbbb"}})
         for flags in ((), ("--force",)):
             self.refuse(3, "--server", other.url, *flags, words=["another run", "sha256:aaaa", "sha256:bbbb"])
         self.ollama.configure(hold=[])

@@ -8,9 +8,7 @@ those marked "run postgres" on Postgres only. A text block right after one is th
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import importlib.util
 import re
 import shlex
@@ -23,12 +21,21 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import embedgen
-from tests.ollama import Ollama
-from tests.support import MOVIES, PROGRAM, ROOT, Case, OnPostgres, command, environment
+from tests.support import (
+    AUTHORITY,
+    MOVIES,
+    PROGRAM,
+    ROOT,
+    Case,
+    OnPostgres,
+    another_double,
+    command,
+    environment,
+    tls_double,
+)
 
 README = (ROOT / "README.md").read_text("utf-8")
 HEAD, _, FOLDS = README.partition("<details>")
-TLS = ROOT / "tests" / "data" / "tls"
 POSTGRES_URL = "postgresql://user@db.example.net/shop"
 
 MODELS = {
@@ -186,30 +193,16 @@ class TestReadme(unittest.TestCase):
             self.assertTrue((ROOT / path).exists(), path)
 
 
-@functools.lru_cache(None)
-def doubles() -> tuple[Ollama, Ollama, Ollama]:
-    """Return two servers with the models of the README, and one that speaks TLS."""
-    tls = str(TLS / "good.pem"), str(TLS / "good.key")
-    found = Ollama(models=MODELS), Ollama(models=MODELS), Ollama(*tls, models=MODELS)
-    for double in found:
-        atexit.register(double.close)
-    return found
-
-
 @unittest.skipUnless(shutil.which("sh"), "the commands are written for a shell")
 class TestCommands(Case):
     """The blocks that are marked to be run."""
 
     marks = "run"
-    second: Ollama  # with the same models as `ollama`
-    secure: Ollama  # one that speaks TLS
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.ollama, cls.second, cls.secure = doubles()
 
     def setUp(self) -> None:
         super().setUp()
+        self.ollama.configure(models=MODELS)
+        self.second, self.secure = another_double(models=MODELS), tls_double("good", models=MODELS)
         shutil.copy(PROGRAM, self.folder)
         (self.folder / "tests" / "data").mkdir(parents=True)
         shutil.copy(MOVIES, self.folder / "tests" / "data")
@@ -229,7 +222,7 @@ class TestCommands(Case):
             "/opt/embedgen": folder,
             "/srv": folder,
             "/var/log/embedgen": f"{folder}/logs",
-            "/etc/ssl/private-ca.pem": str(TLS / "root.pem"),
+            "/etc/ssl/private-ca.pem": AUTHORITY,
             "gpu.example.net:11434": self.ollama.url,
             "gpu1:11434": self.ollama.url,
             "gpu2:11434": self.second.url,

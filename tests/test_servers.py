@@ -14,9 +14,9 @@ from unittest import mock
 
 import embedgen
 from embedgen import Batch, Exchange, Pace, Scheduler, ServerAway, ServerProfile, ServerState, Stop
-from tests.ollama import Ollama, blob
+from tests.ollama import blob
 from tests.simulation import Slots, simulate_fleet
-from tests.support import SLOW_ENGINES, Case
+from tests.support import SLOW_ENGINES, Case, another_double
 
 NAN = "embedding contains NaN or Inf values"
 RATES = (50, 50, 100, 200)
@@ -219,14 +219,8 @@ class SchedulerByHand(unittest.TestCase):
 class SeveralServers(Case):
     def setUp(self) -> None:
         super().setUp()
-        self.other.reset()
+        self.other = another_double()
         self.two: tuple[object, ...] = ("--server", self.ollama.url, "--server", self.other.url)
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        cls.other = Ollama()
-        cls.addClassCleanup(cls.other.close)
 
     def both(self, **settings: Any) -> None:
         """Change settings of both servers."""

@@ -11,7 +11,7 @@ from unittest import mock
 
 import embedgen
 from embedgen import Endpoint, Request, Response
-from tests.support import AUTHORITY, ENGINES, TLS, Case, said_to_all, tls_double
+from tests.support import AUTHORITY, ENGINES, FULL, TLS, Case, said_to_all, tls_double
 
 BODY = b'{"answer": "' + b"x" * 5000 + b'"}'
 CHUNKED = (
@@ -131,17 +131,17 @@ class Tls(Case):
 
     def test_a_private_authority_by_flag_or_environment_over_each_protocol_behind_a_path(self) -> None:
         self.make_movies(5)
-        with tls_double("good") as server:
-            for prefix, path in (("", ""), ("/ollama", ""), ("", "/v1"), ("/x", "/v1")):
-                server.configure(prefix=prefix, api=not path)
-                for engine in ENGINES:
-                    with self.subTest(engine=engine, prefix=prefix, path=path):
-                        flags = ("--server", server.url + path, "--engine", engine, "--force")
-                        self.succeed(*flags, "--ca-file", AUTHORITY)
-                        self.assert_complete()
-            self.assertTrue(server.url.startswith("https://"))
-            self.succeed("--server", server.url + path, "--force", real=True, env={"SSL_CERT_FILE": AUTHORITY})
-            self.assertEqual({e["path"].partition("/embeddings")[0] for e in server.log()[-2:]}, {"/x/v1"})
+        server = tls_double("good")
+        for prefix, path in (("", ""), ("/ollama", ""), ("", "/v1"), ("/x", "/v1")):
+            server.configure(prefix=prefix, api=not path)
+            for engine in ENGINES:
+                with self.subTest(engine=engine, prefix=prefix, path=path):
+                    flags = ("--server", server.url + path, "--engine", engine, "--force")
+                    self.succeed(*flags, "--ca-file", AUTHORITY)
+                    self.assert_complete()
+        self.assertTrue(server.url.startswith("https://"))
+        self.succeed("--server", server.url + path, "--force", real=True, env={"SSL_CERT_FILE": AUTHORITY})
+        self.assertEqual({e["path"].partition("/embeddings")[0] for e in server.log()[-2:]}, {"/x/v1"})
 
     def test_certificates_that_are_not_to_be_trusted(self) -> None:
         self.make_movies(5)
@@ -150,21 +150,21 @@ class Tls(Case):
             ("elsewhere", ("--ca-file", AUTHORITY), ["not valid for", "'127.0.0.1'"]),
             ("expired", ("--ca-file", AUTHORITY), ["has expired"]),
         ):
-            with tls_double(name) as server:
-                for engine, path in itertools.product(ENGINES, ("", "/v1")):
-                    with self.subTest(engine=engine, name=name, path=path):
-                        words = ["its certificate", server.url, *words]
-                        said = self.refuse(3, "--server", server.url + path, "--engine", engine, *flags, words=words)
-                        self.assertNotIn("ollama serve", said)  # it is running
-                self.assertEqual(server.log(), [])
+            server = tls_double(name)
+            for engine, path in itertools.product(ENGINES, ("", "/v1")) if FULL else zip(ENGINES, ("", "/v1")):
+                with self.subTest(engine=engine, name=name, path=path):
+                    words = ["its certificate", server.url, *words]
+                    said = self.refuse(3, "--server", server.url + path, "--engine", engine, *flags, words=words)
+                    self.assertNotIn("ollama serve", said)  # it is running
+            self.assertEqual(server.log(), [])
 
     def test_the_flag_replaces_the_systems_authorities(self) -> None:
         self.make_movies(1)
         other = self.folder / "other.pem"
         other.write_bytes((TLS / "good.pem").read_bytes())  # an authority of nobody
-        with tls_double("elsewhere") as server:
-            flags = ("--server", server.url, "--ca-file", other)
-            self.refuse(3, *flags, real=True, env={"SSL_CERT_FILE": AUTHORITY}, words=["issuer certificate"])
+        server = tls_double("elsewhere")
+        flags = ("--server", server.url, "--ca-file", other)
+        self.refuse(3, *flags, real=True, env={"SSL_CERT_FILE": AUTHORITY}, words=["issuer certificate"])
 
     def test_a_file_without_authorities_is_refused_before_anything_else(self) -> None:
         empty, junk = self.folder / "empty", self.folder / "junk"
@@ -181,10 +181,8 @@ class Tls(Case):
 
         embedgen.tls_context.cache_clear()
         self.make_movies(20)
-        with (
-            tls_double("good") as server,
-            mock.patch("ssl.create_default_context", wraps=ssl.create_default_context) as made,
-        ):
+        server = tls_double("good")
+        with mock.patch("ssl.create_default_context", wraps=ssl.create_default_context) as made:
             self.succeed("--server", server.url, "--ca-file", AUTHORITY, "--concurrent", 4, "--batch-size", 1)
             self.assertGreater(len({entry["connection"] for entry in server.log()}), 1)
         made.assert_called_once_with(cafile=AUTHORITY)
@@ -195,9 +193,9 @@ class Tls(Case):
 
     def test_http_to_a_server_that_speaks_tls(self) -> None:
         self.make_movies(5)
-        with tls_double("good") as server:
-            for engine in ENGINES:
-                self.refuse(3, "--server", server.url.replace("https", "http"), "--engine", engine, words=["https"])
+        server = tls_double("good")
+        for engine in ENGINES:
+            self.refuse(3, "--server", server.url.replace("https", "http"), "--engine", engine, words=["https"])
         with said_to_all(
             b"\x15\x03\x03\x00\x02\x02\x46"
         ) as port:  # as OpenSSL has it: "alert, fatal, protocol version"
@@ -209,10 +207,10 @@ class Tls(Case):
 
     def test_workers_that_are_spawned_make_their_own_context(self) -> None:
         self.make_movies(5)
-        with tls_double("good") as server:
-            flags = ("--server", server.url, "--ca-file", AUTHORITY, "--engine", "process")
-            process = self.start_program(*flags, START_METHOD="spawn")
-            out, err = process.communicate(timeout=60)
+        server = tls_double("good")
+        flags = ("--server", server.url, "--ca-file", AUTHORITY, "--engine", "process")
+        process = self.start_program(*flags, START_METHOD="spawn")
+        out, err = process.communicate(timeout=60)
         self.assertEqual((process.returncode, err), (0, b""), out)
         self.assert_complete()
 
