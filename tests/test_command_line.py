@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, MOVIES, PROGRAM, Case, command, environment
+from tests.support import ENGINES, FULL, MOVIES, PROGRAM, SLOW_ENGINES, Case, command, environment
 
 
 class Usage(Case):
@@ -302,7 +303,7 @@ class Output(Case):
 
     def test_encodings_that_cannot_show_the_report(self) -> None:
         self.make_movies(10)
-        for extra in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "latin-1"}):
+        for extra in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}):
             with self.subTest(extra=extra):
                 done = subprocess.run(
                     self.arguments("--force", "--noun", "фильм"), cwd=self.folder, env=environment(extra),
@@ -314,19 +315,18 @@ class Output(Case):
     @unittest.skipUnless(os.name == "posix", "an empty environment starts no Python on Windows")
     def test_an_empty_environment(self) -> None:
         self.make_movies(10)
-        for extra in ({}, {"LANG": "C"}, {"LC_ALL": "POSIX"}):
-            for engine in ENGINES:
-                with self.subTest(extra=extra, engine=engine):
-                    done = subprocess.run(
-                        self.arguments("--force", "--engine", engine), cwd=self.folder, env=extra,
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    )  # fmt: skip
-                    self.assertEqual((done.returncode, done.stderr), (0, b""))
+        for extra, engine in (({}, "process"), ({"LANG": "C"}, "async"), ({"LC_ALL": "POSIX"}, "process")):
+            with self.subTest(extra=extra, engine=engine):
+                done = subprocess.run(
+                    self.arguments("--force", "--engine", engine), cwd=self.folder, env=extra,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )  # fmt: skip
+                self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
     def test_a_reader_who_leaves(self) -> None:
         self.make_movies(100)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 line = shlex.join(self.arguments("--force", "--engine", engine))
                 done = subprocess.run(["/bin/sh", "-c", f"{line} | head -1"], cwd=self.folder, env=environment(),
@@ -336,18 +336,19 @@ class Output(Case):
     @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
     def test_streams_that_are_closed_or_full(self) -> None:
         self.make_movies(20)
-        redirections = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full" if os.path.exists("/dev/full") else ">&-"]
-        for engine in ENGINES:
-            for redirection in redirections:
-                with self.subTest(engine=engine, redirection=redirection):
-                    line = shlex.join(self.arguments("--force", "--engine", engine))
-                    shell = ["/bin/sh", "-c", f"{line} {redirection}"]
-                    done = subprocess.run(shell, cwd=self.folder, env=environment(),
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
-                    self.assertEqual(done.returncode, 0)
-                    self.assertNotIn("Traceback", done.stderr + self.log())
-                    self.assertLessEqual(done.stderr.count("\n"), 1)
-                    self.assert_complete()
+        full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
+        redirections = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", full)
+        chosen = itertools.product(ENGINES, redirections) if FULL else zip(itertools.cycle(ENGINES), redirections)
+        for engine, redirection in chosen:
+            with self.subTest(engine=engine, redirection=redirection):
+                line = shlex.join(self.arguments("--force", "--engine", engine))
+                shell = ["/bin/sh", "-c", f"{line} {redirection}"]
+                done = subprocess.run(shell, cwd=self.folder, env=environment(),
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+                self.assertEqual(done.returncode, 0)
+                self.assertNotIn("Traceback", done.stderr + self.log())
+                self.assertLessEqual(done.stderr.count("\n"), 1)
+                self.assert_complete()
 
     def test_the_log_beside_the_program_is_the_default(self) -> None:
         import shutil

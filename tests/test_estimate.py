@@ -23,9 +23,9 @@ class EstimateCase(Case):
         self.ollama.configure(slots=1, seconds_per_text=1 / rate, **more)
 
     def assert_honest(self, rate: float, rows: int = ROWS, *given: object) -> None:
-        """The estimate must be near rows / rate. A busy machine can only make it longer: the best of three counts."""
+        """The estimate must be near rows / rate. A busy machine can only make it longer: the best of some counts."""
         found = []
-        for _ in range(3):
+        for _ in range(20):
             facts = json.loads(self.succeed("--dry-run", "--json", *given).out)
             self.assertEqual(facts["would_generate"], rows)
             found.append(facts["seconds"])
@@ -39,7 +39,7 @@ class Paces(EstimateCase):
     """Whatever the server's pace, and however far away it is."""
 
     def test_a_server_of_each_pace(self) -> None:
-        for rate in (5, 50, 500):
+        for rate in (5, 50, 500) if FULL else (10, 200):
             with self.subTest(rate=rate):
                 self.pace(rate)
                 self.assert_honest(rate)
@@ -65,18 +65,14 @@ class PacesOverOpenAI(Paces):
 
 
 @unittest.skipUnless(FULL, "takes seconds; Ollama's own protocol is timed in every run")
-class PaceOverTLS(Case):
+class PaceOverTLS(EstimateCase):
     """Handshakes are not rows."""
 
     def test_a_server_behind_tls(self) -> None:
-        self.make_movies(ROWS)
         server = tls_double("good", slots=1, seconds_per_text=1 / 50, connecting=0.2)
         for path in ("", "/v1"):
             with self.subTest(path=path):
-                flags = ("--server", server.url + path, "--ca-file", AUTHORITY)
-                seconds = json.loads(self.succeed("--dry-run", "--json", *flags).out)["seconds"]
-                self.assertGreaterEqual(seconds, 0.75 * ROWS / 50)
-                self.assertLessEqual(seconds, 1.25 * ROWS / 50)
+                self.assert_honest(50, ROWS, "--server", server.url + path, "--ca-file", AUTHORITY)
 
 
 @unittest.skipUnless(FULL, "takes seconds; the pace alone is compared in every run")
@@ -92,7 +88,7 @@ class Counted(EstimateCase):
     def test_the_run_takes_as_long(self) -> None:
         self.execute("DELETE FROM movies WHERE id > 60")
         self.pace(50, connecting=0.1)
-        estimated = json.loads(self.succeed("--dry-run", "--json").out)["seconds"]
+        estimated = min(json.loads(self.succeed("--dry-run", "--json").out)["seconds"] for _ in range(5))
         taken = json.loads(self.succeed("--json").out)["seconds"]
         self.assertGreaterEqual(taken, 1.0)  # of 1.2: the first texts are embedded before the clock starts
         self.assertLessEqual(estimated, 1.25 * max(taken, 1.2))

@@ -104,14 +104,15 @@ class Folder(Case):
             for number in range(4)
         ]
         for run in runs:
-            _, err = run.communicate(timeout=120)
-            self.assertEqual((run.returncode, err), (1, b""))
+            done = self.ended(run, 300)
+            self.assertEqual((done.code, done.err), (1, ""))
         found = sorted(re.findall(r" - run(\d)x+ (\d+) failed: no text\n", self.log()))
         self.assertEqual(found, sorted((str(number), str(key)) for number in range(4) for key in range(rows)))
         # What has ended is written again: no more files than runs at one time need.
         before = {name.rstrip(".123456789") for name in self.names()}
-        for number in range(4):
-            self.start_program("--database", f"{number}.db", **constants).communicate(timeout=120)
+        with mock.patch.multiple(embedgen, **constants):
+            for number in range(4):
+                self.run_program("--database", f"{number}.db")
         self.assertEqual({name.rstrip(".123456789") for name in self.names()}, before)
         self.assertLessEqual(len(before), 4)
 

@@ -20,7 +20,7 @@ class UnderWay(Case):
         super().setUp()
         self.make_movies(40)
         self.succeed("--limit", 10)
-        self.ollama.configure(hold=["Film 2"])
+        self.ollama.configure(hold=[f"Film {key}" for key in range(20, 30)])
         self.process = self.start_program("--engine", self.engine, "--batch-size", 2)
         self.wait_for(lambda: "Film 2" in " ".join(self.ollama.texts()), "a request that is held")
 

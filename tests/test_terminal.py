@@ -8,7 +8,7 @@ import unittest
 
 import embedgen
 from embedgen import Counts, progress_line, width_of
-from tests.support import ENGINES, Case, environment
+from tests.support import ENGINES, SLOW_ENGINES, Case, environment
 
 try:
     import fcntl
@@ -135,26 +135,25 @@ class Terminal(Case):
     def test_the_line_is_redrawn_in_place(self) -> None:
         self.make_movies(60)
         self.ollama.configure(seconds_per_text=0.006, slots=1)
-        for engine in ENGINES:
-            for columns in (60, 200):
-                with self.subTest(engine=engine, columns=columns):
-                    code, written = self.run_in_terminal(
-                        columns, "--engine", engine, "--force", "--batch-size", 4, "--noun", "映画"
-                    )
-                    self.assertEqual(code, 0, written)
-                    self.assertGreater(written.count("\r"), written.count("\n") + 2)  # the terminal makes \n into \r\n
-                    lines = Screen(columns, written).lines
-                    # Seven lines of head, one of progress, however often that was drawn.
-                    self.assertEqual(lines[1], "🧠 映画 Embedding Generator")
-                    self.assertEqual(lines[7], "")
-                    self.assertIn("60/60", lines[8])
-                    self.assertLess(width_of(lines[8]), columns)
-                    self.assertEqual(lines[9:12], ["", "💾 Saving embeddings to database...", ""])
+        for engine, columns in zip(ENGINES, (60, 200)):
+            with self.subTest(engine=engine, columns=columns):
+                code, written = self.run_in_terminal(
+                    columns, "--engine", engine, "--force", "--batch-size", 4, "--noun", "映画"
+                )
+                self.assertEqual(code, 0, written)
+                self.assertGreater(written.count("\r"), written.count("\n") + 2)  # the terminal makes \n into \r\n
+                lines = Screen(columns, written).lines
+                # Seven lines of head, one of progress, however often that was drawn.
+                self.assertEqual(lines[1], "🧠 映画 Embedding Generator")
+                self.assertEqual(lines[7], "")
+                self.assertIn("60/60", lines[8])
+                self.assertLess(width_of(lines[8]), columns)
+                self.assertEqual(lines[9:12], ["", "💾 Saving embeddings to database...", ""])
 
     def test_control_c_leaves_the_terminal_tidy(self) -> None:
         self.make_movies(400)
         self.ollama.configure(seconds_per_text=0.02, slots=1)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 code, written = self.run_in_terminal(
                     100, "--engine", engine, "--batch-size", 4, "--workers", 2, interrupt=True

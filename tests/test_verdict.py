@@ -8,11 +8,11 @@ import json
 import os
 import signal
 import sqlite3
-import textwrap
 import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 from tests.databases import Postgres
 from tests.ollama import blob
@@ -236,24 +236,22 @@ class BrokenHashes(VerdictCase):
         self.make_movies(5)
         self.succeed()
 
-    def run_with(self, statement: str) -> Finished:
-        """Run the program in a Python in which a statement is executed before the text of film 3 is hashed."""
-        code = f"""
-            import hashlib, os, signal
-            real = hashlib.sha256
-            def sha256(data=b"", **more):
-                if b"Title: Film 3 " in data:
-                    {statement}
-                return real(data, **more)
-            hashlib.sha256 = sha256
-        """
-        (self.folder / "sitecustomize.py").write_text(textwrap.dedent(code), "utf-8")
-        return self.run_program(real=True, env={"PYTHONPATH": str(self.folder)})
+    def run_with(self, happen: Callable[[], object]) -> Finished:
+        """Run the program; something happens when the text of film 3 is to be hashed."""
+        real = hashlib.sha256
+
+        def sha256(data: bytes = b"", **more: Any) -> Any:
+            if b"Title: Film 3 " in data:
+                happen()
+            return real(data, **more)
+
+        with mock.patch("hashlib.sha256", sha256):
+            return self.run_program()
 
     def test_an_error_is_no_interrupt(self) -> None:
-        for error in ("ValueError('odd')", "RecursionError('odd')", "OSError(5, 'odd')"):
+        for error in (ValueError("odd"), RecursionError("odd"), OSError(5, "odd")):
             with self.subTest(error):
-                done = self.run_with(f"raise {error}")
+                done = self.run_with(mock.Mock(side_effect=error))
                 self.assertEqual(done.code, 3, done)
                 self.assertRegex(done.err, r"\Aerror: .+\n\Z")
                 self.assertNotIn("Traceback", done.err)
@@ -265,7 +263,7 @@ class BrokenHashes(VerdictCase):
     def test_an_interrupt_is_one(self) -> None:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             with self.subTest(number):
-                done = self.run_with(f"os.kill(os.getpid(), {int(number)})")
+                done = self.run_with(functools.partial(os.kill, os.getpid(), number))
                 self.assertEqual((done.code, done.err), (code, ""))
         self.assert_complete()
 
