@@ -639,6 +639,7 @@ class Failure(NamedTuple):
 
 
 Answer = Union[Embedding, Failure]  # what an engine returns for each row
+LATER = Failure("it is too long", "later")  # it is to be asked for again, on its own
 
 
 # ============================ protocols ============================
@@ -715,6 +716,7 @@ class ServerProfile(NamedTuple):
     base64_bytes: int = 0  # texts of at most so many bytes of UTF-8 are asked for in base64
     most_texts: int = sys.maxsize  # that one request can carry; with 1, it is sent as a string and not as a list
     long_from: int = sys.maxsize  # characters from which a text is likely to be too long
+    note: str = ""  # what a person should know about it
 
     @property
     def dimensions(self) -> int:
@@ -1030,9 +1032,7 @@ class Protocol:
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
         kind = next(kind for statuses, pattern, kind in ERRORS if status in statuses and re.search(pattern, words))
         if kind == "too_many" and texts > 1:
-            # Of the numbers in the words, the largest below what was sent.
-            below = [int(number) for number in re.findall(r"\d{1,9}", words) if 0 < int(number) < texts]
-            raise ProtocolChanged(words, most_texts=max(below, default=texts // 2))
+            raise ProtocolChanged(words, most_texts=texts // 2)
         if kind == "one_string" and b'"input": [' in request.body:
             raise ProtocolChanged(words, most_texts=1)
         if kind in ("no_base64", "no_path") and request.encoding == "base64":
@@ -1241,19 +1241,22 @@ BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def parts_of(text: str, most: int) -> list[str]:
-    """Return a text in parts of at most so many characters.
+    """Return a text in parts of nearly the same length, at most so many characters each; blank ones are left out.
 
-    It is halved again and again, at the border nearest to the middle and within the middle half.
+    An eighth of the length is left as room to divide it at a border near by.
     """
-    if len(text) <= max(most, 1):
-        return [text]
-    middle, margin = len(text) // 2, len(text) // 4
-    for border in BORDERS:
-        ends = [found.end() for found in re.compile(border).finditer(text, middle - margin, middle + margin)]
-        if ends:
-            middle = min(ends, key=lambda end: abs(end - middle))
-            break
-    return parts_of(text[:middle], most) + parts_of(text[middle:], most)
+    count, margin = -(-len(text) * 8 // (most * 7)) if len(text) > most else 1, most // 16
+    ends = [0]
+    for number in range(1, count):
+        middle = len(text) * number // count
+        for border in BORDERS:
+            found = re.compile(border).finditer(text, middle - margin, middle + margin)
+            if near := [match.end() for match in found]:
+                middle = min(near, key=lambda end: abs(end - middle))
+                break
+        ends.append(middle)
+    parts = [text[begin:end] for begin, end in zip(ends, [*ends[1:], len(text)])]
+    return [part for part in parts if part.strip(BLANKS)]
 
 
 def mean(vectors: list[tuple[int, bytes]]) -> bytes:
@@ -1264,14 +1267,15 @@ def mean(vectors: list[tuple[int, bytes]]) -> bytes:
 
 
 def embed_batch(
-    protocol: Protocol, profile: ServerProfile, texts: list[str], movable: bool = False
+    protocol: Protocol, profile: ServerProfile, texts: list[str], movable: bool, long: bool | None
 ) -> Steps[list[Answer]]:
     """Return the answer for each text; raise Stop where the server is away or of no use.
 
-    `movable`: rather than wait for long, it raises ServerAway, so that the texts go to other servers.
+    `movable`: rather than wait for long, it raises ServerAway, so that the texts go to other servers. `long`: see
+    BatchRequest.embed.
     """
     answers = protocol.compute(texts)
-    return (yield from BatchRequest(protocol, profile, movable).embed(texts)) if answers is None else answers
+    return (yield from BatchRequest(protocol, profile, movable).embed(texts, long)) if answers is None else answers
 
 
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
@@ -1292,6 +1296,10 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
         listing: Response = yield Request(protocol.list_path, b"", 10.0)
         names = re.findall(r'"(?:name|id)": ?"([^"]+?)(?::latest)?"', listing.body.decode("utf-8", "replace"))
         raise Stop(stop.message + suggestion(protocol.model, names)) from None
+    named, model = str(json.loads(batch.last.body).get("model") or ""), protocol.model
+    note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
+    if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
+        note = ""
     if profile.base64_bytes:
         batch.profile = batch.profile._replace(base64_bytes=profile.base64_bytes)
         base64_sample = b""
@@ -1305,8 +1313,8 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
             f"{protocol.address} does not give what was asked for: vectors of {len(sample) // 4} dimensions came "
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
-    version = profile.version or batch.server_header
-    return batch.profile._replace(sample=sample, version=version)
+    version = profile.version or batch.last.server
+    return batch.profile._replace(sample=sample, version=version, note=note)
 
 
 class BatchRequest:
@@ -1325,17 +1333,21 @@ class BatchRequest:
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
         self.odd_answers = 0  # with other dimensions, since the last good answer with a row's text
-        self.server_header = ""  # of the last answer
+        self.last = Response(0)
 
-    def embed(self, texts: list[str]) -> Steps[list[Answer]]:
-        """Return the answer for each text; the same text is asked for once."""
-        answers = yield from self.embed_whole(list(dict.fromkeys(texts)))
+    def embed(self, texts: list[str], long: bool | None = None) -> Steps[list[Answer]]:
+        """Return the answer for each text; the same text is asked for once.
+
+        `long`: whether it is known that the texts are too long; if not, the answer for those that are is LATER, so that
+        others need not wait for them. None: all are dealt with at once.
+        """
+        answers: dict[str, Answer] = dict.fromkeys(texts, Failure("", "too_long"))
+        if not long:
+            answers = yield from self.embed_whole(list(answers))
+        fit = {"cut": self.cut, "split": self.split}.get(self.protocol.on_long)
         for text, answer in answers.items():
-            if isinstance(answer, Failure) and answer.kind == "too_long":
-                if self.protocol.on_long == "cut":
-                    answers[text] = yield from self.cut(text)
-                elif self.protocol.on_long == "split":
-                    answers[text] = yield from self.split(text)
+            if fit and isinstance(answer, Failure) and answer.kind == "too_long":
+                answers[text] = LATER if long is False else (yield from fit(text))
         return [answers[text] for text in texts]
 
     def embed_whole(self, texts: list[str], trusted: bool = False, truncate: bool = False) -> Steps[dict[str, Answer]]:
@@ -1343,11 +1355,11 @@ class BatchRequest:
 
         A batch that is refused, or keeps failing, is halved until the texts at fault stand alone. A single text is
         failed only when the server embeds a known-good text right after it, or after it has been suspected twice: then
-        the fault is not the server's. `trusted`: it is believed at once that a text is too long.
+        the fault is not the server's. `trusted`: it is believed at once that a text is too long, and of several all.
         """
         texts = sorted(texts, key=len)  # so that those that are too long are soon among themselves
         single, longest, half, tries = len(texts) == 1, len(texts[-1]), len(texts) // 2, Counter[str]()
-        if not single and longest >= self.profile.long_from:  # if the longest is taken, so will be the others
+        if not (single or trusted) and longest >= self.profile.long_from:  # if it is taken, so are the others
             return (yield from self.embed_apart(texts, -1, trusted))
         if len(texts) > self.profile.most_texts:
             return (yield from self.embed_apart(texts, half, trusted))
@@ -1368,7 +1380,7 @@ class BatchRequest:
                 # has time for a short text would only lengthen its queue.
                 check = trouble.kind in ("timeout", "dimensions")
                 yield from self.wait_until_healthy() if check else self.pause(trouble)
-            elif not single:
+            elif not (single or (trusted and too_long)):
                 if policy.fault == "server":
                     yield from self.wait_until_healthy()  # halves sent to a server that is down would prove nothing
                 return (yield from self.embed_apart(texts, half, trusted))
@@ -1380,63 +1392,65 @@ class BatchRequest:
                         continue
                 if too_long:
                     yield from self.learn(long_from=min(longest, self.profile.long_from))
-                return {texts[0]: Failure(str(trouble), "too_long" if too_long and not fails else "failed")}
+                return dict.fromkeys(texts, Failure(str(trouble), "too_long" if too_long and not fails else "failed"))
 
     def embed_apart(self, texts: list[str], middle: int, trusted: bool) -> Steps[dict[str, Answer]]:
         """Return the answers for texts that are asked for in two groups, divided at an index."""
         answers = yield from self.embed_whole(texts[middle:], trusted)
         return {**answers, **(yield from self.embed_whole(texts[:middle], trusted))}
 
-    def cut(self, text: str) -> Steps[Answer]:
-        """Return the vector of a text's beginning, as long as the server takes it.
+    def beginning(self, text: str) -> Steps[tuple[int, Answer]]:
+        """Return the length of the longest beginning of a text that the server takes, and the answer for it.
 
-        Where the server does not cut it itself, it is found by bisection, within a sixteenth of its length: each
-        further step would cost a request and add fewer words.
+        It is found by bisection, from what other texts have shown, or else from four characters a token, and within a
+        sixteenth of its length: each further step would cost a request and add fewer words.
         """
         best: Answer = Failure("no beginning of the text is short enough")
-        low, high, middle = 0, len(text), len(text)
+        low, high, known = 0, len(text), self.profile.long_from
+        middle = known - 1 if 1 < known < high else min(high // 2, 4 * self.protocol.context or high)
         while high - low > max(low // 16, 1):
-            truncate = middle == len(text) and self.protocol.truncates  # some versions of Ollama refuse to cut, too
-            if truncate or middle < len(text):
-                answers = yield from self.embed_whole([text[:middle]], trusted=True, truncate=truncate)
-                [answer] = answers.values()
-                if isinstance(answer, Embedding):
-                    low, best = middle, Embedding(answer.vector, "cut")
-                elif answer.kind == "too_long":
-                    high = middle
-                else:
-                    return answer
-            middle = (low + high) // 2
             space = text.rfind(" ", low + 1, middle)
             middle = space if space > 0 else middle
-        return best
+            [answer] = (yield from self.embed_whole([text[:middle]], trusted=True)).values()
+            if isinstance(answer, Embedding):
+                low, best = middle, answer
+            elif answer.kind == "too_long":
+                high = middle
+            else:
+                return 0, answer
+            middle = (low + min(high, 2 * low + 1 if low else high)) // 2
+        return low, best
+
+    def cut(self, text: str) -> Steps[Answer]:
+        """Return the vector of a text's beginning, as long as the server takes it."""
+        if self.protocol.truncates:
+            [answer] = (yield from self.embed_whole([text], trusted=True, truncate=True)).values()
+            if isinstance(answer, Embedding) or answer.kind != "too_long":  # some versions of Ollama refuse to cut
+                return answer
+        _, answer = yield from self.beginning(text)
+        return Embedding(answer.vector, "cut") if isinstance(answer, Embedding) else answer
 
     def split(self, text: str) -> Steps[Answer]:
-        """Return the mean of the vectors of a text's parts, weighted by their length.
+        """Return the mean of the vectors of a text's parts, weighted by their length; several go in one request.
 
-        The parts become smaller until the longest is taken; then several go in one request.
+        Where such a request is refused, all its parts are made smaller: to find the one at fault would take longer.
         """
-        length, taken = len(text), False
-        while not taken:
-            parts = [part for part in parts_of(text, min(length, self.profile.long_from) - 1) if part.strip(BLANKS)]
-            longest = max(parts, key=len)
-            answers = yield from self.embed_whole([longest], trusted=True)
-            answer, length = answers[longest], len(longest)
-            taken = isinstance(answer, Embedding)
-            if isinstance(answer, Failure) and (answer.kind != "too_long" or length == 1):
-                return Failure(answer.reason)
-        yield f"a text of {len(text)} characters is split into {len(parts)} parts"
-        others = [part for part in dict.fromkeys(parts) if part != longest]
-        for start in range(0, len(others), PARTS_TOGETHER):
-            answers.update((yield from self.embed_whole(others[start : start + PARTS_TOGETHER], trusted=True)))
-        vectors = []
-        for part in parts:
-            answer = answers[part]
-            if isinstance(answer, Failure) and answer.kind == "too_long":  # more tokens to the character than others
-                answer = yield from self.split(part)
-            if isinstance(answer, Failure):
-                return Failure(answer.reason)
-            vectors.append((len(part), answer.vector))
+        length, answer = yield from self.beginning(text)
+        if isinstance(answer, Failure):
+            return Failure(answer.reason)
+        parts, vectors = parts_of(text, length), []
+        yield f"a text of {len(text)} characters is split into {len(parts)} parts: {text[:50]!r}..."
+        while parts:
+            group, parts = parts[:PARTS_TOGETHER], parts[PARTS_TOGETHER:]
+            answers = yield from self.embed_whole(list(dict.fromkeys(group)), trusted=True)
+            for part in group:
+                answer = answers[part]
+                if isinstance(answer, Embedding):
+                    vectors.append((len(part), answer.vector))
+                elif answer.kind == "too_long" and len(part) > 1:
+                    parts += parts_of(part, len(part) // 2)
+                else:
+                    return Failure(answer.reason)
         vector = mean(vectors)
         return Embedding(vector, "split") if vector else Failure("the vectors of its parts cancel each other out")
 
@@ -1445,7 +1459,7 @@ class BatchRequest:
         protocol, known, count = self.protocol, self.profile.dimensions, 0 if probe else len(texts)
         request = protocol.build(self.profile, texts, self.timeout, truncate)
         response: Response = yield request
-        self.server_header = response.server
+        self.last = response
         try:
             protocol.check(request, response, len(texts))
             numbers = protocol.read(response)
@@ -1703,7 +1717,8 @@ class Batch(NamedTuple):
     """Texts that go to a server together, or None for a handshake.
 
     `load` is the number of texts in flight to the server when it was sent, its own included. `rows` are the rows of the
-    texts, if they come from a table. `moves` counts the servers that have failed to do it.
+    texts, if they come from a table. `moves` counts the servers that have failed to do it. `long` is as in
+    BatchRequest.embed.
     """
 
     server: ServerState
@@ -1712,6 +1727,7 @@ class Batch(NamedTuple):
     rows: Sequence[Row] = ()
     load: int = 0
     moves: int = 0
+    long: bool | None = None
 
 
 class Scheduler:
@@ -1730,6 +1746,7 @@ class Scheduler:
         """`most` is the limit of requests in flight to all servers; `accept_drift`: do not compare their vectors."""
         self.servers, self.most, self.accept_drift = servers, most, accept_drift
         self.alone = len(servers) == 1  # then there is nobody to take over its work
+        self.long: list[Row] = []  # that are too long, to be cut or split each in a batch of its own
         self.returned: list[tuple[Row, int]] = []  # rows that servers have failed to do, and how many servers
 
     @property
@@ -1765,12 +1782,12 @@ class Scheduler:
                 return server, size
         return None
 
-    def launch(self, server: ServerState, rows: list[Row], moves: int) -> Batch:
+    def launch(self, server: ServerState, rows: list[Row], moves: int, long: bool = False) -> Batch:
         """Return a batch that counts as in flight."""
         server.in_flight += 1
         server.texts += len(rows)
         movable = not self.alone and moves < self.MOVES
-        return Batch(server, [row.text for row in rows], movable, rows, server.texts, moves)
+        return Batch(server, [row.text for row in rows], movable, rows, server.texts, moves, long)
 
     def land(self, batch: Batch) -> None:
         """Count a batch as no longer in flight."""
@@ -2088,18 +2105,18 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
 # What comes of a batch: any of the first three on the way, and its answers, a handshake's profile, or an error at last.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 Events = list[tuple["Batch", Event]]
-Task = tuple[int, Union[list[str], None], bool, ServerProfile]  # a server's index, and what its conversation needs
+Task = tuple[int, ServerProfile, Union[list[str], None], bool, Union[bool, None]]  # what a conversation needs
 
 
 def task_of(batch: Batch) -> Task:
     """Return what is to be done for a batch."""
-    return batch.server.index, batch.texts, batch.movable, batch.server.profile
+    return batch.server.index, batch.server.profile, batch.texts, batch.movable, batch.long
 
 
 def begin(protocol: Protocol, task: Task) -> Steps[Any]:
     """Return the conversation about a batch."""
-    _, texts, movable, profile = task
-    return handshake(protocol, movable) if texts is None else embed_batch(protocol, profile, texts, movable)
+    _, profile, texts, movable, long = task
+    return handshake(protocol, movable) if texts is None else embed_batch(protocol, profile, texts, movable, long)
 
 
 class AsyncEngine:
@@ -2377,10 +2394,10 @@ class LogEvent(NamedTuple):
     event: Exchange | str
 
 
-def ask_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Event]]:
-    """Have all servers that are up embed the same texts, or do a handshake with each; return what came of it.
+def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any]]:
+    """Return each server that is up, with its answers for the same texts; for None, with the profile of a handshake.
 
-    One that is away is left to the run, unless it is the only one; raises what else ends a conversation.
+    A server that is away is left to the run, unless it is the only one; raises what else ends a conversation.
     """
     scheduler, waiting = engine.scheduler, 0
     answers: dict[int, Event] = {}
@@ -2401,17 +2418,12 @@ def ask_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, 
 
 def handshake_all(engine: Engine) -> None:
     """Do the handshake with all servers; raise Stop if one cannot do the work, or none is there."""
-    servers = engine.scheduler.servers
-    for server, profile in ask_all(engine, None):
-        engine.scheduler.greet(server, cast(ServerProfile, profile), time.monotonic())
-    if not engine.scheduler.up:
-        places = ", ".join(f"{server.protocol.address} ({server.reason})" for server in servers)
+    scheduler = engine.scheduler
+    for server, profile in embed_on_all(engine, None):
+        scheduler.greet(server, profile, time.monotonic())
+    if not scheduler.up:
+        places = ", ".join(f"{server.protocol.address} ({server.reason})" for server in scheduler.servers)
         raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
-
-
-def embed_on_all(engine: Engine, texts: list[str]) -> list[tuple[ServerState, list[Answer]]]:
-    """Return the answers of each server that is up for the same texts."""
-    return [(server, cast("list[Answer]", answers)) for server, answers in ask_all(engine, texts)]
 
 
 def embed_rows(
@@ -2454,10 +2466,16 @@ def submit_batches(engine: Engine, next_rows: Callable[[int], list[Row] | None],
     scheduler = engine.scheduler
     while choice := scheduler.choose(left):
         server, size = choice
-        rows, moves = scheduler.take_returned(size) if scheduler.returned else (next_rows(size), 0)
+        is_long, moves = bool(scheduler.long), 0
+        if is_long:
+            rows: list[Row] | None = [scheduler.long.pop()]
+        elif scheduler.returned:
+            rows, moves = scheduler.take_returned(size)
+        else:
+            rows = next_rows(size)
         if not rows:
             return rows is not None
-        engine.submit(scheduler.launch(server, rows, moves))
+        engine.submit(scheduler.launch(server, rows, moves, is_long))
     return True
 
 
@@ -2479,7 +2497,10 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
             if isinstance(event, ServerProfile):
                 news = scheduler.greet(server, event, now)
             elif server.status == "up":
-                yield Result(list(batch.rows), event)
+                pairs = list(zip(batch.rows, event))
+                scheduler.long += [row for row, answer in pairs if answer == LATER]
+                done = [pair for pair in pairs if pair[1] != LATER]
+                yield Result([row for row, _ in done], [answer for _, answer in done])
             else:  # it may have restarted with another model: the next handshake will show
                 scheduler.give_back(batch, batch.moves)
         except Stop as stop:
@@ -5112,10 +5133,12 @@ def embed(job: Job, counts: Counts) -> Target:
             check_drift(engine, table)
         present = [server for server in scheduler.servers if server.status == "up"]
         for server in scheduler.servers:
+            note = server.profile.note
             if server not in present:
-                text = f"{server.protocol.address} is away ({server.reason}); the other servers do its work"
-                job.log.warn(text)
-                complain(f"warning: {text}")
+                note = f"{server.protocol.address} is away ({server.reason}); the other servers do its work"
+            if note:
+                job.log.warn(note)
+                complain(f"warning: {note}")
         report.start(counts)
         interrupt.gentle = True
         began = time.monotonic()

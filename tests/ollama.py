@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "truncates": True,  # False: refuses long texts whatever it is asked, as some versions do
     "token": None,    # wanted as "Authorization: Bearer TOKEN" in every request
     "basic": None,    # or as "Authorization: Basic ...", user:password
+    "named": "",      # the model's name in answers; "": as it is in the request
     "prefix": "",     # a path under which everything is served
     # What other servers of the OpenAI protocol do; of /v1 alone.
     "scale": 1.0,     # length of the vectors
@@ -225,6 +226,7 @@ class Question:
 
     path: str
     name: str
+    named: str  # in the answer
     model: dict[str, Any]
     texts: list[str]
     tokens: int
@@ -812,7 +814,8 @@ class Server:
             dimensions = body["dimensions"]
         as_base64 = encoding == "base64" and bool(self.settings["base64"])
         told = asked if self.settings["ps"] == "asked" else context
-        return Question(path, name, model, texts, tokens, dimensions, as_base64, told)
+        named = self.settings["named"] or name
+        return Question(path, name, named, model, texts, tokens, dimensions, as_base64, told)
 
     def check_limits(self, openai: bool, texts: list[str], shortened: list[str], context: int) -> None:
         """Refuse too many texts, or those too long, as some servers do."""
@@ -893,7 +896,7 @@ class Server:
     @staticmethod
     def encode(question: Question, vectors: list[Vector], durations: Entry, fault: str) -> str:
         """The JSON of a good answer, in which only the vectors need a writer of their own."""
-        model, tokens = compact(question.name), question.tokens
+        model, tokens = compact(question.named), question.tokens
         if question.path == "/api/embeddings":  # not normalised, and in double precision
             longer = [n * 3.0 for n in vectors[0]] if vectors else []
             return compact({"embedding": longer})

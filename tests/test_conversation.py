@@ -545,18 +545,18 @@ TOO_LONG = (
     (422, "Input text exceeds maximum length of 8194 tokens"),
     (400, "The input token count exceeds the maximum number of tokens allowed (2048)."),
 )  # fmt: skip
-# And of too many texts at once: the words, and the number that they name.
+# And of too many texts at once.
 TOO_MANY = (
-    (422, "batch size {given} > maximum allowed batch size {most}", True),
-    (413, "batch size {given} > maximum allowed batch size {most}", True),
+    (422, "batch size {given} > maximum allowed batch size {most}"),
+    (413, "batch size {given} > maximum allowed batch size {most}"),
     (400, "Invalid 'input': array too long. Expected an array with maximum length {most}, but got an array with length "
-          "{given} instead.", True),
-    (400, "Too many inputs. The max number of inputs is {most}.  We hope to increase the number soon.", True),
-    (422, "List should have at most {most} items after validation, not {given}", True),
-    (400, "batch size is invalid, it should not be larger than {most}.: input.contents", True),
-    (400, "* BatchEmbedContentsRequest.requests: at most {most} requests can be in one batch", True),
-    (400, "Too many inputs in request, split into more batches.", False),
-    (400, "Requested 316842 tokens, max 300000 tokens per request", False),  # all texts together
+          "{given} instead."),
+    (400, "Too many inputs. The max number of inputs is {most}.  We hope to increase the number soon."),
+    (422, "List should have at most {most} items after validation, not {given}"),
+    (400, "batch size is invalid, it should not be larger than {most}.: input.contents"),
+    (400, "* BatchEmbedContentsRequest.requests: at most {most} requests can be in one batch"),
+    (400, "Too many inputs in request, split into more batches."),
+    (400, "Requested 316842 tokens, max 300000 tokens per request"),  # all texts together
 )  # fmt: skip
 
 
@@ -629,7 +629,7 @@ class OverOpenAI(Conversations):
             self.assertEqual(getattr(answer, "kind", ""), "failed")
 
     def test_the_most_texts_that_a_server_takes_are_learned_once(self) -> None:
-        for status, words, named in TOO_MANY:
+        for status, words in TOO_MANY:
             with self.subTest(words=words):
                 on = self.server()
                 texts = [f"text {number}" for number in range(30)]
@@ -641,10 +641,10 @@ class OverOpenAI(Conversations):
                 self.assertEqual((talked.answers, talked.waits), ([blob(text) for text in texts], []))
                 self.assertNotIn(PROBE, talked.sent)
                 refused = [len(sent) for sent in talked.sent if len(sent) > 10]
-                self.assertEqual(refused, [30] if named else [30, 15])
+                self.assertEqual(refused, [30, 15])
                 self.assertEqual((talked.exchanges[0].texts, talked.exchanges[0].outcome), (30, "failed"))
                 self.assertLessEqual(max(map(len, self.talk(texts, serve, on).sent)), 10)
-                self.assertEqual(on.profile.most_texts, 10 if named else 7)
+                self.assertEqual(on.profile.most_texts, 7)
 
     def test_encoding_format_refused_in_mid_run(self) -> None:
         on = self.server()
@@ -746,11 +746,11 @@ class Long(unittest.TestCase):
         return answer.vector, [sent for sent in talked.sent if sent not in (PROBE, [text])], talked.remarks
 
     def test_the_parts_of_a_text_are_weighted(self) -> None:
-        text = "one two three four. " * 3 + "five six seven eight nine ten."
-        stored, sent, _ = self.split(text, 70)
-        parts = [part for parts in sent for part in parts]
+        text = " ".join(f"{number} " + "is a number." * (number % 7) for number in range(30))
+        stored, sent, _ = self.split(text, 200)
+        parts = sent[-1]  # all in one request, after those that have found out how long they may be
         self.assertEqual("".join(sorted(parts, key=text.index)), text)
-        self.assertEqual(len(set(map(len, parts))), 2, "they must differ to show it")
+        self.assertGreater(len(set(map(len, parts))), 2, "they must differ to show it")
         sums = [sum(len(part) * vector(part)[i] for part in parts) for i in range(8)]
         norm = math.hypot(*sums)
         for number, expected in zip(embedgen.unpack(stored), sums):
@@ -759,28 +759,35 @@ class Long(unittest.TestCase):
     def test_a_very_long_text_takes_few_requests_and_is_remarked_on(self) -> None:
         text = "".join(f"This is sentence {number:5} of them all. " for number in range(5000))
         _, sent, remarks = self.split(text, 1000)
-        taken = [parts for parts in sent if max(map(len, parts)) <= 1000]
-        self.assertEqual(
-            sorted({part for parts in taken for part in parts}, key=text.index), embedgen.parts_of(text, 999)
-        )
-        self.assertLess(len(sent), len(embedgen.parts_of(text, 999)) / 16 + 14)
-        self.assertIn("180000 characters is split into", remarks[0])
+        parts = [part for parts in sent for part in parts if len(parts) > 1]
+        self.assertEqual("".join(sorted(parts, key=text.index)), text)
+        self.assertLess(len(sent), len(parts) / embedgen.PARTS_TOGETHER + 14)
+        self.assertEqual(remarks, [f"a text of 180000 characters is split into {len(parts)} parts: {text[:50]!r}..."])
 
-    def test_the_best_border_near_the_middle(self) -> None:
-        for text, parts in (
-            ("One. Two. Three. Four.", ["One. Two. ", "Three. Four."]),
-            (
-                "One two three four. Five six seven eight nine ten",
-                ["One two three four. ", "Five six seven eight nine ten"],
-            ),
-            ("A. one two three four five six seven", ["A. one two three ", "four five six seven"]),  # too far from it
-            ("第一句。第二句。第三句。第四句。", ["第一句。第二句。", "第三句。第四句。"]),
-            ("one line\nanother line\n", ["one line\n", "another line\n"]),
-            ("oneword", ["one", "word"]),
-            ("ab", ["a", "b"]),
-            ("a", ["a"]),  # there is nothing to split
-        ):
-            self.assertEqual(embedgen.parts_of(text, len(text) - 1), parts)
+    def test_parts_that_the_server_finds_too_long_are_made_smaller_together(self) -> None:
+        text = "wide words of letters " * 400 + "a " * 4000  # the second half has more tokens to the character
+
+        def serve(texts: list[str]) -> Response:
+            return error(400, self.REFUSAL) if max(len(text.split()) for text in texts) > 250 else good(texts)
+
+        on = Server(embedgen.Ollama, on_long="split")
+        talked = Talked(on, [text], serve)
+        self.assertEqual([answer.fit for answer in talked.results if isinstance(answer, Embedding)], ["split"])
+        self.assertLess(len(talked.sent), 1.3 * (1600 + 4000) / 250)
+
+    def test_where_a_text_is_divided(self) -> None:
+        for sentence in ("One two three. ", "One two three four five. ", "第一句第二句。", "one line\n", "word "):
+            text = (sentence * 1000)[:3000]
+            for most in (200, 1000, 2500, 2999):
+                parts = embedgen.parts_of(text, most)
+                self.assertEqual("".join(parts), text)
+                self.assertTrue(all(part.endswith(sentence) for part in parts[:-1]), parts)
+                self.assertLessEqual(max(map(len, parts)), most)
+                self.assertLessEqual(len(parts), len(text) / most * 1.2 + 1)
+        self.assertEqual(embedgen.parts_of("x" * 10, 5), ["xxx", "xxx", "xxxx"])  # there is no border
+        self.assertEqual(embedgen.parts_of("ab", 1), ["a", "b"])
+        self.assertEqual(embedgen.parts_of("a", 1), ["a"])
+        self.assertEqual(embedgen.parts_of("a" + " " * 100 + "b", 20)[1:-1], [])  # blanks alone are no text
 
 
 class Handshake(unittest.TestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -168,6 +169,69 @@ class LongTexts(Case):
         self.succeed(*self.flags("cut", "async"), "--concurrent", "1", "--batch-size", "10")
         # Each twice, once not to be cut and once to be; but those that stand twice in a batch, and few to find out.
         self.assertLess(len(self.asked()), 200 * 2 + 60)
+
+
+class VeryLongTexts(Case):
+    """Split into many parts, of a model that takes 256 tokens."""
+
+    def serve(self, path: str) -> None:
+        """Have a server of either protocol."""
+        self.path = path
+        self.wipe()
+        self.ollama.reset()
+        limit = {"status": 413, "error": "`inputs` must have less than {context} tokens. Given: {given}"}
+        openai: dict[str, Any] = {"api": False, "too_long": limit} if path else {}
+        self.ollama.configure(models={"all-minilm": {"context": 256}}, **openai)
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, overview TEXT)")
+
+    def split(self, *more: object) -> tuple[object, ...]:
+        """Return the flags of a run."""
+        return ("--text", "{overview}", "--model", "all-minilm", "--on-long", "split", *more)
+
+    def test_few_requests(self) -> None:
+        dense = [chr(first) + chr(second) for first in range(97, 123) for second in range(97, 123)]
+        for path, engine, (size, words) in itertools.product(
+            ("", "/v1"), ENGINES, ((20_000, dense), (200_000, dense), (20_000, []), (200_000, []))
+        ):
+            with self.subTest(path=path, engine=engine, size=size, dense=bool(words)):
+                self.serve(path)
+                sentences = (
+                    f"This is number {number}, which is told of in a sentence." for number in itertools.count()
+                )
+                text = " ".join(itertools.islice(itertools.cycle(words) if words else sentences, size))[:size]
+                self.execute("INSERT INTO movies VALUES (?, ?)", [(1, text)])
+                self.assertEqual(self.succeed(*self.split("--engine", engine)).tally, (1, 0, 0))
+                full = -(-len(text.split()) // (256 - SPECIAL_TOKENS))  # parts of full length
+                asked = [entry for entry in self.ollama.log() if entry["texts"]]
+                self.assertLess(len(asked), 1.3 * full)
+                taken = [text for entry in asked if entry["status"] == 200 for text in entry["texts"]]
+                self.assertLess(len(taken), 1.3 * full + 5)
+                self.assertRegex(
+                    self.log(), rf"a text of {size} characters is split into \d+ parts: '{text[:50]}'\.\.\."
+                )
+
+    def test_others_do_not_wait_for_it(self) -> None:
+        for engine in ENGINES:
+            with self.subTest(engine=engine):
+                self.serve("")
+                text = " ".join(f"word{number}" for number in range(20_000))
+                rows = [(key, text if key == 5 else f"Film {key} is short.") for key in range(1, 33)]
+                self.execute("INSERT INTO movies VALUES (?, ?)", rows)
+                self.ollama.configure(network=0.1)  # to have the time to hold what has begun
+                flags = self.split("--engine", engine, "--batch-size", 32, "--concurrent", 1)
+                process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
+                refused = [text], 400
+                self.wait_for(
+                    lambda refused=refused: refused in [(e["texts"], e["status"]) for e in self.ollama.log()],
+                    "it is found too long",
+                )
+                self.ollama.configure(hold=["word1"])
+                self.wait_for(lambda: "movie_embeddings" in self.db.tables() and len(self.stored()) >= 31, "the others")
+                self.ollama.configure(hold=[], network=0)
+                done = self.ended(process)
+                self.assertEqual((done.code, done.err, done.tally), (0, "", (32, 0, 0)))
+                self.assertEqual(len(self.stored()), 32)
+                self.assertIn("movie 5 is longer than the model takes: split", self.log())
 
 
 class NothingIsCutUnsaid(Case):

@@ -125,7 +125,7 @@ class Job(Case):
                 for one, other in zip(array("f", stored), array("f", self.expected()[key])):
                     self.assertAlmostEqual(one, 3 * other, places=5)
 
-    def test_a_limit_of_inputs_is_found_out_by_each_worker_once_and_the_pace_keeps_to_it(self) -> None:
+    def test_a_limit_of_inputs_is_found_out_by_halving_and_the_pace_keeps_to_it(self) -> None:
         refusal = {"most": 6, "status": 422, "error": "batch size {given} > maximum allowed batch size {most}"}
         for engine in ENGINES:
             with self.subTest(engine=engine):
@@ -135,10 +135,10 @@ class Job(Case):
                     self.assertEqual(self.succeed("--engine", engine, "--concurrent", 2).tally, (200, 0, 0))
                     self.assert_complete()
                     refused = [entry for entry in self.ollama.log() if entry["status"] == 422]
-                    self.assertIn(len(refused), (1, 2))  # both that were in flight
+                    self.assertLessEqual(len(refused), 2 * 5)  # both that were in flight, from 128 to 4
                     last = self.ollama.log()[-12:]
                     self.assertLessEqual(max(len(entry["texts"]) for entry in last), 6)
-                    self.assertIn("batches of 6: no more than 6 texts are taken", self.log())
+                    self.assertRegex(self.log(), r"batches of ([3-6]): no more than \1 texts are taken")
 
     def test_faults_of_every_kind(self) -> None:
         kinds = ("500", "503", "429", "disorder", "reset", "cut", "torn", "chunked", "close", "drop")
