@@ -526,7 +526,7 @@ def match(name: str, names: Iterable[str]) -> str | None:
 
 def listed(names: Iterable[str], most: int = 30) -> str:
     """Return names for an error's sentence."""
-    names = list(names)
+    names = [name if name.strip() == name else f'"{name}"' for name in names]
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
 
 
@@ -2627,7 +2627,7 @@ class DataFile:
         names = [self.cell(line, name, name.strip()) for name in fields]
         for index, name in enumerate(names):
             if match(name, names[:index]) is not None or (index and not name):
-                raise self.error(line, f"column {index + 1} of the header has no name, or another one's: {fields}")
+                raise self.error(line, f"column {index + 1} of the header, {name!r}, has no name of its own: {fields}")
         return names
 
     def read_jsonl(self, text: TextIO) -> Cells:
@@ -3796,7 +3796,8 @@ def key_column(given: str | None, columns: dict[str, Column], table: str) -> str
     if key is None:
         raise UsageError(
             f'"{table}" has no primary key of one column, and no column id. '
-            f"Say which column tells its rows apart, with --id COLUMN: {listed(columns)}."
+            f"Say which column tells its rows apart, with --id COLUMN: {listed(columns)}. If none does, make a view; "
+            f"in SQLite: CREATE VIEW v AS SELECT rowid AS id, * FROM {quoted(table)}"
         )
     return key
 
