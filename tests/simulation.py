@@ -155,12 +155,14 @@ def simulate(scenario: Scenario, pace: Pace, duration: float, seed: int, trace: 
     events: list[tuple[float, int, int, str]] = []  # when, order, request, how it ended
     tickets: dict[int, int] = {}
     order = itertools.count()
-    now, texts, timeouts, refused, changes, most = 0.0, 0, 0, 0, 0, 0
+    now, texts, timeouts, refused, changes, most, under_way = 0.0, 0, 0, 0, 0, 0, 0
     times: list[tuple[float, float]] = []
 
     def submit(size: int) -> None:
+        nonlocal under_way
         request = next(order)
-        flying[request] = (now, size, size + sum(entry[1] for entry in flying.values()))
+        under_way += size
+        flying[request] = (now, size, under_way)
         if scenario.spread == 1.0:
             work = [1.0] * size
         else:
@@ -204,6 +206,7 @@ def simulate(scenario: Scenario, pace: Pace, duration: float, seed: int, trace: 
             submit(pace.batch_size)
             continue
         sent, size, load = flying.pop(request)
+        under_way -= size
         texts += size if how == "ok" else 0
         timeouts += how == "timeout"
         refused += how == "overloaded"

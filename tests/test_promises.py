@@ -22,7 +22,7 @@ class UnderWay(Case):
         self.succeed("--limit", 10)
         self.ollama.configure(hold=[f"Film {key}" for key in range(20, 30)])
         self.process = self.start_program("--engine", self.engine, "--batch-size", 2)
-        self.wait_for(lambda: "Film 2" in " ".join(self.ollama.texts()), "a request that is held")
+        self.wait_for(lambda: "Film 20 |" in " ".join(self.ollama.texts()), "a request that is held")
 
     def finish(self) -> None:
         """Let the server answer; the run must end well."""
