@@ -3160,6 +3160,7 @@ class SQLite(Database):
         import sqlite3
 
         super().__init__(path, sqlite3.Error, stopping)
+        self.hash_error: BaseException | None = None
         self.is_new = not os.path.exists(path)
         if self.is_new and not may_create:
             folder = os.path.dirname(path) or "."
@@ -3211,7 +3212,16 @@ class SQLite(Database):
 
     def sha256(self, raw: bytes) -> bytes:
         """Return the SHA-256 of a text in the database's encoding; what is no text becomes what is sent for it."""
-        return digest_of(raw.decode(self.encoding, "replace"))
+        try:
+            return digest_of(raw.decode(self.encoding, "replace"))
+        except BaseException as error:  # which sqlite3 replaces by words of its own
+            self.hash_error = error
+            raise
+
+    def judge(self, error: Exception) -> tuple[float, BaseException]:
+        if "user-defined function" in str(error) and self.hash_error:
+            return 0.0, self.hash_error
+        return super().judge(error)
 
     def begin(self) -> Any:
         self.connection.rollback()  # of a commit that failed, which Python before 3.9.8 leaves open

@@ -79,7 +79,7 @@ class Prefixes(Case):
         for settings in ({}, {"lean": False}):
             self.ollama.configure(**settings)
             self.succeed("--force")
-            paths.append(self.ollama.log()[-1]["path"])
+            paths += [entry["path"] for entry in self.ollama.log() if TEXT in " ".join(entry["texts"])][-1:]
             self.assertEqual(self.asked()[-1], "search_document: " + TEXT)
         self.assertEqual(paths, ["/v1/embeddings", "/api/embed"])
 

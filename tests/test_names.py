@@ -354,7 +354,7 @@ class Texts(Case):
         """Each text must arrive at the server as it is, and its vector in its row."""
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT)")
         self.execute("INSERT INTO movies VALUES (?, ?)", list(texts.items()))
-        self.ollama.configure(models={"nomic-embed-text": {"context": 10**9}})
+        self.ollama.configure(models={"nomic-embed-text": {"context": 10**9}}, context_length=10**9)
         for engine in ENGINES:
             self.assertEqual(self.succeed("--engine", engine, "--force").tally, (len(texts), 0, 0))
             for key, text in texts.items():
