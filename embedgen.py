@@ -57,7 +57,7 @@ import unicodedata
 import warnings
 from array import array as Array
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union, cast
 from urllib.parse import quote, unquote
 
@@ -749,15 +749,10 @@ class Endpoint(NamedTuple):
         if kind == "Basic":
             userinfo = base64.b64decode(secret).decode()
             secrets += [userinfo, userinfo.partition(":")[2]]
-        for form in {change(one) for one in secrets if one for change in (str, html.escape, in_json)}:
+        for form in {form for one in secrets if one for form in (one, html.escape(one), json.dumps(one)[1:-1])}:
             # A short secret may be part of a word.
             text = re.sub(re.escape(form) if len(form) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)", "***", text)
         return text
-
-
-def in_json(text: str) -> str:
-    """Return a text as it stands in a JSON string."""
-    return json.dumps(text)[1:-1]
 
 
 def parse_endpoint(text: str, ca_file: str = "") -> Endpoint:
@@ -1097,8 +1092,7 @@ CONTEXT_MARGIN, CONTEXT_MOST = 16, 2048
 
 def most_bytes(texts: list[str]) -> int:
     """Return the length of the longest text in bytes of UTF-8, as a tokenizer may see it that spells out ligatures."""
-    forms = texts + [unicodedata.normalize("NFKC", text) for text in texts if not text.isascii()]
-    return max(map(len, map(str.encode, forms)))
+    return max(len(form.encode()) for text in texts for form in (text, unicodedata.normalize("NFKC", text)))
 
 
 class Ollama(Protocol):
@@ -1267,13 +1261,15 @@ def mean(vectors: list[tuple[int, bytes]]) -> bytes:
 
 
 def embed_batch(
-    protocol: Protocol, profile: ServerProfile, texts: list[str], movable: bool, long: bool | None
-) -> Steps[list[Answer]]:
-    """Return the answer for each text; raise Stop where the server is away or of no use.
+    protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool | None
+) -> Steps[Any]:
+    """Return the answer for each text, or for None what a handshake gives; raise Stop where the server is of no use.
 
     `movable`: rather than wait for long, it raises ServerAway, so that the texts go to other servers. `long`: see
     BatchRequest.embed.
     """
+    if texts is None:
+        return (yield from handshake(protocol, movable))
     answers = protocol.compute(texts)
     return (yield from BatchRequest(protocol, profile, movable).embed(texts, long)) if answers is None else answers
 
@@ -1729,6 +1725,11 @@ class Batch(NamedTuple):
     moves: int = 0
     long: bool | None = None
 
+    @property
+    def arguments(self) -> Arguments:
+        """What `embed_batch` needs to know."""
+        return self.server.profile, self.texts, self.movable, self.long
+
 
 class Scheduler:
     """Decides which server gets the next batch, how large it is, and which servers are away. No clock, no I/O.
@@ -1943,20 +1944,7 @@ def check_roots(ca_file: str) -> None:
         ) from None
 
 
-def headers_for(endpoint: Endpoint) -> dict[str, str]:
-    """Return the headers of every request."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    headers["User-Agent"] = f"embedgen/{__version__}"
-    return {**headers, "Authorization": endpoint.authorization} if endpoint.authorization else headers
-
-
-def make_response(status: int, headers: Mapping[str, str], body: bytes) -> Response:
-    """Return a response; a Retry-After in its form as a date is not worth a parser and counts as none."""
-    after, server, location = (headers.get(name, "") for name in ("retry-after", "server", "location"))
-    return Response(status, body, 0.0, float(after) if after.isdigit() else 0.0, server=server, location=location)
-
-
-STREAM_BYTES = 1 << 18  # what asyncio buffers of an answer before it stops reading; most answers fit in twice of it
+STREAM_BYTES = 1 << 22  # what asyncio buffers of an answer before it stops reading; answers are seldom longer
 
 
 class StreamTransport:
@@ -1986,11 +1974,16 @@ class StreamTransport:
         import asyncio
 
         endpoint, body = self.endpoint, request.body
-        headers = {"Host": endpoint.shown.split("/")[2], **headers_for(endpoint)}
-        if body:
-            headers["Content-Length"] = str(len(body))
+        headers = {
+            "Host": endpoint.shown.split("/")[2],
+            "User-Agent": f"embedgen/{__version__}",
+            "Accept": "application/json",
+            "Authorization": endpoint.authorization,
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)) if body else "",
+        }
         lines = [f"{'POST' if body else 'GET'} {endpoint.path}{request.path} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += [f"{name}: {value}" for name, value in headers.items() if value]
         self.writer.write("\r\n".join([*lines, "\r\n"]).encode("latin-1") + body)
         await self.writer.drain()
         return await asyncio.wait_for(self.receive(), request.timeout)
@@ -1999,48 +1992,39 @@ class StreamTransport:
         """Return the next response on the connection."""
         import asyncio
 
-        found = None
-        while not found or found[1][:1] == b"1":  # interim answers
-            try:
-                head = await self.reader.readuntil(b"\r\n\r\n")
-            except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-                if head := getattr(error, "partial", b"endless headers"):
-                    raise OSError(f"malformed answer: {head!r}") from None
-                raise
-            found = re.match(rb"\s*HTTP/1\.\d (\d{3})\b", head)
-            if not found:
-                raise OSError(f"malformed answer: {head[:100]!r}")
+        try:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+            if head := getattr(error, "partial", b"endless headers"):
+                raise OSError(f"malformed answer: {head!r}") from None
+            raise
+        found = re.match(rb"\s*HTTP/1\.\d (\d{3})\b", head)
+        if not found:
+            raise OSError(f"malformed answer: {head[:100]!r}")
         fields = (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])
         headers = {name.strip().lower(): value.strip() for name, _, value in fields}
         size = headers.get("content-length")
         chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         try:
-            pieces = await (self.chunks() if chunked else self.pieces(sys.maxsize if size is None else int(size)))
+            reading = self.chunks() if chunked else self.reader.readexactly(int(size)) if size else self.reader.read()
+            body = await reading
         except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
             raise OSError("the answer was cut off") from None
         if "close" in headers.get("connection", "").lower() or not (chunked or size):
             self.close()
-        return make_response(int(found[1]), headers, b"".join(pieces))
+        after, server, location = (headers.get(name, "") for name in ("retry-after", "server", "location"))
+        # A Retry-After in its form as a date is not worth a parser, and counts as none.
+        return Response(int(found[1]), body, 0.0, float(after) if after.isdigit() else 0.0, "", False, server, location)
 
-    async def chunks(self) -> list[bytes]:
-        """Return a chunked body in pieces as they come; EOFError or ValueError if it is not whole."""
-        pieces = []
+    async def chunks(self) -> bytes:
+        """Return a chunked body; raise EOFError or ValueError if it is not whole."""
+        chunks = []
         while size := int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            pieces += await self.pieces(size)
+            chunks.append(await self.reader.readexactly(size))
             await self.reader.readexactly(2)
         while await self.reader.readuntil(b"\r\n") != b"\r\n":
             pass  # trailers
-        return pieces
-
-    async def pieces(self, size: int) -> list[bytes]:
-        """Return that many bytes in pieces as they come; sys.maxsize: all; EOFError if there are fewer."""
-        pieces, left = [], size
-        while left and (piece := await self.reader.read(left)):
-            pieces.append(piece)
-            left -= len(piece)
-        if left and size != sys.maxsize:
-            raise EOFError
-        return pieces
+        return b"".join(chunks)
 
     async def sleep(self, seconds: float) -> None:
         """Let time pass, until nothing more is to be sent."""
@@ -2105,18 +2089,7 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
 # What comes of a batch: any of the first three on the way, and its answers, a handshake's profile, or an error at last.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 Events = list[tuple["Batch", Event]]
-Task = tuple[int, ServerProfile, Union[list[str], None], bool, Union[bool, None]]  # what a conversation needs
-
-
-def task_of(batch: Batch) -> Task:
-    """Return what is to be done for a batch."""
-    return batch.server.index, batch.server.profile, batch.texts, batch.movable, batch.long
-
-
-def begin(protocol: Protocol, task: Task) -> Steps[Any]:
-    """Return the conversation about a batch."""
-    _, profile, texts, movable, long = task
-    return handshake(protocol, movable) if texts is None else embed_batch(protocol, profile, texts, movable, long)
+Arguments = tuple[ServerProfile, Union[list[str], None], bool, Union[bool, None]]  # of embed_batch for a batch
 
 
 class AsyncEngine:
@@ -2146,9 +2119,9 @@ class AsyncEngine:
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
-        self.loop.create_task(self.embed(batch, task_of(batch)))
+        self.loop.create_task(self.embed(batch, embed_batch(batch.server.protocol, *batch.arguments)))
 
-    async def embed(self, batch: Batch, task: Task) -> None:
+    async def embed(self, batch: Batch, conversation: Steps[Any]) -> None:
         """Hold the conversation about a batch, over a connection that no other uses, and report what comes of it."""
         protocol, idle = batch.server.protocol, self.idle[batch.server.index]
         transport = idle.pop() if idle else StreamTransport(protocol.endpoint, self.halted)
@@ -2158,7 +2131,7 @@ class AsyncEngine:
             self.wake()
 
         try:
-            report(await converse(transport, begin(protocol, task), report))
+            report(await converse(transport, conversation, report))
         except Exception as error:
             transport.close()  # what is on its way over it belongs to nobody now
             report(error)
@@ -2222,7 +2195,7 @@ class Worker:
         self.batch: Batch | None = None
         self.index = -1  # of the server that it spoke to last
 
-    def send(self, task: Task | None) -> None:
+    def send(self, task: tuple[int, Arguments] | None) -> None:
         """Tell it what to do, or None: to send nothing more. If it is dead, that shows when it is waited for."""
         with contextlib.suppress(OSError):
             self.pipe.send(task)
@@ -2264,7 +2237,7 @@ def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
         signal.signal(number, signal.SIG_IGN)
     for other in inherited:
         other.close()
-    inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[int, Arguments]] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
     halted = loop.create_future()
 
@@ -2281,11 +2254,10 @@ def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
     threading.Thread(target=listen, daemon=True).start()
     transports = [StreamTransport(protocol.endpoint, halted) for protocol in protocols]
     while True:
-        task = inbox.get()
-        index = task[0]
+        index, arguments = inbox.get()
         try:
-            conversation = converse(transports[index], begin(protocols[index], task), pipe.send)
-            event: Event = loop.run_until_complete(conversation)
+            conversation = embed_batch(protocols[index], *arguments)
+            event: Event = loop.run_until_complete(converse(transports[index], conversation, pipe.send))
         except (Stop, Abandoned) as end:
             event = end
         except Exception:  # in a form that a pipe can carry
@@ -2321,7 +2293,7 @@ class ProcessEngine:
                 raise Stop(f"no worker process can be started ({describe(error)}). Give fewer --workers.") from error
             self.workers.append(worker)
         worker.batch, worker.index = batch, batch.server.index
-        worker.send(task_of(batch))
+        worker.send((batch.server.index, batch.arguments))
 
     def wait(self, seconds: float) -> Events:
         """Return what has happened, after that time or a signal at the latest, which may be nothing."""

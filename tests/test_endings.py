@@ -245,7 +245,7 @@ class Signals(Ending):
         self.make_movies(20)
         code = (
             f"import sys, os; sys.path.insert(0, {str(Path(embedgen.__file__).parent)!r}); import embedgen\n"
-            "embedgen.embed_batch = lambda *_: os._exit(9)\n"  # which a handshake does without
+            "embedgen.BatchRequest.embed = lambda *_: os._exit(9)\n"  # which a handshake does without
             "embedgen.START_METHOD = 'fork'\n"
             "sys.exit(embedgen.main())"
         )

@@ -69,7 +69,6 @@ class Framing(unittest.TestCase):
             "trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"A: b\r\n\r\n",
             "until the end": b"HTTP/1.1 200 OK\r\n\r\n" + BODY,
             "HTTP/1.0": b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY,
-            "interim": b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN,
         }.items():
             with self.subTest(name):
                 [reply] = exchange(self.serve([answer]))
