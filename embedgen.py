@@ -109,19 +109,12 @@ class Interrupt:
         self.code = 0  # exit code of the request; 0: go on
         self.gentle = False  # whether a loop looks at `code`; before that, the first signal ends the run at once
         self.forced = False  # whether KeyboardInterrupt was raised: a second one would break the clean-up
-        # A pipe that can be read when a signal has come, so that a wait ends: Python's handler, which runs between two
-        # steps of Python, cannot end it. On Windows it would have to be a socket, for which no process can wait.
-        self.pipe = () if os.name == "nt" else os.pipe()
-        for fd in self.pipe:
-            os.set_blocking(fd, False)
 
     def catch_signals(self) -> None:
         """Handle the signals that end a run, except those that are ignored, as by nohup."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
-        if self.pipe:
-            signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         sys.unraisablehook = self.on_unraisable
 
     def ignore_signals(self) -> None:
@@ -129,16 +122,6 @@ class Interrupt:
         self.forced = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if self.pipe:
-            signal.set_wakeup_fd(-1)
-        for fd in self.pipe:
-            os.close(fd)
-        self.pipe = ()
-
-    def wait_seconds(self, seconds: float) -> float | None:
-        """Return how long a wait may last that is to last so long, None for ever."""
-        seconds = min(seconds, math.inf if self.pipe else POLL_SECONDS)
-        return None if seconds == math.inf else max(seconds, 0.0)
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Ask for a gentle end; the second time, or where no loop would see it, raise KeyboardInterrupt, once."""
@@ -162,7 +145,8 @@ class Interrupt:
 HASH_MODEL, HASH_DIMENSIONS = "hash-256", 256  # of --server hash:, which has no digest
 SQLITE_ENDINGS = (".db", ".sqlite", ".sqlite3")  # of a path that is taken for a database
 DATABASE_FORMS = (
-    f"sqlite:///relative.db, sqlite:////absolute.db, a path ending in {', '.join(SQLITE_ENDINGS)}, or postgresql://..."
+    f"sqlite:///relative.db, sqlite:///{'C:' * (os.name == 'nt')}/absolute.db, a path ending in "
+    f"{', '.join(SQLITE_ENDINGS)}, or postgresql://..."
 )
 
 READING = "search similar status dry_run"  # actions that write nothing
@@ -387,7 +371,7 @@ def parse_arguments(given: Sequence[str]) -> Settings:
     values = vars(parser.parse_args([text.encode("utf-8", "replace").decode() for text in given]))
     action = action_of({name for name, value in values.items() if value != parser.get_default(name)})
     if values["ca_file"]:
-        check_roots(values["ca_file"])
+        tls_context(values["ca_file"])
     host = env.get("OLLAMA_HOST", "").strip(" \t'\"")
     servers = tuple(values["server"] or [host or "http://localhost:11434"])
     if "hash:" in servers:
@@ -674,6 +658,7 @@ class Response(NamedTuple):
     timed_out: bool = False
     server: str = ""
     location: str = ""
+    family: int = 0  # of the address that has answered, as socket.AF_INET
 
 
 class Wait(NamedTuple):
@@ -717,6 +702,7 @@ class ServerProfile(NamedTuple):
     most_texts: int = sys.maxsize  # that one request can carry; with 1, it is sent as a string and not as a list
     long_from: int = sys.maxsize  # characters from which a text is likely to be too long
     note: str = ""  # what a person should know about it
+    family: int = 0  # of the address that has answered; 0 for any
 
     @property
     def dimensions(self) -> int:
@@ -1310,7 +1296,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
     version = profile.version or batch.last.server
-    return batch.profile._replace(sample=sample, version=version, note=note)
+    return batch.profile._replace(sample=sample, version=version, note=note, family=batch.last.family)
 
 
 class BatchRequest:
@@ -1551,7 +1537,7 @@ class Pace:
     decrease of AIMD does. By Little's law, texts/s are texts in flight / seconds per request.
     """
 
-    MOST_IN_FLIGHT = 64  # connections; a server that gains from more of them gains from larger batches, too
+    MOST_IN_FLIGHT = 60  # as Windows can wait for; a server that gains from more gains from larger batches, too
     LARGEST_BATCH = 128  # texts; their answer is some 1.5 MB of JSON, and larger ones hardly gain any more
     TARGET = 1.0  # seconds; requests take one to two of these: Ctrl-C is quick, the bar moves, overhead is small
     KEEP = 0.96  # times the throughput that shorter requests must leave, or longer ones below the target
@@ -1817,6 +1803,7 @@ class Scheduler:
             server.status, server.reason, server.next_probe = "barred", stop.message, NEVER
             return f"{stop.message} The other servers do its work."
         server.status, server.reason = "away", stop.reason or stop.message
+        server.profile = server.profile._replace(family=0)
         if stop.retry_after:
             server.trying = now + stop.retry_after  # a wait that the server asks for does not count as trying
         if was == "up" or not batch.rows:
@@ -1885,12 +1872,24 @@ def scheduler_for(settings: Settings, protocols: Sequence[Protocol]) -> Schedule
     return Scheduler(servers, fixed or sys.maxsize, settings.accept_drift)
 
 
+SPARE_FILES = 40  # open files beside those of an engine
+
+
+def most_in_flight(engine: str) -> int:
+    """Return how many requests the system lets an engine have in flight."""
+    if os.name == "nt":
+        return 60 if engine == "process" else sys.maxsize  # Windows waits for 63 handles at once
+    files = os.sysconf("SC_OPEN_MAX") % sys.maxsize  # at one time; 256 on macOS, -1 if there is no limit
+    # A worker takes three: its pipe, and two by which multiprocessing knows it. A connection takes one.
+    return max((files - SPARE_FILES) // (3 if engine == "process" else 1), 1)
+
+
 # ============================ engines ============================
 # An engine keeps batches in flight: submit() sends one on its way, wait() returns what has happened. The two engines
 # differ in how a batch's conversation is driven; what is said in it, and the loop over the batches, is the same.
 
 GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
-POLL_SECONDS = 0.2  # how often a signal is looked for on Windows, where it does not end a wait
+POLL_SECONDS = 0.1  # how often a signal is looked for: no system lets its handler end a wait
 
 
 class Abandoned(Exception):
@@ -1914,11 +1913,10 @@ def describe(error: Exception) -> str:
         return "the connection was closed without an answer"
     if isinstance(error, ConnectionRefusedError):  # for which the systems have different words
         return "connection refused"
-    text = getattr(error, "strerror", None) or str(error) or name
-    # asyncio puts its own words about the address around the number that says it all.
-    number = re.search(r"\[Errno (\d+)\]", text) or re.match(r"(\d+)", str(getattr(error, "errno", None)))
-    if number and int(number[1]) < 10000:  # Windows' own numbers are higher, and its errors have words
-        text = os.strerror(int(number[1]))
+    text = str(error) or name
+    # asyncio puts its own words around the number that says it all. Windows' numbers have words of their own.
+    if found := re.search(r"\[(Errno|WinError) (\d+)\] ([^,:[]*)", text):
+        text = os.strerror(int(found[2])) if found[1] == "Errno" else found[3]
     return text[:1].lower() + text[1:]
 
 
@@ -1930,15 +1928,10 @@ def tls_context(ca_file: str) -> Any:
     """
     import ssl
 
-    return ssl.create_default_context(cafile=ca_file or None)
-
-
-def check_roots(ca_file: str) -> None:
-    """Raise a UsageError if there are no roots in a file."""
     try:
-        tls_context(ca_file)
+        return ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
-        problem = "it holds no certificate" if type(error).__name__ == "SSLError" else describe(error)
+        problem = "it holds no certificate" if isinstance(error, ssl.SSLError) else describe(error)
         raise UsageError(
             f"--ca-file {ca_file} cannot be used: {problem}. Give a file of certificates as PEM."
         ) from None
@@ -1952,8 +1945,10 @@ class StreamTransport:
 
     def __init__(self, endpoint: Endpoint, halted: Any) -> None:
         """`halted` is a future of the loop, done when nothing more is to be sent."""
-        self.endpoint, self.halted, self.is_halted = endpoint, halted, halted.done
+        self.endpoint, self.halted = endpoint, halted
         self.connected, self.reader, self.writer = False, cast(Any, None), cast(Any, None)
+        # Only addresses of this family are tried, 0 for all: on Windows, one that refuses costs two seconds.
+        self.family = 0
 
     async def open(self, seconds: float) -> None:
         """Connect within that time."""
@@ -1961,9 +1956,12 @@ class StreamTransport:
 
         endpoint = self.endpoint
         context = tls_context(endpoint.ca_file) if endpoint.scheme == "https" else None
-        opening = asyncio.open_connection(endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES)
+        opening = asyncio.open_connection(
+            endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES, family=self.family
+        )
+        self.family = 0  # if it fails, the next try is for all
         self.reader, self.writer = await asyncio.wait_for(opening, seconds)
-        self.connected = True
+        self.connected, self.family = True, self.writer.get_extra_info("socket").family
 
     async def send(self, request: Request) -> Response:
         """Return the response to a request.
@@ -2049,7 +2047,8 @@ async def exchange(transport: StreamTransport, request: Request) -> Response:
         try:
             if not transport.connected:
                 await transport.open(request.connect_timeout)
-            return (await transport.send(request))._replace(seconds=time.monotonic() - started)
+            response = await transport.send(request)
+            return response._replace(seconds=time.monotonic() - started, family=transport.family)
         except Exception as error:  # asyncio.TimeoutError is not related to others before Python 3.11
             connected = transport.connected
             transport.close()
@@ -2059,8 +2058,9 @@ async def exchange(transport: StreamTransport, request: Request) -> Response:
             late = type(error).__name__ in ("TimeoutError", "timeout")  # socket's and asyncio's own in older Pythons
             reason = transport.endpoint.hide(describe(error))[:200]
             if late:  # while connecting, it is not the silence of a server that is at work
-                what = ("connection", request.connect_timeout), ("answer", request.timeout)
-                reason = "no {} within {:g} s".format(*what[connected])
+                reason = f"no connection within {request.connect_timeout:g} s"
+                if connected:
+                    reason = f"no answer within {request.timeout:g} s"
             return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=late and connected)
 
 
@@ -2073,7 +2073,7 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
             response = None
             if not isinstance(step, (Request, Wait)):
                 report(step)
-            elif transport.is_halted() and getattr(step, "body", True):  # but a question about an answer may be asked
+            elif transport.halted.done() and getattr(step, "body", True):  # but a question about an answer may be asked
                 raise Abandoned
             elif isinstance(step, Wait):
                 await transport.sleep(step.seconds)
@@ -2107,13 +2107,9 @@ class AsyncEngine:
         self.events: Events = []
         self.halted: Any = self.loop.create_future()
         self.happened: Any = self.loop.create_future()  # done when there is something to return to the run
-        if interrupt.pipe:
-            self.loop.add_reader(interrupt.pipe[0], self.wake, interrupt.pipe[0])
 
-    def wake(self, fd: int = -1) -> None:
-        """End a wait, because of a signal if there is something to read."""
-        if fd >= 0:
-            os.read(fd, 4096)
+    def wake(self) -> None:
+        """End a wait."""
         if not self.happened.done():
             self.happened.set_result(None)
 
@@ -2125,6 +2121,7 @@ class AsyncEngine:
         """Hold the conversation about a batch, over a connection that no other uses, and report what comes of it."""
         protocol, idle = batch.server.protocol, self.idle[batch.server.index]
         transport = idle.pop() if idle else StreamTransport(protocol.endpoint, self.halted)
+        transport.family = batch.server.profile.family
 
         def report(event: Event) -> None:
             self.events.append((batch, event))
@@ -2139,13 +2136,13 @@ class AsyncEngine:
             idle.append(transport)
 
     def wait(self, seconds: float) -> Events:
-        """Return what has happened, after that time or a signal at the latest, which may be nothing."""
+        """Return what has happened; that may be nothing after this time, or sooner, so that a signal is seen."""
         import asyncio
 
         if not self.events:
             self.happened = self.loop.create_future()
             self.stood_still += time.monotonic() - self.stopped
-            self.loop.run_until_complete(asyncio.wait({self.happened}, timeout=self.interrupt.wait_seconds(seconds)))
+            self.loop.run_until_complete(asyncio.wait({self.happened}, timeout=min(seconds, POLL_SECONDS)))
             self.stopped = time.monotonic()
         events, self.events = self.events, []
         return events
@@ -2209,21 +2206,23 @@ class Worker:
             self.process.join()
 
 
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
+def signals_held_back() -> contextlib.ExitStack:
     """Hold signals back while a process is started: one would end the child with a traceback before it ignores them."""
-    if os.name == "nt":
-        yield
-        return
+    release = contextlib.ExitStack()
+    if os.name == "nt":  # where a child inherits that Ctrl-C is ignored
+        import ctypes
+
+        ignore_control_c = cast(Any, ctypes).windll.kernel32.SetConsoleCtrlHandler
+        ignore_control_c(None, True)
+        release.callback(ignore_control_c, None, False)
+        return release
     if START_METHOD == "spawn":
         from multiprocessing import resource_tracker
 
         resource_tracker.ensure_running()  # or the first spawn would start it, which lets signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    release.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    return release
 
 
 def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
@@ -2256,6 +2255,7 @@ def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
     while True:
         index, arguments = inbox.get()
         try:
+            transports[index].family = arguments[0].family
             conversation = embed_batch(protocols[index], *arguments)
             event: Event = loop.run_until_complete(converse(transports[index], conversation, pipe.send))
         except (Stop, Abandoned) as end:
@@ -2276,8 +2276,6 @@ class ProcessEngine:
         import multiprocessing.connection
 
         self.scheduler, self.interrupt, self.wait_for = scheduler, interrupt, multiprocessing.connection.wait
-        if os.name == "nt":
-            scheduler.most = min(scheduler.most, 60)  # Windows waits for 63 handles at once
         self.workers: list[Worker] = []
         self.started = self.deaths = 0
 
@@ -2296,15 +2294,15 @@ class ProcessEngine:
         worker.send((batch.server.index, batch.arguments))
 
     def wait(self, seconds: float) -> Events:
-        """Return what has happened, after that time or a signal at the latest, which may be nothing."""
+        """Return what has happened; that may be nothing after this time, or sooner, so that a signal is seen."""
         events: Events = []
         busy = {worker.pipe: worker for worker in self.workers if worker.batch}
+        seconds = max(min(seconds, POLL_SECONDS), 0.0)
+        if not busy:  # Windows does not wait for nothing
+            time.sleep(seconds)
         with contextlib.suppress(InterruptedError):  # of Windows, after the handler has run
-            for ready in self.wait_for([*busy, *self.interrupt.pipe[:1]], self.interrupt.wait_seconds(seconds)):
-                if ready in busy:
-                    events += self.receive(busy[ready])
-                else:
-                    os.read(cast(int, ready), 4096)
+            for ready in self.wait_for(busy, seconds):
+                events += self.receive(busy[cast(Any, ready)])
         return events
 
     def receive(self, worker: Worker) -> Events:
@@ -4662,8 +4660,7 @@ class Console:
             self.out.flush()
         except (OSError, ValueError) as error:
             self.out = sys.stdout = None  # or Python would flush it at exit, and fail again
-            # Windows reports a closed pipe as EINVAL.
-            if isinstance(error, BrokenPipeError) or (os.name == "nt" and getattr(error, "errno", 0) == errno.EINVAL):
+            if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
                 self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
             else:
                 self.is_lost = True
@@ -4874,6 +4871,11 @@ class Log:
     info = functools.partialmethod(write, "info")
     warn = functools.partialmethod(write, "warning")
     error = functools.partialmethod(write, "error")
+
+    def alert(self, text: str) -> None:
+        """Log a warning that is also for standard error."""
+        self.warn(text)
+        complain(f"warning: {text}")
 
     def close(self) -> None:
         """Close the file and release its lock."""
@@ -5120,8 +5122,7 @@ def embed(job: Job, counts: Counts) -> Target:
             if server not in present:
                 note = f"{server.protocol.address} is away ({server.reason}); the other servers do its work"
             if note:
-                job.log.warn(note)
-                complain(f"warning: {note}")
+                job.log.alert(note)
         report.start(counts)
         interrupt.gentle = True
         began = time.monotonic()
@@ -5137,7 +5138,7 @@ def embed(job: Job, counts: Counts) -> Target:
                 job.log.info(line)
         for server in present:  # one that came back is in the log; one that did not may need somebody to look
             if server.status != "up" and not interrupt.code:
-                complain(f"warning: {server.protocol.address} did not do its share to the end: {server.reason}")
+                job.log.alert(f"{server.protocol.address} did not do its share to the end: {server.reason}")
         return table.coverage.target
 
 
@@ -5484,7 +5485,10 @@ ACTIONS: dict[str, Callable[[Job], int]] = {
 
 def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log: Log, started: float) -> int:
     """Carry out the settings' action and return the exit code; raise Stop if it cannot be done."""
-    interrupt = console.interrupt
+    interrupt, most = console.interrupt, most_in_flight(settings.engine)
+    if settings.concurrent and settings.concurrent > most:
+        log.alert(f"the system allows {most} requests in flight, not {settings.concurrent}; going on with {most}")
+        settings = settings._replace(concurrent=most)
     with contextlib.closing(open_database(settings, lambda: bool(interrupt.code))) as db:
         loaded = load(db, settings, settings.load) if settings.load else {}
         for note in loaded.get("notes", []):

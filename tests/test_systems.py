@@ -1,0 +1,143 @@
+"""What differs between Linux, macOS and Windows: limits, the words of errors, the addresses of a name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import unittest
+from typing import Any
+from unittest import mock
+
+import embedgen
+from tests.support import AUTHORITY, ENGINES, START_METHOD, Case, tls_double
+
+REFUSED = "The remote computer refused the network connection"
+
+
+def windows_error(winerror: int, words: str) -> OSError:
+    """Return an error as Windows raises it: with the number of an errno that often fits badly, and words of its own."""
+    if os.name == "nt":
+        return OSError(None, words, None, winerror)
+    error = mock.MagicMock(spec=OSError)
+    error.__str__.return_value = f"[WinError {winerror}] {words}"
+    return error
+
+
+class Words(unittest.TestCase):
+    def test_of_network_errors(self) -> None:
+        lost = "The specified network name is no longer available"
+        lines = ("[Errno 111] Connect call failed ('::1', 1, 0, 0)", "[Errno 113] Connect call failed ('1.2.3.4', 1)")
+        for error, words in (
+            (windows_error(64, lost), "the specified network name is no longer available"),
+            (windows_error(10054, "Verbindung zurückgesetzt"), "verbindung zurückgesetzt"),
+            (
+                OSError(f"Multiple exceptions: [WinError 1225] {REFUSED}, [WinError 121] x"),
+                REFUSED.replace("The", "the"),
+            ),
+            (ConnectionRefusedError(61, "Connection refused"), "connection refused"),
+            (ConnectionResetError(104, "x"), os.strerror(104).replace("C", "c")),
+            (OSError(f"Multiple exceptions: {', '.join(lines)}"), os.strerror(111).replace("C", "c")),
+            (OSError(28, "x"), "no space left on device"),
+        ):
+            self.assertEqual(embedgen.describe(error).lower(), words.lower(), repr(error))
+
+
+class Refused(Case):
+    def test_a_server_that_is_not_there(self) -> None:
+        self.make_movies(1)
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+            for engine in ENGINES:
+                self.refuse(3, "--server", address, "--engine", engine,
+                            words=[f"cannot reach Ollama at {address} (connection refused). "])  # fmt: skip
+
+
+class Limits(Case):
+    """As many workers and connections as the system allows, and one sentence if that is fewer than asked for."""
+
+    def check(self, engine: str, asked: int, allowed: int, **more: Any) -> None:
+        """Run with that many requests in flight, of which the system allows fewer."""
+        self.make_movies(300)
+        flags = ("--engine", engine, "--workers", asked, "--batch-size", 1)
+        done = self.run_program(*flags, real=True, **more)
+        said = f"the system allows {allowed} requests in flight, not {asked}; going on with {allowed}"
+        self.assertEqual((done.code, done.err), (0, f"warning: {said}\n"))
+        self.assertIn(f"Workers/Concurrent: {allowed}\n", done.out)
+        self.assertIn(f" - WARNING - {said}\n", self.log())
+        self.assert_complete()
+
+
+if os.name == "nt":
+
+    class Windows(Limits):
+        def test_more_workers_than_can_be_waited_for(self) -> None:
+            self.check("process", 64, 60)
+
+else:
+
+    class OpenFiles(Limits):
+        def limited(self) -> None:
+            """Have few open files, in a new process."""
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+        def test_more_workers_than_there_may_be_open_files(self) -> None:
+            self.check("process", 90, (64 - embedgen.SPARE_FILES) // 3, preexec_fn=self.limited)
+
+        def test_more_connections_than_there_may_be_open_files(self) -> None:
+            self.ollama.configure(network=0.05)
+            self.check("async", 90, 64 - embedgen.SPARE_FILES, preexec_fn=self.limited)
+
+
+class Addresses(Case):
+    """A name with an address that refuses before the one that answers: on Windows, each refusal takes two seconds."""
+
+    def resolve(self, host: str, port: Any, family: int = 0, *more: Any, **others: Any) -> list[Any]:
+        """Resolve a name as many systems resolve localhost; note who was given the address that refuses."""
+        found: list[Any] = []
+        if family in (0, socket.AF_INET6) and host == "localhost":
+            found.append((socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)))
+            with open(self.folder / "tried", "a") as tried:
+                tried.write("x")
+        if family in (0, socket.AF_INET):
+            found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)))
+        return found
+
+    def run_resolved(self, *flags: object) -> int:
+        """Run over a server's name; return how often the address that refuses was tried."""
+        with mock.patch("socket.getaddrinfo", self.resolve):
+            self.succeed("--force", "--batch-size", 1, "--concurrent", 3, *flags)
+        tried = self.folder / "tried"
+        count = len(tried.read_text())
+        tried.unlink()
+        return count
+
+    def test_one_that_refuses_is_tried_once_and_not_for_each_connection(self) -> None:
+        self.make_movies(20)
+        for engine in ENGINES if START_METHOD != "spawn" and os.name != "nt" else ENGINES[:1]:
+            with self.subTest(engine=engine):
+                server = self.ollama.url.replace("127.0.0.1", "localhost")
+                before = len({entry["connection"] for entry in self.ollama.log()})
+                self.assertEqual(self.run_resolved("--server", server, "--engine", engine), 1)
+                self.assertGreater(len({entry["connection"] for entry in self.ollama.log()}), before + 1)
+                self.assert_complete()
+
+    def test_the_name_stays_what_certificates_are_for(self) -> None:
+        self.make_movies(20)
+        with tls_double("good") as server:
+            flags = ("--server", server.url.replace("127.0.0.1", "localhost"), "--ca-file", AUTHORITY)
+            self.assertEqual(self.run_resolved(*flags), 1)
+        self.assert_complete()
+
+
+class Help(Case):
+    def test_an_absolute_path_is_shown_as_the_system_has_it(self) -> None:
+        form = "sqlite:///C:/absolute.db" if os.name == "nt" else "sqlite:////absolute.db"
+        self.assertIn(form, " ".join(self.run_program("--help", real=True).out.split()))
+        self.refuse(2, "--database", "mysql://x", words=[form])
+
+
+if __name__ == "__main__":
+    unittest.main()
