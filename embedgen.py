@@ -634,7 +634,8 @@ LATER = Failure("it is too long", "later")  # it is to be asked for again, on it
 class Request(NamedTuple):
     """One HTTP request, a GET if it has no body; `timeout` is the longest silence, both times are in seconds.
 
-    `encoding` is how vectors are asked for: base64, decimals, or "" where none are.
+    `encoding` is how vectors are asked for: base64, decimals, or "" where none are. `longest` is the most tokens that
+    one of the texts may have.
     """
 
     path: str
@@ -642,6 +643,7 @@ class Request(NamedTuple):
     timeout: float
     connect_timeout: float = 10.0
     encoding: str = ""
+    longest: int = 0
 
 
 class Response(NamedTuple):
@@ -698,7 +700,7 @@ class ServerProfile(NamedTuple):
     digest: str = ""  # of the model as this server has it, and of its weights; "" if not told
     weights: str = ""
     version: str = ""  # of the server; "" if not told
-    base64_bytes: int = 0  # texts of at most so many bytes of UTF-8 are asked for in base64
+    base64_tokens: int = 0  # texts that cannot have more tokens than these are asked for in base64
     most_texts: int = sys.maxsize  # that one request can carry; with 1, it is sent as a string and not as a list
     long_from: int = sys.maxsize  # characters from which a text is likely to be too long
     note: str = ""  # what a person should know about it
@@ -953,6 +955,14 @@ def words_of(body: bytes) -> str:
     return " ".join(text.split())
 
 
+# A token is made of at least one byte, so that a text of no more bytes than the context has tokens cannot be cut. No
+# less crude bound is sure without the vocabulary: a rare word takes a token for each letter, and an answer counts the
+# tokens of all its texts together. Some tokenizers spell out ligatures (NFKC); models add two tokens of their own.
+CONTEXT_MARGIN = 16
+# A model's context may be longer than what Ollama gives it unasked: 2,048 tokens for long, and still in one piece.
+CONTEXT_MOST = 2048
+
+
 class Protocol:
     """What the protocols over HTTP share: a request is built, its answer checked, and its vectors read.
 
@@ -983,11 +993,11 @@ class Protocol:
 
     def look_up(self) -> Steps[ServerProfile]:
         """Return what the server tells of itself and of the model."""
-        return ServerProfile(base64_bytes=sys.maxsize)
+        return ServerProfile(base64_tokens=sys.maxsize)
         yield  # makes it a generator
 
-    def loaded_bytes(self) -> Steps[int]:
-        """Return the longest text, in bytes, that the model as it is loaded now takes whole; 0 if that is not told."""
+    def loaded_context(self) -> Steps[int]:
+        """Return how many tokens of a text the model takes as it is loaded now; 0 if that is not told."""
         return sys.maxsize
         yield  # makes it a generator
 
@@ -996,11 +1006,13 @@ class Protocol:
         texts = [self.prefix + text for text in texts]
         asked = {**self.common, "input": texts[0] if profile.most_texts == 1 else texts}
         path, encoding = self.path, "decimals"
-        if 0 < most_bytes(texts) <= profile.base64_bytes:
+        forms = (form for text in texts for form in (text, unicodedata.normalize("NFKC", text)))
+        longest = CONTEXT_MARGIN + max(map(len, map(str.encode, forms)))
+        if longest <= profile.base64_tokens:
             path, encoding, asked["encoding_format"] = self.base64_path, "base64", "base64"
         elif self.truncates:
             asked["truncate"] = truncate
-        return Request(path, json.dumps(asked).encode(), timeout, encoding=encoding)
+        return Request(path, json.dumps(asked).encode(), timeout, encoding=encoding, longest=longest)
 
     def check(self, request: Request, response: Response, texts: int = 1) -> None:
         """Raise what the answer to a request with so many texts means, unless its status is 200."""
@@ -1017,7 +1029,7 @@ class Protocol:
         if kind == "one_string" and b'"input": [' in request.body:
             raise ProtocolChanged(words, most_texts=1)
         if kind in ("no_base64", "no_path") and request.encoding == "base64":
-            raise ProtocolChanged(words, base64_bytes=0)
+            raise ProtocolChanged(words, base64_tokens=0)
         if kind == "no_model" and status != 404 and KNOWN_GOOD.encode() not in request.body:
             kind = "refused"  # words of a model may be about the text: the known-good one will tell
         if kind in STOPS:
@@ -1069,18 +1081,6 @@ def in_order(items: list[Any]) -> list[Any]:
     return vectors
 
 
-# A token is made of at least one byte, so that a text of no more bytes than the context has tokens cannot be cut. No
-# less crude bound is sure without the vocabulary: a rare word takes a token for each letter, and an answer counts the
-# tokens of all its texts together. Models add two tokens of their own, tokenizers a space; the margin has room.
-# A model's context may be longer than what Ollama gives it unasked: 2,048 tokens for long, and still in one piece.
-CONTEXT_MARGIN, CONTEXT_MOST = 16, 2048
-
-
-def most_bytes(texts: list[str]) -> int:
-    """Return the length of the longest text in bytes of UTF-8, as a tokenizer may see it that spells out ligatures."""
-    return max(len(form.encode()) for text in texts for form in (text, unicodedata.normalize("NFKC", text)))
-
-
 class Ollama(Protocol):
     """Ollama's own protocol: POST /api/embed, and /v1/embeddings where that cannot cut a text.
 
@@ -1109,8 +1109,8 @@ class Ollama(Protocol):
         contexts = [int(n) for n in re.findall(r"(?m)^num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))]
         figures = card.get("model_info") or {}
         trained = [int(n) for key, n in figures.items() if key.endswith(".context_length") and n]
-        most = min(*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST) if trained else 0
-        most = 0 if "options" in self.common else max(most - CONTEXT_MARGIN, 0)
+        known = trained and "options" not in self.common
+        most = min(*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST) if known else 0
         digest = str(self.entry(tags).get("digest") or "")
         return ServerProfile(b"", digest, weights[1] if weights else "", str(version or ""), most)
 
@@ -1138,11 +1138,11 @@ class Ollama(Protocol):
             return dict(models.get(self.model) or models[f"{self.model}:latest"])
         return {}
 
-    def loaded_bytes(self) -> Steps[int]:
+    def loaded_context(self) -> Steps[int]:
         # The context that the model was loaded with may be smaller than its own (OLLAMA_CONTEXT_LENGTH).
         response = yield Request("/api/ps", b"", min(self.timeout, 30.0), 2.5)
         context = self.entry(json_object(response)).get("context_length")
-        return max(context - CONTEXT_MARGIN, 0) if isinstance(context, int) else 0
+        return context if isinstance(context, int) else 0
 
 
 class OpenAI(Protocol):
@@ -1269,7 +1269,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     profile = yield from protocol.look_up()
     if profile.sample:  # no server at all
         return profile
-    batch = BatchRequest(protocol, profile._replace(base64_bytes=0), movable)
+    batch = BatchRequest(protocol, profile._replace(base64_tokens=0), movable)
     try:
         sample, _ = yield from batch.wait_until_healthy()
     except Stop as stop:
@@ -1282,13 +1282,13 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
     if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
         note = ""
-    if profile.base64_bytes:
-        batch.profile = batch.profile._replace(base64_bytes=profile.base64_bytes)
+    if profile.base64_tokens:
+        batch.profile = batch.profile._replace(base64_tokens=profile.base64_tokens)
         base64_sample = b""
         with contextlib.suppress(Trouble, ProtocolChanged, Stop):  # as a proxy that lets only /api through
             [base64_sample] = yield from batch.ask([KNOWN_GOOD], probe=True)
         if len(sample) != len(base64_sample) or not cosine(sample, base64_sample) >= ALIKE:
-            batch.profile = batch.profile._replace(base64_bytes=0)  # refused, or mangled on the way
+            batch.profile = batch.profile._replace(base64_tokens=0)  # refused, or mangled on the way
     asked = protocol.common.get("dimensions", len(sample) // 4)
     if asked != len(sample) // 4:
         raise Stop(
@@ -1446,14 +1446,14 @@ class BatchRequest:
             protocol.check(request, response, len(texts))
             numbers = protocol.read(response)
             if request.encoding == "base64" and not all(isinstance(vector, bytes) for vector in numbers):
-                yield from self.learn(base64_bytes=0)  # so as not to ask for what is not given
+                yield from self.learn(base64_tokens=0)  # so as not to ask for what is not given
             vectors = validate_vectors(numbers, texts)
             if request.encoding == "base64":
                 # Only now is it known what context the texts have met: the server may have loaded the model again.
-                most = yield from protocol.loaded_bytes()
-                if most < self.profile.base64_bytes:
-                    yield from self.learn(base64_bytes=most)
-                if most < most_bytes([protocol.prefix + text for text in texts]):
+                most = yield from protocol.loaded_context()
+                if most < self.profile.base64_tokens:
+                    yield from self.learn(base64_tokens=most)
+                if most < request.longest:
                     raise ProtocolChanged("the loaded model may have cut a text")
             for dimensions in {len(vector) // 4 for vector in vectors} - {known or len(vectors[0]) // 4}:
                 raise Trouble("dimensions", f"vectors of {dimensions} dimensions came instead of {known}")
@@ -1654,8 +1654,7 @@ class Pace:
 class Result(NamedTuple):
     """A batch's rows with their answers."""
 
-    rows: list[Row]
-    answers: list[Answer]
+    pairs: list[tuple[Row, Answer]]
 
 
 NEVER = float("inf")  # a moment that does not come
@@ -2175,7 +2174,7 @@ DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: so
 class Worker:
     """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
 
-    def __init__(self, number: int, protocols: list[Protocol], others: list[Worker]) -> None:
+    def __init__(self, protocols: list[Protocol], others: list[Worker]) -> None:
         """`others` are the workers that live already."""
         import multiprocessing
 
@@ -2185,12 +2184,11 @@ class Worker:
         # the parent has died.
         inherited = [worker.pipe for worker in [*others, self]] if START_METHOD == "fork" else []
         work_with = child, protocols, inherited
-        self.process = context.Process(target=work, args=work_with, name=f"Worker-{number}", daemon=True)
+        self.process = context.Process(target=work, args=work_with, daemon=True)
         with signals_held_back():
             self.process.start()
         child.close()
         self.batch: Batch | None = None
-        self.index = -1  # of the server that it spoke to last
 
     def send(self, task: tuple[int, Arguments] | None) -> None:
         """Tell it what to do, or None: to send nothing more. If it is dead, that shows when it is waited for."""
@@ -2277,20 +2275,18 @@ class ProcessEngine:
 
         self.scheduler, self.interrupt, self.wait_for = scheduler, interrupt, multiprocessing.connection.wait
         self.workers: list[Worker] = []
-        self.started = self.deaths = 0
+        self.deaths = 0
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
-        idle = [worker for worker in self.workers if worker.batch is None]
-        worker = min(idle, key=lambda worker: worker.index != batch.server.index, default=None)  # it is connected
+        worker = next((worker for worker in self.workers if worker.batch is None), None)
         if worker is None:
-            self.started += 1
             try:
-                worker = Worker(self.started, [server.protocol for server in self.scheduler.servers], self.workers)
+                worker = Worker([server.protocol for server in self.scheduler.servers], self.workers)
             except OSError as error:
                 raise Stop(f"no worker process can be started ({describe(error)}). Give fewer --workers.") from error
             self.workers.append(worker)
-        worker.batch, worker.index = batch, batch.server.index
+        worker.batch = batch
         worker.send((batch.server.index, batch.arguments))
 
     def wait(self, seconds: float) -> Events:
@@ -2467,10 +2463,8 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
             if isinstance(event, ServerProfile):
                 news = scheduler.greet(server, event, now)
             elif server.status == "up":
-                pairs = list(zip(batch.rows, event))
-                scheduler.long += [row for row, answer in pairs if answer == LATER]
-                done = [pair for pair in pairs if pair[1] != LATER]
-                yield Result([row for row, _ in done], [answer for _, answer in done])
+                scheduler.long += [row for row, answer in zip(batch.rows, event) if answer == LATER]
+                yield Result([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
             else:  # it may have restarted with another model: the next handshake will show
                 scheduler.give_back(batch, batch.moves)
         except Stop as stop:
@@ -5007,10 +5001,10 @@ class Run:
 
     def take(self, result: Result) -> None:
         """Count and log failed and skipped rows, and keep the embeddings for the next save."""
-        self.in_flight -= len(result.rows)
+        self.in_flight -= len(result.pairs)
         if not self.unsaved:
             self.oldest = time.monotonic()
-        for row, answer in zip(result.rows, result.answers):
+        for row, answer in result.pairs:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
                 if answer.fit != "whole":

@@ -58,10 +58,10 @@ class Settings(NamedTuple):
 class Server:
     """A server as the parent knows it after the handshake: its protocol and its profile, which batches change."""
 
-    def __init__(self, kind: type[embedgen.Protocol], base64_bytes: int = 0, **settings: Any) -> None:
+    def __init__(self, kind: type[embedgen.Protocol], base64_tokens: int = 0, **settings: Any) -> None:
         path = "/v1" if kind is embedgen.OpenAI else ""
         self.protocol = kind(embedgen.Endpoint("http", "h", 1, path), Settings(**settings))
-        self.profile = embedgen.ServerProfile(sample=blob(KNOWN_GOOD), base64_bytes=base64_bytes)
+        self.profile = embedgen.ServerProfile(sample=blob(KNOWN_GOOD), base64_tokens=base64_tokens)
         self.context: object = 4096  # of the loaded model, as /api/ps tells it
 
 
@@ -163,11 +163,11 @@ class Conversations(unittest.TestCase):
     """Over Ollama's usual path; the same tests run over the others below."""
 
     kind: type[embedgen.Protocol] = embedgen.Ollama
-    path, encoding, base64_bytes = USUAL, "decimals over /api/embed", 0
+    path, encoding, base64_tokens = USUAL, "decimals over /api/embed", 0
 
     def server(self, **settings: Any) -> Server:
         """Return a server after its handshake."""
-        return Server(self.kind, self.base64_bytes, **settings)
+        return Server(self.kind, self.base64_tokens, **settings)
 
     def talk(self, texts: Sequence[str], serve: Serve, on: Server | None = None, **more: bool) -> Talked:
         """Hold a conversation about a batch."""
@@ -474,7 +474,7 @@ class Conversations(unittest.TestCase):
 class OverBase64(Conversations):
     """Over the path that gives vectors as base64, which every text here is short enough for."""
 
-    path, encoding, base64_bytes = LEAN, "base64 over /v1/embeddings", 100
+    path, encoding, base64_tokens = LEAN, "base64 over /v1/embeddings", 100 + embedgen.CONTEXT_MARGIN
 
     def test_what_is_asked_for(self) -> None:
         on = self.server(dimensions=8, prefix="doc: ")
@@ -488,13 +488,13 @@ class OverBase64(Conversations):
             self.assertEqual((talked.paths, talked.answers), ([path], [blob("short"), blob(text)]))
 
     def test_what_a_smaller_context_may_have_cut_is_asked_for_again(self) -> None:
-        for context, kept in ((64, 48), (10, 0), (None, 0), ("many", 0)):
+        for context, kept in ((64, 64), (10, 10), (None, 0), ("many", 0)):
             on = self.server()
             on.context = context
             talked = self.talk(["short", "x" * 60], good, on)
             self.assertEqual((talked.paths, talked.waits), ([LEAN, USUAL], []))
-            self.assertEqual((talked.answers, on.profile.base64_bytes), ([blob("short"), blob("x" * 60)], kept))
-            self.assertEqual(self.talk(["short"], good, on).paths, [LEAN if kept else USUAL])
+            self.assertEqual((talked.answers, on.profile.base64_tokens), ([blob("short"), blob("x" * 60)], kept))
+            self.assertEqual(self.talk(["short"], good, on).paths, [LEAN if kept == 64 else USUAL])
 
     def test_a_tokenizer_may_spell_out_one_character(self) -> None:
         for text, path in (("\ufdfa" * 3, LEAN), ("\ufdfa" * 4, USUAL)):  # one of them is eighteen letters, 33 bytes
@@ -564,7 +564,7 @@ class OverOpenAI(Conversations):
     """All that holds of a conversation with Ollama, over the other protocol."""
 
     kind = embedgen.OpenAI
-    path, encoding, base64_bytes = "/embeddings", "base64 over /v1/embeddings", sys.maxsize
+    path, encoding, base64_tokens = "/embeddings", "base64 over /v1/embeddings", sys.maxsize
 
     def test_what_no_retry_can_mend_stops_at_once(self) -> None:
         for reply, words in [
@@ -590,7 +590,7 @@ class OverOpenAI(Conversations):
         on = self.server(dimensions=8, prefix="doc: ")
         expected = {"model": "m", "input": ["doc: " + text for text in TEXTS], "dimensions": 8}
         self.assertEqual(self.talk(TEXTS, good, on).bodies, [{**expected, "encoding_format": "base64"}])
-        on.profile = on.profile._replace(base64_bytes=0)
+        on.profile = on.profile._replace(base64_tokens=0)
         self.assertEqual(self.talk(TEXTS, good, on).bodies, [expected])
 
     def test_vectors_are_stored_as_they_come(self) -> None:
@@ -650,7 +650,7 @@ class OverOpenAI(Conversations):
         on = self.server()
         refused = error(422, "encoding_format: no such field")
         self.assertEqual(self.talk(TEXTS, script(refused), on).answers, VECTORS)
-        self.assertEqual(on.profile.base64_bytes, 0)
+        self.assertEqual(on.profile.base64_tokens, 0)
         failed = self.talk(["a"], lambda asked: good(asked) if asked == PROBE else refused, on)
         self.assertEqual(failed.answers, ["encoding_format: no such field"])  # of one that did not ask for it
 
@@ -844,14 +844,13 @@ class Handshake(unittest.TestCase):
             data(in_base64(self.numbers)),
             prefix="doc: ",
         )
-        expected = embedgen.ServerProfile(blob(KNOWN_GOOD), "b", "77", "0.14.0", 128 - embedgen.CONTEXT_MARGIN)
+        expected = embedgen.ServerProfile(blob(KNOWN_GOOD), "b", "77", "0.14.0", 128)
         self.assertEqual(profile, expected)
         paths = ["/api/show", "/api/tags", "/api/version", "/api/embed", "/v1/embeddings", "/api/ps"]
         self.assertEqual([path for path, _ in self.sent], paths)
         self.assertEqual(self.sent[3][1], {"model": "m", "input": ["doc: " + KNOWN_GOOD], "truncate": False})
 
     def test_the_model_card_and_the_loaded_model_tell_which_texts_cannot_be_cut(self) -> None:
-        margin = embedgen.CONTEXT_MARGIN
         lean = data(in_base64(self.numbers))
         for context, parameters, told, most in (
             (512, "", 4096, 512),
@@ -861,20 +860,19 @@ class Handshake(unittest.TestCase):
             (2048, "num_ctx 8192", 8192, 2048),
             (2048, "num_batch 512", 2048, 512),
             (2048, "", 128, 128),
-            (2048, "", None, margin),
-            (2048, "", "many", margin),
+            (2048, "", None, 0),
+            (2048, "", "many", 0),
         ):
             card = self.card(context, parameters)
             self.loaded = loaded(told)
             profile = self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals, lean)
-            self.assertEqual(profile.base64_bytes, most - margin)
+            self.assertEqual(profile.base64_tokens, most)
         # Options go over the usual path alone.
         option = [("num_ctx", 512)]
         profile = self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals, option=option)
-        self.assertEqual(profile.base64_bytes, 0)
-        for context in (10, None):
-            card = self.card(context)
-            self.assertEqual(self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals).base64_bytes, 0)
+        self.assertEqual(profile.base64_tokens, 0)
+        card = self.card(None)
+        self.assertEqual(self.shake(embedgen.Ollama, card, self.none, self.none, self.decimals).base64_tokens, 0)
 
     def test_servers_that_show_nothing(self) -> None:
         for reply in (Response(404, b"404 page not found"), Response(200, b"{}"),
@@ -912,10 +910,10 @@ class Handshake(unittest.TestCase):
         }.items():
             with self.subTest(name):
                 card = [self.card(), self.none, self.none]
-                self.assertEqual(self.shake(embedgen.Ollama, *card, self.decimals, reply).base64_bytes, 0)
-                self.assertEqual(self.shake(embedgen.OpenAI, data(self.numbers), reply).base64_bytes, 0)
+                self.assertEqual(self.shake(embedgen.Ollama, *card, self.decimals, reply).base64_tokens, 0)
+                self.assertEqual(self.shake(embedgen.OpenAI, data(self.numbers), reply).base64_tokens, 0)
         profile = self.shake(embedgen.OpenAI, data(self.numbers), data(in_base64(self.numbers))._replace(server="vLLM"))
-        self.assertEqual(profile, embedgen.ServerProfile(blob(KNOWN_GOOD), version="vLLM", base64_bytes=sys.maxsize))
+        self.assertEqual(profile, embedgen.ServerProfile(blob(KNOWN_GOOD), version="vLLM", base64_tokens=sys.maxsize))
         self.assertEqual([body for _, body in self.sent], [{"model": "m", "input": PROBE},
                          {"model": "m", "input": PROBE, "encoding_format": "base64"}])  # fmt: skip
 
@@ -924,7 +922,7 @@ class Handshake(unittest.TestCase):
                       Response(200, b"<html>"), data([0.0] * 8)):  # fmt: skip
             with self.subTest(reply=reply):
                 profile = self.shake(embedgen.OpenAI, reply, data(self.numbers), data(in_base64(self.numbers)))
-                self.assertEqual((profile.base64_bytes, profile.dimensions), (sys.maxsize, 8))
+                self.assertEqual((profile.base64_tokens, profile.dimensions), (sys.maxsize, 8))
 
     def test_a_server_that_is_not_there(self) -> None:
         away = self.stop(embedgen.OpenAI, REFUSED, REFUSED)
