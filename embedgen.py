@@ -1732,8 +1732,8 @@ class Scheduler:
         """`most` is the limit of requests in flight to all servers; `accept_drift`: do not compare their vectors."""
         self.servers, self.most, self.accept_drift = servers, most, accept_drift
         self.alone = len(servers) == 1  # then there is nobody to take over its work
-        self.long: list[Row] = []  # that are too long, to be cut or split each in a batch of its own
         self.returned: list[tuple[Row, int]] = []  # rows that servers have failed to do, and how many servers
+        self.long: list[tuple[Row, int]] = []  # the same of rows that are too long: each gets a batch of its own
 
     @property
     def up(self) -> list[ServerState]:
@@ -2079,8 +2079,7 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
             else:
                 response = await exchange(transport, step)
     except StopIteration as end:
-        result: T = end.value
-        return result
+        return cast(T, end.value)
 
 
 # ---- the two engines ----
@@ -2107,11 +2106,6 @@ class AsyncEngine:
         self.halted: Any = self.loop.create_future()
         self.happened: Any = self.loop.create_future()  # done when there is something to return to the run
 
-    def wake(self) -> None:
-        """End a wait."""
-        if not self.happened.done():
-            self.happened.set_result(None)
-
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
         self.loop.create_task(self.embed(batch, embed_batch(batch.server.protocol, *batch.arguments)))
@@ -2124,7 +2118,8 @@ class AsyncEngine:
 
         def report(event: Event) -> None:
             self.events.append((batch, event))
-            self.wake()
+            if not self.happened.done():
+                self.happened.set_result(None)
 
         try:
             report(await converse(transport, conversation, report))
@@ -2434,7 +2429,8 @@ def submit_batches(engine: Engine, next_rows: Callable[[int], list[Row] | None],
         server, size = choice
         is_long, moves = bool(scheduler.long), 0
         if is_long:
-            rows: list[Row] | None = [scheduler.long.pop()]
+            row, moves = scheduler.long.pop()
+            rows: list[Row] | None = [row]
         elif scheduler.returned:
             rows, moves = scheduler.take_returned(size)
         else:
@@ -2463,7 +2459,7 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
             if isinstance(event, ServerProfile):
                 news = scheduler.greet(server, event, now)
             elif server.status == "up":
-                scheduler.long += [row for row, answer in zip(batch.rows, event) if answer == LATER]
+                scheduler.long += [(row, batch.moves) for row, answer in zip(batch.rows, event) if answer == LATER]
                 yield Result([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
             else:  # it may have restarted with another model: the next handshake will show
                 scheduler.give_back(batch, batch.moves)
