@@ -1511,7 +1511,8 @@ class BatchRequest:
             if trouble.kind == "unreachable":
                 raise protocol.unreachable(str(trouble))
             if trouble.policy.fault == "texts":
-                raise Stop(f"{protocol.address} does not embed even a short text: {trouble}. {protocol.get_answer}")
+                said = str(trouble).rstrip(".")
+                raise Stop(f"{protocol.address} does not embed even a short text: {said}. {protocol.get_answer}")
         hopeless = trouble.kind == "unreachable" or self.trying + asked >= LEAVE_AFTER
         leave = self.movable and hopeless and (known_good or trouble.kind != "crashed")
         if leave or self.trying >= PATIENCE:
@@ -5278,7 +5279,8 @@ def embed_query(job: Job, text: str) -> tuple[bytes, ServerProfile]:
             with open_session(job, protocol) as (engine, profile):
                 [(_, [answer])] = embed_on_all(engine, [text])
                 if isinstance(answer, Failure):
-                    raise Stop(f"{protocol.address} does not embed the text that is searched for: {answer.reason}.")
+                    said = answer.reason.rstrip(".")
+                    raise Stop(f"{protocol.address} does not embed the text that is searched for: {said}.")
                 return answer.vector, profile
         except ServerAway as error:
             away = error
@@ -5502,7 +5504,8 @@ def fail(error: BaseException, console: Console, log: Log, given: Sequence[str])
         log.error(message, None if isinstance(error.__cause__, Stop) else error.__cause__)
     else:
         log.error(message, error)
-        message = f"{message.splitlines()[0]}. This is a fault of embedgen itself; the log and --verbose have more."
+        message = message.splitlines()[0].rstrip(".")
+        message += ". This is a fault of embedgen itself; the log and --verbose have more."
         if "--verbose" in given:
             sys.excepthook(type(error), error, error.__traceback__)
     console.lines()

@@ -377,10 +377,10 @@ class Output(Case):
 
     def test_a_fault_of_its_own_is_one_sentence_and_its_traceback_is_in_the_log(self) -> None:
         self.make_movies(3)
-        with mock.patch.object(embedgen.Coverage, "count", side_effect=RuntimeError("so\nwhat")):
+        with mock.patch.object(embedgen.Coverage, "count", side_effect=RuntimeError("so.\nwhat")):
             self.refuse(3, words=["RuntimeError: so. This is a fault of embedgen itself"])
         self.assertRegex(
-            self.log(), r" - ERROR - RuntimeError: so\\nwhat\nTraceback \(most recent call last\):\n  File "
+            self.log(), r" - ERROR - RuntimeError: so\.\\nwhat\nTraceback \(most recent call last\):\n  File "
         )
 
 

@@ -939,6 +939,7 @@ class Handshake(unittest.TestCase):
             self.assertIn("add /v1 to the address", said)
             self.assertRegex(said, "Sign in|Unexpected endpoint")
             self.assertIn("embeddings", self.stop(embedgen.OpenAI, reply, reply).message)
+        self.assertRegex(self.stop(embedgen.OpenAI, *[error(400, "No.")] * 2).message, r": No\. \w")  # one full stop
 
     def test_an_older_ollama_is_to_be_upgraded(self) -> None:
         for said in (self.stop(embedgen.Ollama, self.card(), self.none, self.none, self.none).message,):
