@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
+from tests.ollama import held_socket
 from tests.support import ENGINES, FULL, MOVIES, PROGRAM, SLOW_ENGINES, Case, command, environment
 
 
@@ -152,15 +152,15 @@ class ServerAddresses(unittest.TestCase):
 
 
 class Unreachable(Case):
-    def free_port(self) -> int:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        return port
+    def closed_port(self) -> int:
+        """Return a port at which nothing listens, nor will until the test's end."""
+        closed = held_socket(0)
+        self.addCleanup(closed.close)
+        return int(closed.getsockname()[1])
 
     def test_nothing_listens(self) -> None:
         self.make_movies(3)
-        address = f"http://127.0.0.1:{self.free_port()}"
+        address = f"http://127.0.0.1:{self.closed_port()}"
         for engine in ENGINES:
             with self.subTest(engine=engine):
                 self.refuse(3, "--server", address, "--engine", engine,
@@ -177,7 +177,7 @@ class Unreachable(Case):
     def test_nothing_to_do_needs_no_server(self) -> None:
         self.make_movies(3)
         self.succeed()
-        self.assertEqual(self.succeed("--server", f"http://127.0.0.1:{self.free_port()}").tally, (0, 3, 0))
+        self.assertEqual(self.succeed("--server", f"http://127.0.0.1:{self.closed_port()}").tally, (0, 3, 0))
 
     def test_a_missing_model(self) -> None:
         self.make_movies(3)
@@ -210,7 +210,7 @@ class Unreachable(Case):
         self.make_movies(3)
         address = self.ollama.url.replace("http://", "http://user:s3cr3t@")
         done = self.succeed("--server", address, "--verbose")
-        refused = self.refuse(3, "--server", f"http://user:s3cr3t@127.0.0.1:{self.free_port()}", "--force")
+        refused = self.refuse(3, "--server", f"http://user:s3cr3t@127.0.0.1:{self.closed_port()}", "--force")
         self.refuse(2, "--server", "ftp://user:s3cr3t@host", words=["***"])
         for flags in (
             ["--server", "http://user:p@s3cr3t@host:99999"],
