@@ -130,7 +130,7 @@ class Signals(Ending):
     def test_signals_of_any_kind_at_any_moment(self) -> None:
         self.make_movies(300)
         chance = random.Random(7)
-        for turn in range(60 if FULL else 3):
+        for turn in range(40 if FULL else 3):
             self.ollama.configure(seconds_per_text=0.001, slots=1)
             log = self.folder / f"logs{turn}" / ".generate_embeddings.lock"
             flags = ("--engine", "process", "--workers", 2, "--force", "--json", "--log-dir", log.parent)
