@@ -33,6 +33,10 @@ PROGRAM = ROOT / "embedgen.py"
 MOVIES = ROOT / "tests" / "data" / "movies.csv"
 ENGINES = ("async", "process")
 
+# Under Wine, paths of the Linux below exist, too.
+PROC = os.name == "posix" and Path("/proc/self/stat").exists()
+DEV_FULL = os.name == "posix" and Path("/dev/full").exists()
+
 # Set in continuous integration: the sizes that the promises name, where the suite takes smaller ones.
 FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
 # For tests that take seconds, since they wait for what processes do: elsewhere the engine that has more of them.
@@ -48,6 +52,23 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
 if START_METHOD:
     embedgen.START_METHOD = START_METHOD
+
+# What may be skipped on Windows, by the words of the skip: all else that is skipped there counts as a failure.
+SKIPPED_ON_WINDOWS = {
+    "the package psycopg is not installed; it is needed for Postgres only": "its server does not run under Wine",
+    "the engine and the database are each tested with the other of either": "as on Linux, but in full size",
+    "Windows has no such signals": "SIGTERM and SIGHUP cannot be sent there; Ctrl-C is tested in test_systems",
+    "/proc is needed to find the workers": "so that one of them can be killed",
+    "an empty environment starts no Python on Windows": "it needs SYSTEMROOT",
+    "a POSIX shell is needed": "as for closing a stream, or as the other end of a pipe",
+    "the current folder cannot be removed there": "nor a file that is open",
+    "needs /dev/full": "nothing else is full at once",
+    "the size limit is set as Linux has it": "nothing else makes a disk full at once",
+    "needs the C compiler of a Linux": "for a disk without locks",
+    "needs a device that is full": "nothing else is full at once",
+}
+# What Wine itself cannot do, though Windows can, by test.
+LIMITS_OF_WINE: dict[str, str] = {}
 
 # A script is compiled at each start, which takes as long as most of what is run here: processes import it instead.
 py_compile.compile(str(PROGRAM), quiet=2)
@@ -66,7 +87,32 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment without what the program would read, and with `extra`."""
     ours = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    if os.name == "nt":  # where redirected output is in the code page, cp1252, whatever the console has
+        kept["PYTHONUTF8"] = "1"
     return {**kept, **(extra or {})}
+
+
+def decoded(written: bytes) -> str:
+    """Return what a program has written to a pipe, with the line ends of every other system."""
+    return written.decode("utf-8").replace(os.linesep, "\n")
+
+
+# On Windows, Ctrl-C goes to all processes of a console: whoever presses it leaves its own console for that one.
+PRESS_CONTROL_C = """
+import ctypes, sys
+kernel = ctypes.windll.kernel32
+kernel.FreeConsole()
+assert kernel.AttachConsole(int(sys.argv[1])) and kernel.SetConsoleCtrlHandler(None, True)
+assert kernel.GenerateConsoleCtrlEvent(0, 0)
+"""
+
+
+def press_control_c(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a started program and its workers, as Ctrl-C in its terminal does."""
+    if os.name == "nt":
+        subprocess.run([sys.executable, "-c", PRESS_CONTROL_C, str(process.pid)], check=True)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
 
 
 class Watched(io.BytesIO):
@@ -85,7 +131,7 @@ class Watched(io.BytesIO):
 def captured(watch: Callable[[str], object] | None = None) -> io.TextIOWrapper:
     """Return a stream such as standard output is, into memory."""
     buffer = Watched(watch) if watch else io.BytesIO()
-    return io.TextIOWrapper(buffer, encoding="utf-8", write_through=True)
+    return io.TextIOWrapper(buffer, encoding="utf-8", newline="\n", write_through=True)
 
 
 def text_of(stream: io.TextIOWrapper) -> str:
@@ -229,7 +275,7 @@ class Case(unittest.TestCase):
             timeout=timeout,
             **more,
         )
-        return Finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+        return Finished(done.returncode, decoded(done.stdout), decoded(done.stderr))
 
     def run_here(
         self,
@@ -257,7 +303,7 @@ class Case(unittest.TestCase):
     def start_program(
         self, *given: object, env: Mapping[str, str] | None = None, **constants: object
     ) -> subprocess.Popen[bytes]:
-        """Start the program, in a process group of its own, and return at once."""
+        """Start the program, in a process group or a console of its own, and return at once."""
         process = subprocess.Popen(
             self.arguments(*given, **constants),
             cwd=self.folder,
@@ -266,6 +312,7 @@ class Case(unittest.TestCase):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         self.addCleanup(self.end, process)
         return process
@@ -276,7 +323,7 @@ class Case(unittest.TestCase):
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.fail(f"it did not end within {seconds} s: {self.log()[-2000:]}")
-        return Finished(process.returncode, out.decode("utf-8"), err.decode("utf-8"))
+        return Finished(process.returncode, decoded(out), decoded(err))
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Kill what is left of a process group, and close its pipes."""

@@ -16,7 +16,7 @@ from unittest import mock
 
 import embedgen
 from tests.ollama import held_socket
-from tests.support import ENGINES, FULL, MOVIES, PROGRAM, SLOW_ENGINES, Case, command, environment
+from tests.support import DEV_FULL, ENGINES, FULL, MOVIES, PROGRAM, SLOW_ENGINES, Case, command, decoded, environment
 
 
 class Usage(Case):
@@ -62,7 +62,7 @@ class Usage(Case):
 
     def test_help(self) -> None:
         script = [sys.executable, str(PROGRAM), "--help"]
-        shown = subprocess.run(script, stdout=subprocess.PIPE, check=True).stdout.decode()
+        shown = decoded(subprocess.run(script, stdout=subprocess.PIPE, check=True).stdout)
         readme = (PROGRAM.parent / "README.md").read_text("utf-8")
         for flag in re.findall(r"^\| `(--[a-z-]+)", readme, re.MULTILINE):
             self.assertRegex(shown, rf"\n  {flag}\b")
@@ -74,7 +74,7 @@ class Usage(Case):
         self.assertIn("Exit codes: 0 ", shown)
 
     def test_version(self) -> None:
-        version = subprocess.run(command("--version"), stdout=subprocess.PIPE, check=True).stdout.decode()
+        version = decoded(subprocess.run(command("--version"), stdout=subprocess.PIPE, check=True).stdout)
         self.assertEqual(version, f"embedgen {embedgen.__version__}\n")
 
     def test_names_that_do_not_exist(self) -> None:
@@ -126,7 +126,7 @@ class Usage(Case):
             command("--log-dir", self.folder / "logs", "--target", "minis"),
             cwd=self.folder, env=environment(extra), stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
-        self.assertIn("Successfully generated: 2\n", done.stdout.decode())
+        self.assertIn("Successfully generated: 2\n", decoded(done.stdout))
         self.assertEqual(self.execute("SELECT DISTINCT model FROM minis"), [("all-minilm",)])
 
 
@@ -336,7 +336,7 @@ class Output(Case):
     @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
     def test_streams_that_are_closed_or_full(self) -> None:
         self.make_movies(20)
-        full = ">/dev/full" if os.path.exists("/dev/full") else ">&-"
+        full = ">/dev/full" if DEV_FULL else ">&-"
         redirections = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", full)
         chosen = itertools.product(ENGINES, redirections) if FULL else zip(itertools.cycle(ENGINES), redirections)
         for engine, redirection in chosen:
@@ -359,7 +359,7 @@ class Output(Case):
         done = subprocess.run([sys.executable, str(here / "embedgen.py"), "--load", str(MOVIES), "--server", "hash:"],
                               cwd=here, env=environment(), stdout=subprocess.PIPE, check=True)  # fmt: skip
         self.assertIn(
-            "📝 Detailed logs: logs/generate_embeddings_async.log\n".replace("/", os.sep), done.stdout.decode()
+            "📝 Detailed logs: logs/generate_embeddings_async.log\n".replace("/", os.sep), decoded(done.stdout)
         )
         self.assertTrue((here / "logs" / "generate_embeddings_async.log").exists())
 
@@ -388,7 +388,7 @@ class StartUp(unittest.TestCase):
     def test_help_imports_little(self) -> None:
         code = "import sys, embedgen\ntry: embedgen.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
         shown = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, stdout=subprocess.PIPE, check=True)
-        loaded = set(shown.stdout.decode().splitlines()[-1].split())
+        loaded = set(decoded(shown.stdout).splitlines()[-1].split())
         dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl"}
         self.assertEqual(loaded & dear, set())
 

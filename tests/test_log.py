@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import embedgen
-from tests.support import FULL, Case
+from tests.support import DEV_FULL, FULL, Case
 
 
 class Lines(Case):
@@ -50,7 +50,7 @@ class Trouble(Case):
         self.assertRegex(done.err, r"\Awarning: cannot write the log .*\n\Z")
         self.assertIn("Detailed logs: none\n", done.out)
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    @unittest.skipUnless(DEV_FULL, "needs /dev/full")
     def test_a_full_disk(self) -> None:
         self.make_movies(3)
         (self.folder / "logs").mkdir()

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from tests.databases import Postgres
 from tests.ollama import Ollama, blob
-from tests.support import FULL, Case, OnPostgres, another_double
+from tests.support import FULL, PROC, Case, OnPostgres, another_double
 
 NOMIC = "nomic-embed-text"
 ROWS = 200
@@ -202,7 +202,7 @@ class OtherVersionsOnPostgres(OnPostgres, OtherVersions):
     """The same on Postgres."""
 
 
-@unittest.skipUnless(Path("/proc/self/status").exists(), "/proc is needed to count how often a process wakes up")
+@unittest.skipUnless(PROC, "/proc is needed to count how often a process wakes up")
 class Asleep(Case):
     """Who waits for workers, and these for a server, sleeps."""
 

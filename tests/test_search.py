@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 import embedgen
 from tests.databases import Postgres, SQLite
 from tests.ollama import blob
-from tests.support import FULL, MOVIES, ROOT, Case, OnPostgres, environment
+from tests.support import DEV_FULL, FULL, MOVIES, ROOT, Case, OnPostgres, environment
 
 WHERE = "year >= 1960 AND id % 3 <> 1"
 
@@ -159,7 +158,7 @@ class Films(SearchCase):
         self.update(7, bytes(1024), "")
         self.refuse(3, "--similar", 7, words=["movie 7 has a vector without a direction", "--force"])
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs a device that is full")
+    @unittest.skipUnless(DEV_FULL, "needs a device that is full")
     def test_an_output_that_takes_nothing(self) -> None:
         with open("/dev/full", "wb") as full:
             flags = self.arguments("--server", "hash:", "--search", "ship")

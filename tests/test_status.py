@@ -132,7 +132,6 @@ class Status(Case):
         self.assertEqual((facts["cut"], facts["split"], facts["embedded"]), (1, 0, 3))
         self.assertIn("   ✂  Cut:      1\n", self.succeed("--status").out)
 
-    @unittest.skipIf(os.name == "nt", "a closed pipe is another error there")
     def test_a_reader_that_has_gone(self) -> None:
         self.make_movies(3)
         process = self.start_program("--status")

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import unittest
 from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.support import AUTHORITY, ENGINES, START_METHOD, Case, tls_double
+from tests.support import (
+    AUTHORITY,
+    ENGINES,
+    MOVIES,
+    PROGRAM,
+    START_METHOD,
+    Case,
+    decoded,
+    environment,
+    press_control_c,
+    tls_double,
+)
+from tests.test_readme import blocks, without_times
+
+# How often Ctrl-C is pressed: it may come at a moment when a process is just being started.
+CONTROL_C_TURNS = int(os.environ.get("EMBEDGEN_TEST_CONTROL_C", 1))
 
 REFUSED = "The remote computer refused the network connection"
 
@@ -74,6 +93,44 @@ if os.name == "nt":
         def test_more_workers_than_can_be_waited_for(self) -> None:
             self.check("process", 64, 60)
 
+    class QuickStart(Case):
+        def test_the_readmes_first_commands_under_cmd(self) -> None:
+            shutil.copy(PROGRAM, self.folder)
+            (self.folder / "tests" / "data").mkdir(parents=True)
+            shutil.copy(MOVIES, self.folder / "tests" / "data")
+            env = environment({"OLLAMA_HOST": self.ollama.url})
+            env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
+            first, second, *_ = blocks()
+            for block in (first, second):
+                for line in block.text.splitlines():
+                    if line.startswith("python "):
+                        with self.subTest(line):
+                            done = subprocess.run(
+                                ["cmd", "/c", line], cwd=self.folder, env=env,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            )  # fmt: skip
+                            self.assertEqual((done.returncode, decoded(done.stderr)), (0, ""))
+                wanted = without_times(block.output.replace("logs/", "logs\\"))
+                self.assertEqual(without_times(decoded(done.stdout))[-len(wanted) + 1 :], wanted[1:])
+
+    class CodePage(Case):
+        def test_redirected_output_is_in_the_systems_code_page(self) -> None:
+            self.make_movies(10)
+            done = self.start_program(env={"PYTHONUTF8": "0"})
+            out, err = done.communicate(timeout=60)
+            self.assertEqual((done.returncode, err), (0, b""))
+            self.assertIn(b"+=10, -=0, x=0]", out)
+
+    class OpenLog(Case):
+        def test_a_log_that_another_program_has_open_grows(self) -> None:
+            self.make_movies(50)
+            self.execute("UPDATE movies SET title = NULL, overview = NULL")
+            self.run_program()
+            with open(self.folder / "logs" / "generate_embeddings_async.log", encoding="utf-8"):
+                with mock.patch.object(embedgen, "LOG_BYTES", 1500):
+                    self.assertEqual(self.run_program().err, "")
+            self.assertEqual(len(re.findall(r"movie \d+ failed: no text\n", self.log())), 100)
+
 else:
 
     class OpenFiles(Limits):
@@ -89,6 +146,27 @@ else:
         def test_more_connections_than_there_may_be_open_files(self) -> None:
             self.ollama.configure(network=0.05)
             self.check("async", 90, 64 - embedgen.SPARE_FILES, preexec_fn=self.limited)
+
+
+class ControlC(Case):
+    def test_it_ends_the_run_with_its_summary_and_workers_are_silent(self) -> None:
+        for engine in ENGINES:
+            for turn in range(CONTROL_C_TURNS):
+                with self.subTest(engine=engine, turn=turn):
+                    self.database.unlink(missing_ok=True)
+                    self.ollama.reset()
+                    self.make_movies(1000)
+                    self.ollama.configure(seconds_per_text=0.02, slots=1)
+                    flags = ("--engine", engine, "--workers", 3, "--batch-size", 4)
+                    process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
+                    self.wait_for(lambda: "movie_embeddings" in self.db.tables() and self.stored(), "the first rows")
+                    press_control_c(process)
+                    done = self.ended(process)
+                    self.assertEqual((done.code, done.err), (130, ""))
+                    self.assertIn("Movie Embedding Generator Stopped", done.out)
+                    stored = len(self.stored())
+                    self.assertEqual(done.tally, (stored, 0, 0))
+                    self.assertLess(stored, 1000)
 
 
 class Addresses(Case):
