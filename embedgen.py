@@ -793,6 +793,12 @@ def unpack(vector: bytes) -> Sequence[float]:
     return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
+def normalised(numbers: Sequence[float]) -> bytes:
+    """Return a vector as it is stored, scaled to length 1; nothing if it is all zero."""
+    norm = math.hypot(*numbers)
+    return pack([number / norm for number in numbers]) if norm else b""
+
+
 def cosine(one: bytes, other: bytes) -> float:
     """Return the cosine of the angle between two stored vectors, good to 15 digits; NaN if one has no direction.
 
@@ -1188,8 +1194,7 @@ class FeatureHashing(Protocol):
         for feature, weight in features.items():
             code = int.from_bytes(hashlib.blake2b(feature.encode("utf-8", "replace"), digest_size=4).digest(), "little")
             vector[code % HASH_DIMENSIONS] += weight if code >> 31 else -weight
-        norm = math.hypot(*vector)
-        return pack([number / norm for number in vector]) if norm else b""
+        return normalised(vector)
 
 
 def protocols_for(settings: Settings) -> list[Protocol]:
@@ -1241,9 +1246,7 @@ def parts_of(text: str, most: int) -> list[str]:
 
 def mean(vectors: list[tuple[int, bytes]]) -> bytes:
     """Return the mean of vectors, each with its weight, scaled to length 1; nothing if they cancel each other out."""
-    sums = [sum(values) for values in zip(*([weight * x for x in unpack(vector)] for weight, vector in vectors))]
-    norm = math.hypot(*sums)
-    return pack([number / norm for number in sums]) if norm else b""
+    return normalised([sum(values) for values in zip(*([w * x for x in unpack(vector)] for w, vector in vectors))])
 
 
 def embed_batch(
@@ -1445,14 +1448,13 @@ class BatchRequest:
         try:
             protocol.check(request, response, len(texts))
             numbers = protocol.read(response)
-            if request.encoding == "base64" and not all(isinstance(vector, bytes) for vector in numbers):
-                yield from self.learn(base64_tokens=0)  # so as not to ask for what is not given
             vectors = validate_vectors(numbers, texts)
             if request.encoding == "base64":
                 # Only now is it known what context the texts have met: the server may have loaded the model again.
                 most = yield from protocol.loaded_context()
-                if most < self.profile.base64_tokens:
-                    yield from self.learn(base64_tokens=most)
+                useful = most if isinstance(numbers[0], bytes) else 0  # so as not to ask for what is not given
+                if useful < self.profile.base64_tokens:
+                    yield from self.learn(base64_tokens=useful)
                 if most < request.longest:
                     raise ProtocolChanged("the loaded model may have cut a text")
             for dimensions in {len(vector) // 4 for vector in vectors} - {known or len(vectors[0]) // 4}:
