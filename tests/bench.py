@@ -33,6 +33,7 @@ import threading
 import time
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -40,7 +41,7 @@ from xml.sax.saxutils import escape
 
 from tests.databases import Postgres
 from tests.ollama import EMBED_PATHS, MODEL, Connection, Ollama, Question, Server, vector
-from tests.support import ENGINES, ROOT, command, environment
+from tests.support import ENGINES, PROGRAM, ROOT, environment
 
 # --- Running and measuring ----------------------------------------------------------------------
 
@@ -53,6 +54,11 @@ class Measured(NamedTuple):
     seconds: float
     cpu: float = math.nan  # nan is what could not be measured
     peak: float = math.nan
+
+
+def command(*arguments: object) -> list[str]:
+    """Return the command line that runs the program as its user does: a script, which Python compiles at each start."""
+    return [sys.executable, str(PROGRAM), *map(str, arguments)]
 
 
 def pss(pid: int | str) -> float:
@@ -149,37 +155,60 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> No
 
 
 drawn: list[Path] = []  # the folder for figures, if any are wanted
-FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}" role="img">
-<title>{title}</title>
+LABELS, BARS = 330, 340  # pixels: what the names take, and the longest bar
+FIGURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {height}" width="740" height="{height}" role="img">
+<title>{title}, by client</title>
 <style>
 text {{ font: 13px system-ui, sans-serif; fill: #24292f; }} .more {{ fill: #57606a; }}
-rect {{ fill: #b6bcc4; }} rect.ours {{ fill: #1f7a4d; }}
+rect {{ fill: #b6bcc4; }} rect.ours {{ fill: #1f7a4d; }} line {{ stroke: #57606a; }} line.grid {{ opacity: 0.3; }}
 @media (prefers-color-scheme: dark) {{
 text {{ fill: #e6edf3; }} .more {{ fill: #9198a1; }} rect {{ fill: #545d68; }} rect.ours {{ fill: #3fb27f; }}
+line {{ stroke: #9198a1; }}
 }}
 </style>
-<text class="more" x="0" y="16">{title}</text>
 {bars}
+{axis}
+<text class="more" x="{middle}" y="{foot}" text-anchor="middle">{title}</text>
 </svg>
 """
-BAR = """<text x="196" y="{text}" text-anchor="end">{name}</text>
-<rect{ours} x="204" y="{top}" width="{width:.0f}" height="16"/><text x="{right:.0f}" y="{text}">{value:,.0f}</text>"""
+BAR = """<text x="{label}" y="{text}" text-anchor="end">{name}</text>
+<rect{ours} x="{left}" y="{top}" width="{width:.0f}" height="16"/>
+<text x="{right:.0f}" y="{text}">{value:,.0f}</text>"""
+
+
+def versioned(name: str) -> str:
+    """Return the name of a client with the versions of its packages."""
+    for package in SCRIPTS[name][0] if name in SCRIPTS else ():
+        name = re.sub(rf"\b{package}(-python)?\b", rf"\g<0> {metadata.version(package)}", name, count=1)
+    return name
 
 
 def draw(name: str, title: str, values: Mapping[str, float]) -> None:
-    """Draw one bar for each value, the program's own in another colour."""
-    most, bars = max(values.values()), []
+    """Draw one bar for each value, the program's own in another colour; `title` is the axis', with its unit."""
+    most, bars, axis = max(values.values()), [], []
+    step = next(step for power in range(9) for step in (10**power, 2 * 10**power, 5 * 10**power) if most / step <= 6)
+    foot = 14 + 24 * len(values)
+    for tick in range(0, int(most) + 1, step):
+        x, grid = LABELS + BARS * tick / most, ' class="grid"' * bool(tick)
+        axis.append(
+            f'<line{grid} x1="{x:.0f}" y1="4" x2="{x:.0f}" y2="{foot - 8}"/>'
+            f'<text class="more" x="{x:.0f}" y="{foot + 8}" text-anchor="middle">{tick:,}</text>'
+        )
     for number, (label, value) in enumerate(values.items()):
-        top, width, ours = 28 + 24 * number, 370 * value / most, ' class="ours"' * label.startswith(ENGINES)
+        top, width, ours = 8 + 24 * number, BARS * value / most, ' class="ours"' * label.startswith(ENGINES)
         bars.append(
             BAR.format(
-                name=escape(label), value=value, ours=ours, top=top, text=top + 13, width=width, right=210 + width
+                name=escape(versioned(label)), value=value, ours=ours, label=LABELS - 8, left=LABELS, top=top,
+                text=top + 13, width=width, right=LABELS + 6 + width,
             )
-        )
+        )  # fmt: skip
+    picture = FIGURE.format(
+        title=escape(title), height=foot + 34, bars="\n".join(bars), axis="\n".join(axis), middle=LABELS + BARS // 2,
+        foot=foot + 28,
+    )  # fmt: skip
     for folder in drawn:
         folder.mkdir(exist_ok=True)
-        text = FIGURE.format(title=escape(title), height=32 + 24 * len(bars), bars="\n".join(bars))
-        (folder / f"{name}.svg").write_text(text, "utf-8")
+        (folder / f"{name}.svg").write_text(picture, "utf-8")
 
 
 # --- A server and a client that cost next to nothing --------------------------------------------
@@ -192,13 +221,18 @@ def ready_made(path: str, texts: int) -> bytes:
     """Return a whole answer, as Ollama gives it, with a vector for each of so many texts."""
     if path in EMBED_PATHS:
         vectors = [vector(str(number), DIMENSIONS) for number in range(texts)]
-        question = Question(path, "nomic-embed-text", MODEL, [""] * texts, texts, DIMENSIONS, base64=True)
+        name = "nomic-embed-text"
+        question = Question(
+            path=path, name=name, named=name, model=MODEL, texts=[""] * texts, tokens=texts, dimensions=DIMENSIONS,
+            base64=True, context=2048,
+        )  # fmt: skip
         body = Server.encode(question, vectors, {}, "")
     else:
         body = json.dumps(
             {
                 "model_info": {"double.embedding_length": DIMENSIONS, "double.context_length": 2048},
                 "capabilities": ["embedding"],
+                "models": [{"name": "nomic-embed-text:latest", "digest": "0a109f422b47", "context_length": 2048}],
             }
         )
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -405,7 +439,7 @@ async def embed(client, texts):
     return [array.array("f", vector).tobytes() for vector in answer.embeddings]
 {TEN_AT_ONCE}"""
 SCRIPTS = {  # name: packages and text
-    "expert, httpx orjson numpy": (("httpx", "orjson", "numpy"), EXPERT),
+    "script: httpx, orjson, numpy": (("httpx", "orjson", "numpy"), EXPERT),
     "ollama-python": (("ollama",), OLLAMA_PYTHON),
     "requests, Pool(10), one by one": (("requests",), WITH_REQUESTS + POOL),
     "urllib, Pool(10), one by one": ((), WITH_URLLIB + POOL),
@@ -446,7 +480,7 @@ def throughput(folder: Path, quick: bool) -> None:
             jobs[f"the server's ceiling, {name}"] = functools.partial(raw_loop, url, count, 32, 10, path)
         jobs.update(both_engines(fresh, url, *fixed))
         decimals = both_engines(fresh, url, *fixed, "--option", "num_ctx=2048")
-        jobs.update({f"{engine}, without base64": job for engine, job in decimals.items()})
+        jobs.update({f"{engine}, decimals": job for engine, job in decimals.items()})
         jobs.update(scripts(folder, url, fresh))
         done = in_turns(jobs)
     base, rows = done[LAST], []
@@ -456,9 +490,12 @@ def throughput(folder: Path, quick: bool) -> None:
     header = ("", "embeddings/s", "ratio", "CPU, µs each", "ratio", "peak PSS, MiB")
     show(f"throughput: {count:,} rows, {DIMENSIONS} dimensions, ready-made answers, 10 x 32", header, rows)
     clients = {name: run for name, run in done.items() if "ceiling" not in name}
-    draw("throughput", "embeddings per second", {name: count / run.seconds for name, run in clients.items()})
-    draw("cpu", "µs of processor time per embedding", {name: run.cpu / count * 1e6 for name, run in clients.items()})
-    draw("memory", "MiB of memory at the peak", {name: run.peak for name, run in clients.items()})
+    for figure, axis, value in (
+        ("throughput", "embeddings per second: more is better", lambda run: count / run.seconds),
+        ("cpu", "processor time per embedding, in µs: less is better", lambda run: run.cpu / count * 1e6),
+        ("memory", "memory at the peak, in MiB: less is better", lambda run: run.peak),
+    ):
+        draw(figure, axis, {name: value(run) for name, run in clients.items()})
 
 
 def copy(folder: Path, quick: bool) -> None:
@@ -484,7 +521,7 @@ def copy(folder: Path, quick: bool) -> None:
     with responder() as url:
         raw_loop(url, 330, 32, 10, "/v1/embeddings")  # makes the answers ready
         jobs = both_engines(fresh, url, "--concurrent", 10, "--batch-size", 32)
-        jobs.update(scripts(folder, url, fresh, MOVIES_IN_POSTGRES, "expert"))
+        jobs.update(scripts(folder, url, fresh, MOVIES_IN_POSTGRES, "script"))
         done = in_turns(jobs)
     base, rows = done["async"], []
     for name, run in done.items():

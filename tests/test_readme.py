@@ -18,10 +18,13 @@ import sqlite3
 import subprocess
 import sys
 import unittest
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import embedgen
+from tests import bench
 from tests.support import (
     AUTHORITY,
     MOVIES,
@@ -194,6 +197,42 @@ class TestReadme(unittest.TestCase):
             self.assertIn(link, anchors)
         for path in re.findall(r"\]\((tests/[^)]+)\)", README):
             self.assertTrue((ROOT / path).exists(), path)
+
+
+class TestPictures(Case):
+    """The demonstration and the figures."""
+
+    def test_the_demonstration_shows_what_is_printed(self) -> None:
+        picture = (ROOT / "tests" / "figures" / "demo.svg").read_text("utf-8")
+        self.assertLess(len(picture.encode()), 60_000)
+        texts = [
+            "".join(text.itertext()) for text in ElementTree.fromstring(picture).iter() if text.tag.endswith("text")
+        ]
+        self.assertEqual(texts.pop(0), "$ python embedgen.py")
+        frames = [text for text in texts if text.startswith("Generating")]
+        self.assertGreater(len(frames), 20)
+        self.assertEqual(len(set(frames)), len(frames))
+        self.make_movies(2000)
+        printed = filter(None, self.succeed("--server", "hash:").out.splitlines())
+        ours = [text for text in texts if text not in frames]
+        theirs = [line for line in printed if not line.startswith("Generating")]
+        self.assertEqual(without_times("\n".join(ours)), without_times("\n".join(theirs)))
+        self.assertIn("2000/2000 [00:00<00:00, ✓=2000, ⊘=0, ✗=0]", "".join(without_times(frames[-1])))
+
+    def test_figures_are_drawn(self) -> None:
+        with mock.patch.object(bench, "drawn", [self.folder]):
+            bench.draw("some", "seconds", {"async": 1.5, "other": 3.0})
+        drawn = ElementTree.parse(self.folder / "some.svg").getroot()
+        widths = [int(bar.get("width", 0)) for bar in drawn.iter() if bar.tag.endswith("rect")]
+        self.assertEqual(widths[1], 2 * widths[0])
+        for name in ("throughput", "cpu", "memory"):
+            text = (ROOT / "tests" / "figures" / f"{name}.svg").read_text("utf-8")
+            self.assertRegex(text, r"(?s)>process<.*>ollama-python \d+\.\d+")
+
+    def test_the_benchmark_has_answers(self) -> None:
+        for path in ("/api/embed", "/v1/embeddings"):
+            body = bench.ready_made(path, 2).partition(b"\r\n\r\n")[2]
+            self.assertGreater(len(body), 2 * bench.DIMENSIONS * 4)
 
 
 @unittest.skipUnless(shutil.which("sh"), "the commands are written for a shell")
