@@ -77,6 +77,9 @@ class SQLite:
         return row[2], row[3], row[4], row[6]
 
 
+MADE: set[str] = set()  # URLs of databases that this process has created
+
+
 class Postgres:
     """A database of its own in a Postgres server, with pgvector in a schema of its own, as some providers have it."""
 
@@ -103,17 +106,16 @@ class Postgres:
 
     def wipe(self) -> None:
         """Start anew, without a table."""
-        with self.psycopg.connect(self.admin, autocommit=True) as connection:
-            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [self.name]).fetchall()
-            if not known:
+        if self.url not in MADE:
+            with self.psycopg.connect(self.admin, autocommit=True) as connection:
                 connection.execute(f"CREATE DATABASE {self.name}")
                 connection.execute(f"ALTER DATABASE {self.name} SET search_path = public, extensions")
-                atexit.register(self.drop)
-        if not known:
+            MADE.add(self.url)
+            atexit.register(self.drop)
             self.execute("CREATE SCHEMA extensions")
             self.execute("CREATE EXTENSION vector SCHEMA extensions")
-        self.execute("DROP SCHEMA public CASCADE")
-        self.execute("CREATE SCHEMA public")
+        with self.psycopg.connect(self.url) as connection:
+            connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
 
     def drop(self) -> None:
         """Leave nothing behind."""

@@ -19,7 +19,7 @@ from tests.ollama import blob
 from tests.support import Case, Finished, OnPostgres
 
 NOMIC = "nomic-embed-text"
-MANY = 10_000  # rows, from which on a run may find it worth while to leave word for the next one
+MANY = 100  # rows
 
 
 class VerdictCase(Case):
