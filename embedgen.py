@@ -986,9 +986,9 @@ class Protocol:
     get_path = get_answer = "Does it serve embeddings?"
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        self.endpoint, self.address, self.prefix = endpoint, endpoint.shown, str(settings.prefix)
-        self.model, self.timeout, self.on_long = str(settings.model), float(settings.timeout), str(settings.on_long)
-        self.context: int = settings.context  # tokens, as the model's card has it; 0 if it does not
+        self.endpoint, self.address, self.prefix = endpoint, endpoint.shown, settings.prefix
+        self.model, self.timeout, self.on_long = settings.model, settings.timeout, settings.on_long
+        self.context = settings.context  # tokens, as the model's card has it; 0 if it does not
         # In every request for vectors. Ollama reloads the model where the options differ.
         common = {"model": self.model, "dimensions": settings.dimensions, "options": dict(settings.option)}
         self.common = {name: value for name, value in common.items() if value}
@@ -1305,15 +1305,8 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
 class BatchRequest:
     """One batch with one server: what is known of the server, and how long it has been tried in vain."""
 
-    def __init__(
-        self,
-        protocol: Protocol,
-        profile: ServerProfile,
-        movable: bool = False,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        """`jitter` gives numbers from 0 to 1, which spread the waits of many clients."""
-        self.protocol, self.profile, self.movable, self.jitter = protocol, profile, movable, jitter
+    def __init__(self, protocol: Protocol, profile: ServerProfile, movable: bool = False) -> None:
+        self.protocol, self.profile, self.movable = protocol, profile, movable
         self.timeout = protocol.timeout
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # and waits in that time
@@ -1523,7 +1516,7 @@ class BatchRequest:
                 f"({trouble}). Run the same command again when it does."
             )
             raise ServerAway(message, str(trouble), asked)
-        wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + self.jitter())
+        wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + random.random())
         self.trying += wait  # waiting as long as the server asks for is not trying
         self.waits += 1
         yield Wait(max(wait, asked))
@@ -2181,8 +2174,7 @@ class Worker:
         # A forked child inherits the parent's ends of all pipes. As long as one copy is open, no worker would see that
         # the parent has died.
         inherited = [worker.pipe for worker in [*others, self]] if START_METHOD == "fork" else []
-        work_with = child, protocols, inherited
-        self.process = context.Process(target=work, args=work_with, daemon=True)
+        self.process = context.Process(target=work, args=(child, protocols, inherited), daemon=True)
         with signals_held_back():
             self.process.start()
         child.close()

@@ -12,6 +12,7 @@ import unittest
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import embedgen
 from embedgen import KNOWN_GOOD, Embedding, Exchange, Failure, Learned, Request, Response, ServerAway, Stop, Wait
@@ -41,6 +42,13 @@ SILENCE = Response(0, seconds=300.0, reason="no answer within 300 s", timed_out=
 REFUSED = Response(0, seconds=0.0, reason="connection refused")
 NAN = "embedding contains NaN or Inf values"
 PROBE = [KNOWN_GOOD]
+
+
+def setUpModule() -> None:
+    """Have all waits take the middle of their time."""
+    patch = mock.patch("random.random", return_value=0.5)
+    patch.start()
+    unittest.addModuleCleanup(patch.stop)
 
 
 class Settings(NamedTuple):
@@ -104,7 +112,7 @@ class Talked:
         self.seconds = 0.0
         self.stop: Stop | None = None
         self.results: list[embedgen.Answer] = []
-        batch = embedgen.BatchRequest(on.protocol, on.profile, movable, jitter=lambda: 0.5)
+        batch = embedgen.BatchRequest(on.protocol, on.profile, movable)
         conversation = batch.embed(list(texts))
         response: Response | None = None
         try:
@@ -200,8 +208,10 @@ class Conversations(unittest.TestCase):
 
     def test_waits_are_jittered(self) -> None:
         on = self.server()
-        batch = embedgen.BatchRequest(on.protocol, on.profile, jitter=random.Random(1).random)
-        waits = [step for _ in range(9) for step in batch.pause(embedgen.Trouble("busy", "")) if isinstance(step, Wait)]
+        batch = embedgen.BatchRequest(on.protocol, on.profile)
+        with mock.patch("random.random", random.Random(1).random):
+            steps = [step for _ in range(9) for step in batch.pause(embedgen.Trouble("busy", ""))]
+        waits = [step for step in steps if isinstance(step, Wait)]
         self.assertEqual(len({round(step.seconds, 3) for step in waits}), 9)
         for number, step in enumerate(waits):
             middle = min(0.5 * 2**number, 15.0)
@@ -284,7 +294,7 @@ class Conversations(unittest.TestCase):
                     return good(asked) if clock[0] > 90 else away
 
                 on = self.server()
-                conversation = embedgen.BatchRequest(on.protocol, on.profile, jitter=lambda: 0.5).embed(list(texts))
+                conversation = embedgen.BatchRequest(on.protocol, on.profile).embed(list(texts))
                 reply: Response | None = None
                 try:
                     while True:
