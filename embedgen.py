@@ -2836,10 +2836,14 @@ class Column(NamedTuple):
 
     type: str
     pk_position: int
+    model: str | None = None  # of its vectors, by a comment `embedgen: MODEL`; "" without one, None where none can be
 
 
-# Saves rows with their vectors and the ids of their provenance; returns how many of the rows were still there.
-VectorWriter = Callable[..., int]
+Embeddings = list["tuple[Row, Embedding]"]
+# Rows with their vectors and the ids of their provenance.
+Vectors = Sequence["tuple[Row, bytes, int | None]"]
+# Saves them; returns how many of the rows still existed, and the positions of those that other programs have locked.
+VectorWriter = Callable[[Vectors], "tuple[int, list[int]]"]
 
 
 class Forbidden(Stop):
@@ -2866,18 +2870,16 @@ def upsert(key: str, columns: Iterable[str]) -> str:
     return f"ON CONFLICT ({quoted(key)}) DO " + (f"UPDATE SET {changes}" if changes else "NOTHING")
 
 
-def insert_sql(coverage: Coverage, values: dict[str, str], rows: str) -> str:
-    """Return the statement that stores vectors in a target table.
-
-    `values` holds SQL by our names for the columns, and `rows` is the FROM clause, in which the source is called s.
-    """
-    target = coverage.target
+def insert_sql(coverage: Coverage, rows: str, vector: str, digest: str, now: str, provenance: str) -> str:
+    """Return the statement that stores vectors in a target table; `rows` is the FROM clause, with the source as s."""
+    target, model = coverage.target, literal(coverage.settings.model)
+    values = dict(zip(OWN_COLUMNS, (vector, model, digest, now, provenance)))
     stored = {quoted(theirs): values[ours] for ours, theirs in target.columns.items()}
-    return (
-        f"INSERT INTO {target.table.sql} ({quoted(target.key)}, {', '.join(stored)}) "
-        f"SELECT {coverage.source.key_sql}, {', '.join(stored.values())} {rows} "
-        f"{upsert(target.key, target.columns.values())}"
-    )
+    return f"""
+        INSERT INTO {target.table.sql} ({quoted(target.key)}, {", ".join(stored)})
+        SELECT {coverage.source.key_sql}, {", ".join(stored.values())} {rows}
+        {upsert(target.key, target.columns.values())}
+    """
 
 
 def page_sql(coverage: Coverage, condition: str, rows: int) -> str:
@@ -2907,7 +2909,7 @@ class Catalogue(NamedTuple):
     table_names: str  # names of the tables and views that can be read
     find_table: str  # parameters: name as given, and the only schema to look in or ""; schema, name, is it a table
     place_table: str  # parameters: name as given, and the default schema; result as of find_table
-    columns: str  # the readable columns: name, type, position in the primary key or 0
+    columns: str  # the readable columns: name, type, position in the primary key or 0, and model as in Column
     unique: str  # columns that are unique by themselves
     references: str  # parameters: schema, name, column; table and column that its foreign key refers to
     may_refer: str  # parameters: schema, name, column; true if this user may create foreign keys to it
@@ -2931,6 +2933,7 @@ class Database:
     type_names: ClassVar[dict[str, str]] = {}  # types of new columns for types by SQLite's names, and for narrow ones
     identity: ClassVar[str]  # type of a key that numbers its rows
     target_columns: ClassVar[str]  # of a new target, after its key; {} is the type of its vectors
+    create_index: Any  # of Postgres alone
     connection: Any = None
 
     def __init__(self, shown: str, driver_error: type[Exception], stopping: Callable[[], bool]) -> None:
@@ -3034,7 +3037,7 @@ class Database:
     def columns(self, table: Table) -> dict[str, Column]:
         """Return the readable columns by name; none if there is no such table."""
         found = self.query(self.catalogue.columns, table.schema, table.name)
-        return {name: Column(declared, pk_position) for name, declared, pk_position in found}
+        return {name: Column(*facts) for name, *facts in found}
 
     def readable_columns(self, table: Table) -> dict[str, Column]:
         """Return the readable columns by name; raise Stop if there are none."""
@@ -3074,6 +3077,23 @@ SQLITE_ERRORS = (
               "{shown} is not a sound SQLite database ({text}). Give --database URL."),
     ErrorRule("", "SQLite says of {shown}: {text}."),
 )  # fmt: skip
+
+
+def open_sqlite(path: str, mode: str = "rwc", timeout: float = 0, first: str = "BEGIN EXCLUSIVE") -> Any:
+    """Return a connection without Python's own transactions, after its first statement, which is tried once.
+
+    On an empty database, the usual one is a lock: on every system, and until the process ends.
+    """
+    import sqlite3
+
+    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
+    connection = sqlite3.connect(uri, timeout=timeout, isolation_level=None, uri=True)
+    try:
+        connection.execute(first)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
 
 
 class SQLite(Database):
@@ -3128,7 +3148,7 @@ class SQLite(Database):
         real, mode = os.path.realpath(path), "ro" if reads_only else "rwc"
         # An empty database beside the file, locked so that a second run is refused: SQLite's own lock works on every
         # system, ends with the process, and is not inherited by forked workers.
-        self.run_lock = None if reads_only else self.connect(f"{real}.embedgen-lock", mode, 0, "BEGIN EXCLUSIVE")
+        self.run_lock = None if reads_only else self.connect(f"{real}.embedgen-lock")
         with contextlib.ExitStack() as opened:
             if self.run_lock:
                 opened.callback(self.run_lock.close)
@@ -3143,19 +3163,12 @@ class SQLite(Database):
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
 
-    def connect(self, path: str, mode: str, timeout: float, first: str) -> Any:
-        """Return a connection without Python's own transactions, after its first statement, which is tried once."""
-        import sqlite3
-
-        uri, connection = f"file:{quote(os.fsencode(path))}?mode={mode}", None
+    def connect(self, *given: Any) -> Any:
+        """Return a connection as `open_sqlite` does, or raise what its error means."""
         try:
-            connection = sqlite3.connect(uri, timeout=timeout, isolation_level=None, uri=True)
-            connection.execute(first)
-        except sqlite3.Error as error:
-            if connection:
-                connection.close()
+            return open_sqlite(*given)
+        except self.driver_error as error:
             raise self.judge(error)[1] from error
-        return connection
 
     def close(self) -> None:
         """Close the file; remove it if this run has created it and left it empty."""
@@ -3213,24 +3226,22 @@ class SQLite(Database):
         """Return a vector as it came from the database, as float32, little-endian; None if it is none."""
         return value if isinstance(value, bytes) and value and len(value) % 4 == 0 else None
 
-    def vector_writer(self, coverage: Coverage, model: str) -> VectorWriter:
+    def vector_writer(self, coverage: Coverage) -> VectorWriter:
         """Return what saves vectors in one transaction."""
         source, target = coverage.source, coverage.target
         if target.is_column:
-            sql = (
-                f"UPDATE {source.table.sql} AS s SET {quoted(target.columns['embedding'])} = :vector "
-                f"WHERE {source.key_sql} = :key AND {self.sha256_sql(source.whole_text_sql)} = :digest"
-            )
+            sql = f"""
+                UPDATE {source.table.sql} AS s SET {quoted(target.columns["embedding"])} = :vector
+                WHERE {source.key_sql} = :key AND {self.sha256_sql(source.whole_text_sql)} = :digest
+            """
         else:
-            values = {
-                "embedding": ":vector", "model": literal(model), "text_sha256": ":digest",
-                "updated_at": "strftime('%Y-%m-%dT%H:%M:%SZ', 'now')", "provenance": ":provenance",
-            }  # fmt: skip
-            sql = insert_sql(coverage, values, f"FROM {source.rows_sql} AS s WHERE {source.key_sql} = :key")
+            rows = f"FROM {source.rows_sql} AS s WHERE {source.key_sql} = :key"
+            now = "strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
+            sql = insert_sql(coverage, rows, ":vector", ":digest", now, ":provenance")
 
-        def save(vectors: Sequence[tuple[Row, bytes, int | None]]) -> int:
+        def save(vectors: Vectors) -> tuple[int, list[int]]:
             rows = [{**row._asdict(), "vector": vector, "provenance": made_by} for row, vector, made_by in vectors]
-            return self.transaction(lambda: int(self.connection.executemany(sql, rows).rowcount))
+            return self.transaction(lambda: int(self.connection.executemany(sql, rows).rowcount)), []
 
         return save
 
@@ -3259,10 +3270,6 @@ class SQLite(Database):
     def check_index(self, target: Target, dimensions: int = 0) -> None:
         """Raise UsageError: only Postgres has an index for vectors."""
         raise UsageError("--index is for Postgres; a search in SQLite is exact and needs none. Leave it out.")
-
-    def create_index(self, target: Target) -> Iterator[float]:
-        """Build nothing."""
-        return iter(())
 
     def claims(self, coverage: Coverage, digest: str) -> Claims | None:
         """Return None: the run's lock keeps other machines away."""
@@ -3322,7 +3329,8 @@ POSTGRES_ERRORS = (
     ErrorRule("TransactionRollback", "Postgres says: {text}.", Stop, RECONNECT_PATIENCE),
     # Of a save whose row was deleted just between the look at it and the reference to it.
     ErrorRule("ForeignKeyViolation", "Postgres says: {text}", RowsRefused, 1.0),
-    ErrorRule('extension "vector"', "pgvector is missing and cannot be created ({text}). Install it on the server "
+    ErrorRule('extension "vector"|CREATE EXTENSION',
+              "pgvector is missing and cannot be created ({text}). Install it on the server "
               "(https://github.com/pgvector/pgvector), and have an administrator run: CREATE EXTENSION vector;"),
     ErrorRule("InsufficientPrivilege",
               "Postgres refuses: {text}. Ask its administrator, or give another user in --database.", Forbidden),
@@ -3368,7 +3376,11 @@ POSTGRES_CATALOGUE = Catalogue(
     """,
     columns="""
         SELECT a.attname, format_type(a.atttypid, a.atttypmod),
-            COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0)
+            COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0),
+            regexp_replace(
+                COALESCE(substring(col_description(a.attrelid, a.attnum), 'embedgen: ([^[:space:],;]+)'), ''),
+                ':latest$', ''
+            )
         FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
         WHERE a.attrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attnum > 0
         AND NOT a.attisdropped AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum
@@ -3524,45 +3536,54 @@ class Postgres(Database):
         """Return a vector as it came from the database, a JSON array, as float32, little-endian; None if none did."""
         return None if value is None else pack(json.loads(value))
 
-    def vector_writer(self, coverage: Coverage, model: str, more: str = "") -> VectorWriter:
+    def vector_writer(self, coverage: Coverage, more: str = "") -> VectorWriter:
         """Return what saves vectors in one statement; `more` are further CTEs of it.
 
         An array of vectors in binary form is as fast as COPY, and one statement: no temporary table, and no transaction
-        to keep open behind a pooler. Rows are locked in the order of their keys, as other programs are likely to do, so
-        that nobody waits in a circle.
+        to keep open behind a pooler. Rows are locked in the order of their keys, as other programs are likely to do; in
+        a column those that are locked already are left out, so that nobody waits in a circle.
         """
-        source, target = coverage.source, coverage.target
-        digest = "substr($3::bytea, 32 * b.position::int - 31, 32)"
-        batch = (
-            f"unnest($1::text[], $2::{self.pgvector}.vector[], $4::int[]) WITH ORDINALITY "
-            "AS b(key, embedding, provenance, position)"
-        )
-        rows = f"FROM patience, {batch} JOIN {source.rows_sql} AS s ON {source.key_sql} = b.key::{source.key_type}"
+        source, target, key = coverage.source, coverage.target, coverage.source.key_sql
+        digest, vectors = "substr($3::bytea, 32 * b.position::int - 31, 32)", f"$2::{self.pgvector}.vector[]"
+        rows, same_key = f"{source.rows_sql} AS s", f"{key} = b.key::{source.key_type}"
         if target.is_column:
-            same = f"{digest} = {self.sha256_sql(source.whole_text_sql)}"
-            write = (
-                f"UPDATE {target.table.sql} AS t SET {quoted(target.columns['embedding'])} = b.embedding FROM ("
-                f"SELECT {source.key_sql} AS key, b.embedding {rows} WHERE {same} ORDER BY 1 FOR UPDATE OF s"
-                f") AS b WHERE t.{quoted(target.key)} = b.key"
-            )
+            same = f"{same_key} AND {digest} = {self.sha256_sql(source.whole_text_sql)}"
+            batch = "unnest($1::text[]) WITH ORDINALITY AS b(key, position)"
+            # IS TRUE, lest Postgres join by the digests and so compute those of all rows.
+            write = f"""
+                free AS (
+                    SELECT {key} AS key, b.position FROM patience, {batch} JOIN {rows} ON {same_key}
+                    WHERE ({same}) IS TRUE ORDER BY 1 FOR NO KEY UPDATE OF s SKIP LOCKED
+                ), saved AS (
+                    UPDATE {target.table.sql} AS s SET {quoted(target.columns["embedding"])} = b.embedding
+                    FROM free JOIN unnest({vectors}) WITH ORDINALITY AS b(embedding, position)
+                    ON b.position = free.position WHERE {key} = free.key RETURNING 1
+                ), locked AS (
+                    SELECT b.key, b.position FROM {batch} WHERE b.position NOT IN (SELECT position FROM free)
+                    AND (SELECT true FROM {rows} WHERE {same} LIMIT 1)
+                )
+            """
         else:
-            values = {
-                "embedding": "b.embedding", "model": literal(model), "text_sha256": digest, "updated_at": "now()",
-                "provenance": "b.provenance",
-            }  # fmt: skip
-            write = insert_sql(coverage, values, f"{rows} ORDER BY 1")
-        sql = (
-            f"WITH patience AS (SELECT set_config('lock_timeout', '{ROW_LOCK_SECONDS}s', true), $3::bytea), "
-            f"saved AS ({write} RETURNING 1){more} SELECT count(*) FROM saved"
-        )
+            batch = f"""
+                FROM patience, unnest($1::text[], {vectors}, $4::int[]) WITH ORDINALITY
+                AS b(key, embedding, provenance, position) JOIN {rows} ON {same_key} ORDER BY 1
+            """
+            write = insert_sql(coverage, batch, "b.embedding", digest, "now()", "b.provenance")
+            write = f"saved AS ({write} RETURNING 1), locked AS (SELECT '' AS key, 0 AS position LIMIT 0)"
+        # Beside the setting, the types of parameters that not every statement uses.
+        patience = f"set_config('lock_timeout', '{ROW_LOCK_SECONDS}s', true), $3::bytea IS NULL, $4::int[] IS NULL"
+        sql = f"""
+            WITH patience AS (SELECT {patience}), {write}{more}
+            SELECT (SELECT count(*) FROM saved), ARRAY(SELECT position - 1 FROM locked)
+        """
         element = int(self.value(f"SELECT '{self.pgvector}.vector'::regtype::oid::bigint"))
 
-        def save(vectors: Sequence[tuple[Row, bytes, int | None]]) -> int:
+        def save(vectors: Vectors) -> tuple[int, list[int]]:
             rows, embeddings, provenance_ids = zip(*vectors)
-            keys = [str(row.key) for row in rows]
             digests = b"".join(row.digest for row in rows)  # in one piece, which psycopg sends 100 times sooner
-            array = vector_array(embeddings, element)
-            return int(self.query(sql, keys, array, digests, list(provenance_ids))[0][0])
+            keys, array = [str(row.key) for row in rows], vector_array(embeddings, element)
+            ((count, locked),) = self.query(sql, keys, array, digests, list(provenance_ids))
+            return count, locked
 
         return save
 
@@ -3808,6 +3829,7 @@ class Target(NamedTuple):
     dimensions: int  # demanded by this type, 0 for any
     belongs: bool  # whether it is for this source alone, so that a row the source does not have is gone for good
     is_column: bool
+    model: str | None = None  # of all vectors, as in Column
 
     def has(self, name: str) -> bool:
         """Whether it exists and has one of OWN_COLUMNS."""
@@ -3815,6 +3837,8 @@ class Target(NamedTuple):
 
     def column_sql(self, name: str) -> str:
         """Return the SQL of one of OWN_COLUMNS; NULL if the target lacks it."""
+        if self.model and name == "model":
+            return literal(self.model)
         return f"{'s' if self.is_column else 'e'}.{quoted(self.columns[name])}" if self.has(name) else "NULL"
 
     @property
@@ -3826,6 +3850,16 @@ class Target(NamedTuple):
     def vectors_sql(self) -> str:
         """The FROM clause for all vectors, also those of rows that the source does not show."""
         return f"{self.table.sql} AS {'s' if self.is_column else 'e'}"
+
+    def notes(self, key: str, model: str) -> list[str]:
+        """Return what a column cannot tell, and the SQL that helps."""
+        table, column = self.table.sql, quoted(self.columns["embedding"])
+        mark = f"UPDATE {table} SET {column} = NULL WHERE {quoted(key)} = ...;"
+        notes = [f"Changed texts cannot be told in a column. To have them embedded again, mark their rows: {mark}"]
+        if self.model == "":
+            declare = f"COMMENT ON COLUMN {table}.{column} IS {literal(f'embedgen: {model}')};"
+            notes.append(f"Nor can the model. If all vectors are by {model}, have others refused: {declare}")
+        return notes
 
     @classmethod
     def resolve(cls, db: AnyDatabase, source: Source, settings: Settings) -> Target:
@@ -3882,20 +3916,17 @@ class Target(NamedTuple):
         column = match(name, described)
         if column in [source.key, *(of_text for _, names in source.recipe.parts for of_text in names)]:
             raise UsageError(f'--out-column "{column}" is the key or part of the text. Give a column for the vectors.')
-        vectors = db.vectors_of(described[column].type) if column else ("vector", 0)
-        return cls(source.table, source.key, {"embedding": column or name}, column is not None, *vectors, True, True)
+        key, names = f"{singular(source.table.name)}_id", {"embedding": column or name}
+        if column is None:
+            return cls(source.table, key, names, False, "vector", 0, True, True)
+        kind = db.vectors_of(described[column].type)
+        return cls(source.table, key, names, True, *kind, True, True, described[column].model)
 
 
 def create_target(db: AnyDatabase, source: Source, target: Target, settings: Settings, dimensions: int) -> Target:
     """Return the target, created if it is a table that does not exist yet."""
-    if target.exists:
+    if target.exists or target.is_column:
         return target
-    if target.is_column:
-        column = target.columns["embedding"]
-        raise UsageError(
-            f'"{source.table.name}" has no column "{column}". '
-            f"Run: ALTER TABLE {source.table.sql} ADD COLUMN {quoted(column)} {db.vector_type(dimensions)};"
-        )
     key, table = f"{quoted(target.key)} {db.type_name(source.key_type)} PRIMARY KEY", source.table
     if source.is_referable and db.value(db.catalogue.may_refer, table.schema, table.name, source.key):
         key += f" REFERENCES {table.sql}({quoted(source.key)}) ON DELETE CASCADE"
@@ -3979,10 +4010,19 @@ class Coverage:
         return tuple(found[0]) if found else None
 
     def check(self, dimensions: int = 0) -> None:
-        """Raise UsageError or Stop if vectors of another model or other dimensions (0: unknown) would remain."""
+        """Raise UsageError or Stop if there is no column, or vectors by another model or dimensions (0: any) stay."""
         target, settings = self.target, self.settings
         if not target.exists:
+            if dimensions and target.is_column:
+                name, kind = target.columns["embedding"], self.db.vector_type(dimensions)
+                change = f"ALTER TABLE {target.table.sql} ADD COLUMN {quoted(name)} {kind};"
+                raise UsageError(f'"{target.table.name}" has no column "{name}". Run: {change}')
             return
+        if target.model and target.model != settings.model:
+            raise UsageError(
+                f'the comment of the column "{target.columns["embedding"]}" says that its vectors are by '
+                f'"{target.model}", not by "{settings.model}". Give --model {target.model}, or another --out-column.'
+            )
         self.db.query_all(f"SELECT 1 FROM {target.vectors_sql} LIMIT 0")  # raises Stop where rows are hidden
         other = None if self.replaces_all else self.stored(self.differs_sql(dimensions))
         if dimensions and target.dimensions not in (0, dimensions):
@@ -4088,6 +4128,9 @@ class Provenance:
                 self.db.delete(f"DELETE {self.others} AND NOT {self.is_used}")
 
 
+LOCKED_ROWS = 100  # of the source at most, in one statement: other programs must not wait for long
+
+
 class EmbeddingTable:
     """What a run reads and writes: pending rows, and their vectors."""
 
@@ -4096,7 +4139,7 @@ class EmbeddingTable:
         self.db, self.coverage, self.provenance, self.claims = coverage.db, coverage, provenance, claims
         self.dimensions = dimensions
         self.heartbeat_seconds = RENEWAL_SECONDS if claims else math.inf  # between two calls of `heartbeat`, at most
-        self.write = claims.save if claims else self.db.vector_writer(coverage, coverage.settings.model)
+        self.write = claims.save if claims else self.db.vector_writer(coverage)
 
     def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows to embed; None if there is none right now, but another machine may leave some.
@@ -4105,24 +4148,26 @@ class EmbeddingTable:
         """
         return self.claims.pending(wanted) if self.claims else self.coverage.pending()
 
-    def save(self, embeddings: list[tuple[Row, Embedding]]) -> tuple[int, list[tuple[Row, str]]]:
+    def save(self, embeddings: Embeddings) -> tuple[int, list[tuple[Row, Embedding, str]]]:
         """Save embeddings in one transaction; rows deleted or changed meanwhile are dropped.
 
-        Return how many rows were saved, and those that the database refuses, with its words: to find them, the batch is
-        halved until each stands alone.
+        Return the number of rows saved, and those that could not be: with the database's words if it refuses them, with
+        none if other programs have locked them. To find a refused row, the batch is halved until it stands alone.
         """
         self.check_dimensions(embeddings)
         rows = [(row, embedding.vector, self.provenance.id_of(embedding.fit)) for row, embedding in embeddings]
         try:
-            return self.write(rows), []
+            if len(rows) <= LOCKED_ROWS or not self.coverage.target.is_column:
+                count, locked = self.write(rows)
+                return count, [(*embeddings[position], "") for position in locked]
         except RowsRefused as refusal:
-            if len(embeddings) == 1:
-                return 0, [(embeddings[0][0], refusal.message)]
-        middle = len(embeddings) // 2
-        (one, refused), (other, more) = self.save(embeddings[:middle]), self.save(embeddings[middle:])
-        return one + other, refused + more
+            if len(rows) == 1:
+                return 0, [(*embeddings[0], refusal.message)]
+        middle = len(rows) // 2
+        (one, unsaved), (other, more) = self.save(embeddings[:middle]), self.save(embeddings[middle:])
+        return one + other, unsaved + more
 
-    def check_dimensions(self, embeddings: list[tuple[Row, Embedding]]) -> None:
+    def check_dimensions(self, embeddings: Embeddings) -> None:
         """Raise Stop if vectors do not go with each other, or with what somebody else has stored meanwhile."""
         if others := {len(embedding.vector) // 4 for _, embedding in embeddings} - {self.dimensions}:
             raise Stop(
@@ -4143,18 +4188,16 @@ class EmbeddingTable:
         """Renew this machine's claims if it is time; return what the others have done, as Claims.peers."""
         return self.claims.heartbeat() if self.claims else (0, 0)
 
-    def recount(self) -> int:
-        """Return the present number of rows if other machines may have done some of them, else 0."""
-        return self.coverage.count()[0] if self.claims else 0
-
     def finish(self) -> None:
         """After a run over all rows: remove vectors of an earlier model, version or dimension."""
         coverage, target = self.coverage, self.coverage.target
-        if not coverage.replaces_all or target.is_column:
+        if not coverage.replaces_all:
             return
         stale = f"{coverage.differs_sql(self.dimensions)} OR {self.provenance.is_by_others}"
         if coverage.stored(stale):
-            self.db.delete(f"DELETE FROM {target.vectors_sql} WHERE {stale}")
+            emptied = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
+            remove = emptied if target.is_column else f"DELETE FROM {target.vectors_sql}"
+            self.db.delete(f"{remove} WHERE {stale}")
         self.provenance.forget_unused()
 
     def close(self) -> None:
@@ -4187,7 +4230,8 @@ class Claims:
         """
         self.db, self.coverage = db, coverage
         settings, target, source = coverage.settings, coverage.target, coverage.source
-        name = target.table.name.encode()[:56].decode("utf-8", "ignore") + "_claims"  # a name has 63 bytes at most
+        name = f"{target.table.name}_{target.columns['embedding']}" if target.is_column else target.table.name
+        name = name.encode()[:56].decode("utf-8", "ignore") + "_claims"  # a name has 63 bytes at most
         self.table = Table(target.table.schema, name, True)
         self.key, self.key_type = quoted(target.key), db.type_name(source.key_type)
         self.machine = literal(os.urandom(8).hex())
@@ -4205,12 +4249,13 @@ class Claims:
         self.is_good = f"(c.settled OR c.expires > now() OR c.machine IN (SELECT m.machine {self.live_machines}))"
         # The statement that saves also removes the claims; with --force it settles them, so that no row is done again.
         done = f"UPDATE {self.claims} SET settled = true" if settings.force else f"DELETE FROM {self.claims}"
-        of_batch = f"c.{self.key} = ANY ($1::text[]::{self.key_type}[]) AND {self.is_mine}"
+        keys = "SELECT unnest($1::text[]) EXCEPT SELECT key FROM locked"
+        of_batch = f"c.{self.key} = ANY (ARRAY({keys})::{self.key_type}[]) AND {self.is_mine}"
         # And counts at that moment, so that to a machine that joins no row is done and not yet counted.
         machine = f"{self.is_mine} AND c.{self.key} IS NULL"
         count = f"UPDATE {self.claims} SET saved = saved + (SELECT count(*) FROM saved) WHERE {machine}"
         also = f", released AS ({done} WHERE {of_batch}), counted AS ({count})"
-        self.write = db.vector_writer(coverage, settings.model, also)
+        self.write = db.vector_writer(coverage, also)
         self.began, self.saved = time.monotonic(), 0  # rows, by this machine
         self.held: set[Any] = set()  # claimed keys that are neither saved nor settled
         self.unsent: dict[str, bool] = {}  # keys to be settled, and whether they have failed
@@ -4264,28 +4309,26 @@ class Claims:
 
     def scan(self, wanted: Callable[[], int]) -> Iterator[Row]:
         """Yield pending rows, claimed in the order of their keys, from the beginning of the table to its end."""
-        row, after, bound = self.coverage.source.row, None, None
+        source, after, bound = self.coverage.source, None, None
+        # The key that is SCAN_ROWS rows above another, or above the beginning; none if there are fewer.
+        next_bound = f"""
+            SELECT {source.key_sql} FROM {source.from_sql} AS s WHERE {source.key_sql} > $1 OR $1 IS NULL
+            ORDER BY 1 OFFSET {SCAN_ROWS - 1}
+        """
         while True:
             if after == bound:
-                bound = self.key_after(after)
+                bound = self.db.value(next_bound, after)
             rate = self.saved / max(time.monotonic() - self.began, 1.0)
             count = max(wanted(), int(rate * CLAIM_WORK_SECONDS), 1)
             found = self.claim(after, bound, min(count, PAGE_ROWS))
             ours = [(key, text) for key, text, is_mine in found if is_mine and str(key) not in self.unsent]
-            rows = [row(key, text) for key, text in ours if key not in self.held]
+            rows = [source.row(key, text) for key, text in ours if key not in self.held]
             self.held.update(one.key for one in rows)
             self.heartbeat()
             yield from rows
             if not found and bound is None:
                 return
             after = found[-1][0] if found else bound
-
-    def key_after(self, after: Any) -> Any:
-        """Return the key SCAN_ROWS rows after another (None: the beginning), or None if there are fewer rows."""
-        source = self.coverage.source
-        above = f"({source.key_sql} > $1 OR $1 IS NULL)"
-        sql = f"SELECT {source.key_sql} FROM {source.from_sql} AS s WHERE {above} ORDER BY 1 OFFSET {SCAN_ROWS - 1}"
-        return self.db.value(sql, after)
 
     def claim(self, after: Any, bound: Any, count: int) -> list[Any]:
         """Claim the next pending and unclaimed rows between two keys.
@@ -4352,12 +4395,12 @@ class Claims:
         self.unsent[str(row.key)] = failed
         self.saved += not failed  # other machines count a skipped row as done
 
-    def save(self, vectors: Sequence[tuple[Row, bytes, int | None]]) -> int:
-        """Save rows with their vectors and provenance; return how many of them still existed."""
-        count = self.write(vectors)
+    def save(self, vectors: Vectors) -> tuple[int, list[int]]:
+        """Save rows with their vectors and provenance, as a VectorWriter; the locked ones stay claimed."""
+        count, locked = self.write(vectors)
         self.saved += count
-        self.held.difference_update(row.key for row, _, _ in vectors)
-        return count
+        self.held.difference_update(row.key for index, (row, _, _) in enumerate(vectors) if index not in locked)
+        return count, locked
 
     def release(self) -> None:
         """Leave the remaining work to the others at once; if Postgres is away, they wait for the claims to expire."""
@@ -4396,7 +4439,7 @@ class Inspector:
     def origins(self) -> list[tuple[str, str, str, str, int]]:
         """Return what made the vectors of rows that exist: model, digest, prefix, fit, how many; most first."""
         target, tables, made = self.target, self.coverage.from_sql, "'', '', ''"
-        if not target.has("model"):
+        if not (target.model or target.has("model")):
             return []
         if self.provenance.is_readable:
             tables += f" LEFT JOIN {self.provenance.table.sql} AS p ON p.id = {target.column_sql('provenance')}"
@@ -4788,19 +4831,14 @@ LOGS_AT_ONCE = 100  # runs that can have a log of their own in one folder at the
 def take_log(folder: str, name: str) -> tuple[str, Any]:
     """Return the path of the first of NAME.log, NAME.2.log, ... that no other run writes, and the lock on it.
 
-    So only one process writes and rotates a log. A transaction on an empty SQLite database is a lock on every system,
-    and ends with the process. Without locks in that folder, the first log is taken.
+    So only one process writes and rotates a log. Without locks in that folder, the first log is taken.
     """
     import sqlite3
 
     os.makedirs(folder, exist_ok=True)
     for free in (name, *(f"{name}.{number}" for number in range(2, LOGS_AT_ONCE))):
-        with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as opened:
-            lock = sqlite3.connect(os.path.join(folder, f".{free}.lock"), timeout=0, isolation_level=None)
-            opened.callback(lock.close)
-            lock.execute("BEGIN EXCLUSIVE")
-            opened.pop_all()
-            return os.path.join(folder, f"{free}.log"), lock
+        with contextlib.suppress(sqlite3.Error):
+            return os.path.join(folder, f"{free}.log"), open_sqlite(os.path.join(folder, f".{free}.lock"))
     return os.path.join(folder, f"{name}.log"), None
 
 
@@ -4918,8 +4956,9 @@ class Run:
         self.batch_size = 0  # texts wanted for the next batch
         self.is_exhausted = False  # whether all pending rows have been read
         self.in_flight = 0  # rows given to the engine and not answered yet
-        self.unsaved: list[tuple[Row, Embedding]] = []
+        self.unsaved: Embeddings = []
         self.oldest = 0.0  # arrival of the first of them, by time.monotonic()
+        self.locked: dict[Any, float] = {}  # since when other programs have locked some of them, by key
         self.encodings: set[str] = set()  # of vectors, as logged so far
         self.paces: dict[int, str] = {}  # each server's last logged reason for its pace
 
@@ -4938,10 +4977,11 @@ class Run:
         except Exception:  # not KeyboardInterrupt: a save could wait for a lock
             self.save()
             raise
-        self.save()
+        self.save(0)
         self.counts.set_peers(*self.table.heartbeat())
         if self.is_exhausted and not self.interrupt.code:
-            self.counts.account_for_rest(self.table.recount() if self.counts.left else 0)
+            shared = self.counts.left and self.table.claims
+            self.counts.account_for_rest(self.table.coverage.count()[0] if shared else 0)
             self.table.finish()
 
     def room(self) -> int:
@@ -4998,6 +5038,8 @@ class Run:
         for row, answer in result.pairs:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
+                self.counts.cut += answer.fit == "cut"
+                self.counts.damaged += isinstance(row.text, Damaged)
                 if answer.fit != "whole":
                     self.log.warn(f"{self.name(row)} is longer than the model takes: {answer.fit}")
                 if isinstance(row.text, Damaged):
@@ -5037,18 +5079,27 @@ class Run:
             self.paces[server.index] = server.pace.reason
             self.log.info(f"{at}{server.pace}")
 
-    def save(self) -> None:
-        """Save the answers, which count as generated only then."""
-        embeddings, self.unsaved = self.unsaved, []  # first: an embedding that cannot be saved is not tried again
-        if not embeddings:
-            return
-        saved, refused = self.table.save(embeddings)
-        self.counts.generated += saved
-        self.counts.cut += min(saved, sum(embedding.fit == "cut" for _, embedding in embeddings))
-        self.counts.damaged += min(saved, sum(isinstance(row.text, Damaged) for row, _ in embeddings))
-        self.counts.to_do -= len(embeddings) - saved - len(refused)  # rows that have been deleted
-        for row, reason in refused:
-            self.fail(row, reason)
+    def save(self, most: int = UNSAVED_ROWS // 2) -> None:
+        """Save the answers, which count as generated only then. Rows that other programs have locked are kept for the
+        next time; while there are more than `most` of them, the run waits.
+        """
+        while embeddings := self.unsaved:
+            self.unsaved = []  # first: an embedding that cannot be saved is not tried again
+            (count, unsaved), now = self.table.save(embeddings), time.monotonic()
+            self.counts.generated += count
+            self.counts.to_do -= len(embeddings) - count - len(unsaved)  # rows that have been deleted or changed
+            for row, _, reason in unsaved:
+                if reason:
+                    self.fail(row, reason)
+            locked = [(row, embedding) for row, embedding, reason in unsaved if not reason]
+            self.locked = {row.key: self.locked.get(row.key, now) for row, _ in locked}
+            if locked and now - min(self.locked.values()) > ROW_LOCK_SECONDS:
+                raise Stop("another transaction holds rows for too long. Run again later.")
+            self.unsaved, self.oldest = locked, now
+            if len(self.unsaved) <= most or self.interrupt.code:
+                break
+            time.sleep(RETRY_SECONDS)
+            self.counts.set_peers(*self.table.heartbeat())
 
 
 def generate(job: Job) -> int:
@@ -5097,7 +5148,6 @@ def embed(job: Job, counts: Counts) -> Target:
         handshake_all(engine)
         table = open_table(job, scheduler)
         cleanup.callback(table.close)
-        table.coverage.check(table.dimensions)
         table.provenance.check_version()
         if not table.coverage.any_version:
             check_drift(engine, table)
@@ -5134,6 +5184,7 @@ def open_table(job: Job, scheduler: Scheduler) -> EmbeddingTable:
         db.check_index(job.target, dimensions)
     job = job._replace(target=create_target(db, job.source, job.target, settings, dimensions))
     coverage, claims = job.coverage(), None
+    coverage.check(dimensions)
     try:
         claims = db.claims(coverage, scheduler.told("digest"))
     except Forbidden as forbidden:
@@ -5222,8 +5273,6 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
         try:
             with open_session(job, protocol) as (engine, profile):
                 coverage.check(profile.dimensions)
-                if job.target.is_column:  # which is never created, but said to be missing
-                    create_target(job.db, job.source, job.target, job.settings, profile.dimensions)
                 digest = digest or profile.digest
                 speed += time_texts(engine, texts)
         except ServerAway:
@@ -5313,20 +5362,18 @@ def show_hits(
     head = "" if settings.quiet else truncate_to_width(head, cells)
     lines = [head, *hit_lines(hits, cells)] if hits else [f"No {nouns} to compare with were found."]
     report.give({**asked, "model": model or None, "results": results}, lines)
-    if not settings.quiet:
-        tally = inspector.tally(inspector.coverage.comparable_sql(len(vector) // 4))
-        note_unsearched(*tally, nouns, settings.action)
-
-
-def note_unsearched(total: int, stored: int, found: int, current: int, nouns: str, action: str) -> None:
-    """Print to standard error how many rows were not searched, or found by an older text."""
+    if settings.quiet:
+        return
+    total, stored, found, current = inspector.tally(inspector.coverage.comparable_sql(len(vector) // 4))
     counts = {
         "not searched, without an embedding": total - stored,
         "not searched, with one that does not compare": stored - found,
         "found by an older text": found - current,
     }
     if words := [f"{count} {what}" for what, count in counts.items() if count]:
-        complain(f"note: of {total} {nouns}, {'; '.join(words)}. Run embedgen without --{action} to embed them.")
+        complain(
+            f"note: of {total} {nouns}, {'; '.join(words)}. Run embedgen without --{settings.action} to embed them."
+        )
 
 
 PIPE_WIDTH = 200  # cells of a result's line without a terminal
@@ -5369,7 +5416,8 @@ def status(job: Job) -> int:
     is_unknown = found and not any(models) and not settings.model_is_named
     facts = {
         "table": settings.table, "target": job.target.table.name, "rows": total, "embedded": current,
-        "missing": total - found, "stale": found - current, "orphaned": inspector.orphans()[1],
+        "missing": total - found, "stale": None if job.target.is_column else found - current,
+        "orphaned": inspector.orphans()[1],
         **{fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")},
         "model": None if is_unknown else settings.model, "prefix": settings.document_prefix,
         "dimensions": inspector.dimensions() or None,
@@ -5378,6 +5426,7 @@ def status(job: Job) -> int:
             {"model": model or None, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
             for model, digest, prefix, fit, count in origins
         ],
+        "notes": job.target.notes(job.source.key, settings.model) if job.target.is_column else [],
     }  # fmt: skip
     job.report.give(facts, status_lines(facts, job.report, job.db.shown))
     return EXIT_DONE
@@ -5397,6 +5446,8 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
         "Cut": ("✂", ""),
         "Split": ("÷", ""),
     }
+    if facts["stale"] is None:
+        del figures["Stale"]
     width = max(len(f"{facts[name.lower()]:,}") for name in figures)
     for name, (mark, hint) in figures.items():
         count = facts[name.lower()]
@@ -5413,7 +5464,7 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
         lines.append(one_line(words + (f": {count:,}" if len(made) > 1 else "")))
     if facts["updated"]:
         lines.append(f"🕑 Last updated: {facts['updated']}")
-    return [*lines, RULE]
+    return [*lines, *facts["notes"], RULE]
 
 
 def utc_time(value: Any) -> str | None:
@@ -5437,22 +5488,19 @@ def prune(job: Job) -> int:
     job.db.query_all(f"SELECT 1 FROM {job.source.table.sql} LIMIT 0")  # raises Stop where rows are hidden
     inspector = job.inspector()
     total, gone = inspector.orphans()
-    refused = UsageError(
-        f'none of the {total} embeddings in {name} belongs to a row of "{source}", so that all would be removed. '
-        "Give another --table or --target; or --force, if that is meant."
-    )
-    if gone and gone == total and not settings.force:
-        raise refused
-    if gone and not settings.dry_run:
-        gone = inspector.prune(settings.force)
-        if not gone and inspector.orphans()[1]:
-            raise refused  # another program has deleted rows since they were counted
-    job.log.info(f"pruned {job.db.shown}, {target.table.name}: {gone} of {total} embeddings removed")
+    most = gone if gone < total or settings.force else 0  # to remove all is hardly what is meant
+    removed = inspector.prune(settings.force) if gone and not settings.dry_run else most
+    if gone and not removed and inspector.orphans()[1]:  # another program may have removed them
+        raise UsageError(
+            f'none of the {total} embeddings in {name} belongs to a row of "{source}", so that all would be removed. '
+            "Give another --table or --target; or --force, if that is meant."
+        )
+    job.log.info(f"pruned {job.db.shown}, {target.table.name}: {removed} of {total} embeddings removed")
     did, what = ("would_remove", "Would remove") if settings.dry_run else ("removed", "Removed")
-    why = f"whose {job.report.nouns} are gone" if gone else f"since all their {job.report.nouns} are there"
-    line = f"🧹 {what} {gone} of {total} embeddings, {why}."
-    facts = {did: gone, "left": total - gone, "dry_run": settings.dry_run}
-    job.report.give(facts, [line] if gone or not settings.quiet else [])
+    why = f"whose {job.report.nouns} are gone" if removed else f"since all their {job.report.nouns} are there"
+    line = f"🧹 {what} {removed} of {total} embeddings, {why}."
+    facts = {did: removed, "left": total - removed, "dry_run": settings.dry_run}
+    job.report.give(facts, [line] if removed or not settings.quiet else [])
     return EXIT_DONE
 
 
