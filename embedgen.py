@@ -1106,8 +1106,7 @@ class Ollama(Protocol):
         self.get_model = f'Fetch it with "ollama pull {self.model}".'
 
     def look_up(self) -> Steps[ServerProfile]:
-        # "name" is the older form.
-        card = yield from self.fetch("/api/show", json.dumps({"model": self.model, "name": self.model}).encode())
+        card = yield from self.fetch("/api/show", json.dumps({"model": self.model}).encode())
         tags = yield from self.fetch("/api/tags")
         version = (yield from self.fetch("/api/version")).get("version")
         weights = re.search(r"(?m)^FROM .*sha256-(\w+)", str(card.get("modelfile")))
