@@ -67,8 +67,6 @@ SKIPPED_ON_WINDOWS = {
     "needs the C compiler of a Linux": "for a disk without locks",
     "needs a device that is full": "nothing else is full at once",
 }
-# What Wine itself cannot do, though Windows can, by test.
-LIMITS_OF_WINE: dict[str, str] = {}
 
 # A script is compiled at each start, which takes as long as most of what is run here: processes import it instead.
 py_compile.compile(str(PROGRAM), quiet=2)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import unittest
 from typing import Any
 
-from tests.support import ENGINES, Case, OnPostgres, another_double
+from tests.support import ENGINES, Case, OnPostgres, another_double, press_control_c
 
 MODEL = "nomic-embed-text"
 OTHER_SEED = {MODEL: {"seed": "another version"}}
@@ -94,7 +93,7 @@ class Provenance(Case):
         process = self.start_program("--force", "--batch-size", 4, GRACE=0.1)
         count = "SELECT count(DISTINCT provenance) FROM movie_embeddings"
         self.wait_for(lambda: self.execute(count) == [(2,)], "the first new vectors")
-        process.send_signal(signal.SIGINT)
+        press_control_c(process)
         self.assertEqual(self.ended(process).code, 130)
         self.ollama.configure(hold=[])
         self.execute("INSERT INTO movies VALUES (0, 'New', 'x')")

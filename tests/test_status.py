@@ -369,7 +369,7 @@ class PruneInSQLite(Case):
             "EXPLAIN QUERY PLAN SELECT count(*) FROM movie_embeddings AS e WHERE NOT EXISTS "
             "(SELECT 1 FROM movies AS s WHERE s.code = e.movie_id)"
         )
-        self.assertIn("SEARCH s USING", str(plan), "the table's own index serves")
+        self.assertRegex(str(plan), "SEARCH (TABLE movies AS )?s USING", "the table's own index serves")
 
     def test_the_first_of_several_foreign_keys_counts(self) -> None:
         self.execute("CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT)")
