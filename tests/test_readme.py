@@ -20,7 +20,7 @@ import sys
 import unittest
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import embedgen
@@ -303,6 +303,15 @@ class TestCommands(Case):
                 done = self.run_script(script_of(block))
                 self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
                 self.compare(block.output, done.stdout)
+        count = "SELECT count(*) - count(embedding) FROM items"
+        self.assertEqual(self.in_shop(count), [(0,)])
+        self.in_shop("UPDATE items SET description = 'Boils milk' WHERE id = 1")
+        self.assertEqual(self.in_shop(count), [(1,)], "the trigger")
+
+    def in_shop(self, sql: str) -> list[Any]:
+        """Execute a statement in the shop's database."""
+        with contextlib.closing(sqlite3.connect(self.folder / "shop.db")) as shop, shop:
+            return shop.execute(sql).fetchall()
 
     def run_sql(self, sql: str) -> None:
         """Run a statement on the films in SQLite; it must find something."""
@@ -334,12 +343,8 @@ class TestCommandsOnPostgres(OnPostgres, TestCommands):
         """Run a statement."""
         self.execute(sql)
 
-    def test_commands(self) -> None:
-        super().test_commands()
-        count = "SELECT count(embedding) FROM items"
-        self.assertEqual(self.execute(count), [(1,)])
-        self.execute("UPDATE items SET description = 'Boils milk'")
-        self.assertEqual(self.execute(count), [(0,)])
+    def in_shop(self, sql: str) -> list[Any]:
+        return self.execute(sql)
 
 
 if __name__ == "__main__":
