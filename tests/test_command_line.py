@@ -299,7 +299,7 @@ class Output(Case):
 
     def test_no_carriage_returns_in_a_pipe(self) -> None:
         self.make_movies(30)
-        self.assertNotIn("\r", self.succeed(real=True).out)
+        self.assertNotIn("\r", self.succeed().out)
 
     def test_encodings_that_cannot_show_the_report(self) -> None:
         self.make_movies(10)

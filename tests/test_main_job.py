@@ -58,7 +58,7 @@ class EachEngine(Case):
         self.succeed("--where", "id % 20 BETWEEN 1 AND 9")
         refusal = {"contains": "Poison", "status": 400, "error": "embedding contains NaN or Inf values"}
         self.ollama.configure(refuse=[refusal])
-        done = self.run_program("--workers", 10, real=True)
+        done = self.run_program("--workers", 10)
         self.assertEqual((done.code, done.err), (1, ""))
         self.assertEqual(masked(done.out), REPORT)
         self.assert_complete(but=[20, 40, 60, 80, 100])
@@ -87,7 +87,7 @@ class EachEngine(Case):
         many = FULL and not isinstance(self, OnPostgres)
         rows = 2_000 if many else 200
         self.make_movies(rows)
-        pairs = itertools.product((1, 10, 64), (1, 7, 128)) if many else ((1, 128), (10, 7), (64, 1))
+        pairs = itertools.product((1, 10, 64), (1, 7, 128)) if many else ((1, 128), (10, 7), (20, 1))
         for concurrency, batch_size in pairs:
             # Each answer is late by chance, so that those of several requests come out of order.
             self.ollama.configure(shuffle=0.01 if concurrency > 1 else 0.0)
@@ -149,7 +149,7 @@ class EachEngine(Case):
 
     def test_the_readmes_first_command(self) -> None:
         flags = ("--load", MOVIES, "--server", "hash:")
-        self.assertEqual(self.succeed(*flags, real=True).tally, (200, 0, 0))
+        self.assertEqual(self.succeed(*flags).tally, (200, 0, 0))
         self.assertEqual(self.succeed(*flags).tally, (0, 200, 0))
         self.assertEqual(len(self.stored()), 200)
         self.assertEqual(self.ollama.log(), [])

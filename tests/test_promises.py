@@ -49,12 +49,6 @@ class UnderWay(Case):
         self.succeed()
         self.assert_complete()
 
-    def test_a_row_deleted_while_its_text_is_embedded(self) -> None:
-        self.execute("DELETE FROM movies WHERE id = 20")
-        self.finish()
-        self.assertNotIn(20, self.stored())
-        self.assert_complete()
-
 
 class UnderWayByProcesses(UnderWay):
     """The same with worker processes."""
