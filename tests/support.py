@@ -317,7 +317,7 @@ class Case(unittest.TestCase):
         self.addCleanup(self.end, process)
         return process
 
-    def ended(self, process: subprocess.Popen[bytes], seconds: float = 60) -> Finished:
+    def ended(self, process: subprocess.Popen[bytes], seconds: float = 120) -> Finished:
         """Return how a program has ended; the time only bounds a test that fails."""
         try:
             out, err = process.communicate(timeout=seconds)
@@ -394,7 +394,7 @@ class Case(unittest.TestCase):
         self.assertEqual(wrong, [])
         self.assertEqual(self.db.check(), "ok")
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
         """Wait until something is the case; the time only bounds a test that fails."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -250,7 +250,7 @@ class Signals(Ending):
         )
         flags = ["--log-dir", str(self.folder / "logs"), "--engine", "process", "--server", self.ollama.url]
         done = subprocess.run([sys.executable, "-c", code, *flags], cwd=self.folder, env=environment(),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)  # fmt: skip
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         self.assertEqual(done.returncode, 3)
         self.assertRegex(done.stderr.decode(), r"\Aerror: worker processes keep dying.*Left to do: 20 movies\.\n\Z")
 

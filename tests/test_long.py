@@ -331,9 +331,9 @@ class LongTextsOnPostgres(OnPostgres, LongTexts):
         first = self.start_program(*flags)
         self.wait_for(lambda: len(self.asked()) > ROWS / 3, "the first at work")
         for process in (first, self.start_program(*flags)):
-            out, err = process.communicate(timeout=60)
-            told = json.loads(out)
-            self.assertEqual((process.returncode, err, told["failed"]), (0, b"", 0))
+            done = self.ended(process)
+            told = json.loads(done.out)
+            self.assertEqual((done.code, done.err, told["failed"]), (0, "", 0))
             self.assertEqual((told["total"], told["generated"] + told["skipped"]), (ROWS, ROWS))
         self.assertEqual(self.good(self.stored("skip_async")), {})
 

@@ -108,8 +108,8 @@ class RealLlamaServer(Case):
                 )
                 server.stop()
                 self.start(port=port)
-                out, err = process.communicate(timeout=60)
-                self.assertEqual((process.returncode, err), (0, b""), out)
+                done = self.ended(process)
+                self.assertEqual((done.code, done.err), (0, ""), done.out)
                 self.assertEqual(len(self.stored(engine)), 3000)
 
 

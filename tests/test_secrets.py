@@ -189,9 +189,9 @@ class SecretsOnPostgres(OnPostgres, Secrets):
         for flags, env in (((), {"DATABASE_URL": f"postgresql://user:{MARK}@127.0.0.1:1/shop"}),
                            (("--database", f"postgresql://user@127.0.0.1:1/shop?password={MARK}"), {})):  # fmt: skip
             process = self.start(env, *flags)
-            out, err = process.communicate(timeout=60)
-            self.assertEqual(process.returncode, 3, err)
-            self.assert_hidden(out.decode(), err.decode(), self.log())
+            done = self.ended(process)
+            self.assertEqual(done.code, 3, done.err)
+            self.assert_hidden(done.out, done.err, self.log())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ CHUNKED = (
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
-def exchange(port: int, count: int = 1, timeout: float = 5.0, connect: float = 5.0) -> list[Response]:
+def exchange(port: int, count: int = 1, timeout: float = 60.0, connect: float = 60.0) -> list[Response]:
     """Return what comes of `count` requests over one connection."""
     endpoint = Endpoint("http", "127.0.0.1", port, "/x")
     request = Request("/y", b"{}", timeout, connect)
@@ -209,8 +209,8 @@ class Tls(Case):
         server = tls_double("good")
         flags = ("--server", server.url, "--ca-file", AUTHORITY, "--engine", "process")
         process = self.start_program(*flags, START_METHOD="spawn")
-        out, err = process.communicate(timeout=60)
-        self.assertEqual((process.returncode, err), (0, b""), out)
+        done = self.ended(process)
+        self.assertEqual((done.code, done.err), (0, ""), done.out)
         self.assert_complete()
 
     def test_https_to_a_server_that_speaks_http(self) -> None:
