@@ -4034,11 +4034,12 @@ class Coverage:
         """Return the error's words for a stored vector, given by model and dimensions, of another vector space."""
         theirs = f'of the model "{other[0]}" ' if other[0] else ""
         ours = f'"{self.settings.model}"' + (f" with {dimensions} dimensions" if dimensions else "")
+        verb = "holds" if self.stored() else "takes"
         return (
-            f'"{self.target.table.name}" holds vectors {theirs}with {other[1]} dimensions, '
+            f'"{self.target.table.name}" {verb} vectors {theirs}with {other[1]} dimensions, '
             f"which do not compare with those of {ours}. Give --target NAME for a second table, or the --server, "
-            "--model and --dimensions that made them; a run with --force, without --limit and --where, replaces all of "
-            "them where the column takes the dimensions."
+            "--model and --dimensions of the first; a run with --force, without --limit and --where, replaces all "
+            "vectors if the column takes the new ones."
         )
 
     def samples(self, condition: str, most: int) -> list[tuple[str, bytes]]:

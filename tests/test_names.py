@@ -371,6 +371,12 @@ class TextsOnPostgres(OnPostgres, Texts):
             'Title: T | Genres: Action, Sci-Fi | Year: 2010-07-16 | Rating: 8.80 | Overview: {"a": [1]} | New: true',
         )
 
+    def test_an_empty_column_of_other_dimensions(self) -> None:
+        self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, embedding extensions.vector(5))")
+        self.execute("INSERT INTO movies VALUES (1, 'a', NULL)")
+        words = ['"movies" takes vectors with 5 dimensions', "with 8 dimensions"]
+        self.refuse(3, "--out-column", "embedding", words=words)
+
     def test_bytes_are_no_text(self) -> None:
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, title TEXT, overview BYTEA)")
         self.refuse(2, words=['"overview"', "bytes", "--columns"])
