@@ -4025,7 +4025,7 @@ class Coverage:
         self.db.query_all(f"SELECT 1 FROM {target.vectors_sql} LIMIT 0")  # raises Stop where rows are hidden
         other = None if self.replaces_all else self.stored(self.differs_sql(dimensions))
         if dimensions and target.dimensions not in (0, dimensions):
-            other = (settings.model, target.dimensions)
+            other = other or ("", target.dimensions)
         if other:
             is_usage = settings.dimensions or other[0] not in ("", settings.model)
             raise (UsageError if is_usage else Stop)(self.mismatch(other, dimensions))
