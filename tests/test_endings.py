@@ -401,7 +401,7 @@ class Databases(Ending):
         self.make_movies(5)
         os.chmod(self.database, 0o444)
         if may_be_written(self.database):  # root may write whatever the mode says
-            with mock.patch.object(embedgen.SQLite, "connect", read_only):
+            with mock.patch.object(embedgen, "open_sqlite", read_only):
                 self.refuse(3, words=["movies.db", "cannot be written"])
         else:
             self.refuse(3, words=["movies.db"])
@@ -415,12 +415,12 @@ def may_be_written(path: Path) -> bool:
     return False
 
 
-def read_only(store: embedgen.SQLite, path: str, mode: str, timeout: float, first: str) -> sqlite3.Connection:
+def read_only(path: str, mode: str = "rwc", *more: Any) -> Any:
     """Connect as to a file that may only be read."""
-    mode = "ro" if path.endswith("movies.db") else "rwc"
-    connection = sqlite3.connect(f"file:{path}?mode={mode}", uri=True, timeout=timeout, isolation_level=None)
-    connection.execute(first)
-    return connection
+    return OPEN_SQLITE(path, "ro" if path.endswith("movies.db") else mode, *more)
+
+
+OPEN_SQLITE = embedgen.open_sqlite
 
 
 if __name__ == "__main__":
