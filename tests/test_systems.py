@@ -116,6 +116,13 @@ if os.name == "nt":
                     self.assertTrue(line.startswith(want.rstrip("…")), line)  # a longer one goes on there
                 self.assertEqual(len(given), len(wanted))
 
+    class Drives(Case):
+        def test_a_drive_stands_after_three_slashes_or_four(self) -> None:
+            self.make_movies(2)
+            for slashes in ("///", "////"):
+                self.succeed("--database", f"sqlite:{slashes}{self.database.as_posix()}")
+            self.assert_complete()
+
     class CodePage(Case):
         def test_redirected_output_is_in_the_systems_code_page(self) -> None:
             self.make_movies(10)
