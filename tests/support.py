@@ -77,7 +77,7 @@ def command(*arguments: object, **constants: object) -> list[str]:
     if START_METHOD:
         constants.setdefault("START_METHOD", START_METHOD)
     changes = "".join(f"embedgen.{name} = {value!r}; " for name, value in constants.items())
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import embedgen; {changes}sys.exit(embedgen.main())"
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; import embedgen; {changes}sys.exit(embedgen.main())"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 

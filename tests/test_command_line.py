@@ -368,7 +368,7 @@ class Output(Case):
         self.make_movies(5)
         (self.folder / "gone").mkdir()
         flags = ["--database", str(self.database), "--log-dir", str(self.folder / "logs"), "--server", self.ollama.url]
-        script = f"cd gone && rmdir ../gone && exec {shlex.join(command(*flags))}"
+        script = f"cd gone && rmdir ../gone && exec {shlex.join([sys.executable, str(PROGRAM), *flags])}"
         done = subprocess.run(
             ["sh", "-c", script], cwd=self.folder, env=environment(), capture_output=True, check=False
         )
