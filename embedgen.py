@@ -775,7 +775,7 @@ def authorization_for(userinfo: str, path: str) -> str:
     for setting in ("OLLAMA_API_KEY", "OPENAI_API_KEY")[: 1 + path.endswith("/v1")]:  # Ollama gets no token of OpenAI's
         if token := os.environ.get(setting, "").strip():
             if not re.fullmatch(r"[\x20-\x7e]*", token):
-                raise UsageError(f"{setting} holds characters that a token cannot have.")
+                raise UsageError(f"{setting} holds characters that no token has, as a line break. Set it anew.")
             return f"Bearer {token}"
     return ""
 
@@ -1155,9 +1155,7 @@ class OpenAI(Protocol):
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         if settings.option:
-            raise UsageError(
-                f"--option is for Ollama's own protocol; {endpoint.shown} speaks OpenAI's, which has none."
-            )
+            raise UsageError(f"--option is for Ollama's own protocol; {endpoint.shown} speaks OpenAI's. Leave it out.")
         super().__init__(endpoint, settings)
 
 
@@ -2303,7 +2301,7 @@ class ProcessEngine:
             if self.interrupt.code:
                 return [(batch, Abandoned())]
             if self.deaths > DEATHS_IN_A_ROW:
-                raise Stop("worker processes keep dying. Is the machine out of memory?") from None
+                raise Stop("worker processes keep dying. Is memory short? Give fewer --workers.") from None
             self.submit(batch)
             return []
         if not isinstance(event, (Exchange, Learned, str)):
@@ -2497,7 +2495,7 @@ class DataFile:
         self.path = path
         self.ending = os.path.splitext(path.lower().removesuffix(".gz"))[1]
         if self.ending not in READERS:
-            raise UsageError(f"--load {path}: only {listed(READERS)} files can be loaded, and each as .gz.")
+            raise UsageError(f"--load {path}: only {listed(READERS)} files can be loaded, and each as .gz. Convert it.")
         self.unit = "object" if self.ending == ".json" else "line"  # json.load tells no line numbers
 
     def error(self, number: int, problem: str) -> UsageError:
@@ -2520,7 +2518,7 @@ class DataFile:
                 for number, row in getattr(self, f"read_{READERS[self.ending]}")(text):
                     yield number, {self.cell(number, name, name): self.cell(number, name, row[name]) for name in row}
         except (OSError, EOFError, zlib.error) as error:
-            raise UsageError(f"--load {self.path}: {getattr(error, 'strerror', None) or error}.") from None
+            raise UsageError(f"--load {self.path}: {getattr(error, 'strerror', None) or error}. Check it.") from None
 
     def cell(self, number: int, column: str, value: Any) -> str:
         """Return a value as the text of its cell; UsageError if a database cannot hold it."""
@@ -2660,7 +2658,7 @@ def column_types(file: DataFile) -> dict[str, str]:
             look = look_of(cell) if isinstance(cell, Written) else TEXT
             looks[column] = looks.get(column, 0) | (look if cell else 0)
     if not looks:
-        raise UsageError(f"--load {file.path}: the file is empty, it has no rows.")
+        raise UsageError(f"--load {file.path}: the file is empty, it has no rows. Check how it was made.")
     return {column: EXACT_TYPES.get(seen, "TEXT") for column, seen in looks.items()}
 
 
@@ -2706,7 +2704,7 @@ class StagedFile:
         db.fill(STAGED, len(names) + 2, rows)
         self.cells = {column: f"f.c{index}" for index, column in enumerate(columns, 1)}
         if len(self.cells) < len(names):
-            raise UsageError(f'{file.path}: several of its columns are one in "{self.table.name}": {listed(columns)}.')
+            raise UsageError(f'{file.path}: columns are one in "{self.table.name}": {listed(columns)}. Rename one.')
         self.key = key_column(settings.id if found else None, self.described, self.table.name)
         if self.key not in columns:
             self.number_rows(is_new=not found)
@@ -2752,12 +2750,9 @@ class StagedFile:
             wrong = f"{self.values[column]} IS NULL" + ("" if column == self.key else f" AND {cell} <> ''")
             sql = f"SELECT line, {cell} FROM {STAGED} AS f WHERE {wrong} ORDER BY line LIMIT 1"
             for line, text in self.db.execute(sql):
-                problem = (
-                    f"{text!r} cannot be stored exactly as {self.described[column].type}"
-                    if text
-                    else "the key has no value"
-                )
-                raise self.file.error(line, f'column "{column}": {problem}')
+                kind = self.described[column].type
+                problem = f"{text!r} cannot be stored exactly as {kind}. Change it, or the column's type"
+                raise self.file.error(line, f'column "{column}": {problem if text else "the key has no value"}')
 
     def count_repeated(self, rows: int) -> int:
         """Return how many of the rows have a later one of the same key; UsageError if most have."""
@@ -2773,7 +2768,7 @@ class StagedFile:
             note = f"{self.file.path}: {rows} rows, {keys}: {repeated} replaced by a later one ({first})"
             if 2 * repeated > rows and not self.force:
                 raise UsageError(
-                    f"{note}. Give the column that tells rows apart with --id COLUMN, or load so with --force."
+                    f"{note}. Give the column that tells rows apart with --id COLUMN, or --force to have it so."
                 )
             self.notes.append(note)
             return int(repeated)
@@ -3214,7 +3209,7 @@ class SQLite(Database):
     def vectors_of(self, declared: str) -> tuple[str, int]:
         """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
         if re.search("INT|CHAR|CLOB|TEXT|REAL|FLOA|DOUB", declared.upper()):
-            raise UsageError(f"the column for the vectors is of the type {declared}, not BLOB. Give another.")
+            raise UsageError(f"the column for vectors has the type {declared}, not BLOB. Give another.")
         return "BLOB", 0
 
     def dimensions_sql(self, vector: str) -> str:
