@@ -2545,8 +2545,8 @@ class DataFile:
         try:
             for fields in reader:
                 is_unclosed = separator == "\t" and any("\t" in field and "\n" in field for field in fields)
-                if not header:
-                    header = self.header(line, fields) if any(fields) else []
+                if any(fields) and not header:
+                    header = self.header(line, fields)
                 elif any(fields):  # spreadsheets end in empty rows
                     if len(fields) != len(header) or is_unclosed:
                         problem = f"{len(fields)} fields, but the header has {len(header)}; or a quote is not closed"
@@ -2671,13 +2671,8 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
     file = DataFile(path)
     kinds = column_types(file)
 
-    def load_all() -> dict[str, Any]:
-        report = StagedFile(db, settings, file, kinds).insert()
-        Source.resolve(db, settings)  # raises if there is nothing to make a text of
-        return report
-
     try:
-        return db.transaction(load_all)
+        return db.transaction(lambda: StagedFile(db, settings, file, kinds).insert())
     except RowsRefused as error:
         raise UsageError(f"--load {path}: {error.message}") from None
 
@@ -2686,7 +2681,7 @@ class StagedFile:
     """A file's rows in a temporary table, and the table they go to, created if need be; within a transaction."""
 
     def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile, kinds: dict[str, str]) -> None:
-        self.db, self.file, self.force = db, file, settings.force
+        self.db, self.file, self.settings = db, file, settings
         self.notes: list[str] = []
         unnamed = ("row" if match("id", kinds) else "id") if "" in kinds else ""
         if unnamed:
@@ -2734,7 +2729,7 @@ class StagedFile:
             unique = [column for column, cell in self.cells.items() if self.db.execute(sql(cell, STAGED))[0][0]]
             if unique:
                 raise UsageError(f"{path} has no column id. Say which is the key, with --id COLUMN: {listed(unique)}.")
-        elif not (self.force and self.described.keys() == {key, *self.cells}):
+        elif not (self.settings.force and self.described.keys() == {key, *self.cells}):
             raise UsageError(
                 f'{path} has no column "{key}", the key of "{self.table.name}". If the table was made of such a file, '
                 "replace all of its rows with --force."
@@ -2766,7 +2761,7 @@ class StagedFile:
             first = f"first: {cell}, {self.file.unit}s {before} and {line}"
             keys = counted(rows - repeated, "key")
             note = f"{self.file.path}: {rows} rows, {keys}: {repeated} replaced by a later one ({first})"
-            if 2 * repeated > rows and not self.force:
+            if 2 * repeated > rows and not self.settings.force:
                 raise UsageError(
                     f"{note}. Give the column that tells rows apart with --id COLUMN, or --force to have it so."
                 )
@@ -2797,6 +2792,7 @@ class StagedFile:
             f"ORDER BY f.line {upsert(self.key, self.cells)}"
         )
         self.db.execute(f"DROP TABLE {STAGED}")
+        Source.resolve(self.db, self.settings)  # raises if there is nothing to make a text of
         return {"rows": rows - repeated, "repeated": repeated, "replaced": replaced, "notes": self.notes}
 
 
@@ -2941,8 +2937,7 @@ class Database:
     def judge(self, error: Exception) -> tuple[float, BaseException]:
         """Return for how many seconds to retry after one of the driver's errors, and the exception to raise then."""
         text = one_line(str(error).strip().partition("\n")[0])
-        name = getattr(error, "sqlite_errorname", "")  # Python 3.11 on; says more than the text
-        facts = f"lost={getattr(self.connection, 'closed', False)} {type(error).__mro__} {name} {text}"
+        facts = f"lost={getattr(self.connection, 'closed', False)} {type(error).__mro__} {text}"
         rule = next(rule for rule in self.errors if re.search(rule.pattern, facts))
         return rule.patience, rule.kind(rule.words.format(shown=self.shown, text=text))
 
@@ -3059,10 +3054,9 @@ SQLITE_ERRORS = (
     # By a signal's exception in the progress handler, or in a function that a statement calls.
     ErrorRule("interrupted|user-defined function", "{text}", KeyboardInterrupt),
     ErrorRule("IntegrityError", "SQLite says: {text}", RowsRefused),
-    ErrorRule("IOERR_[A-Z]*LOCK|locking protocol",
-              "{shown} is on a disk without file locks, such as a network share. Use a local disk."),
-    ErrorRule("disk is full|disk I/O", "{shown} cannot be used ({text}): the disk is full, failing, or a network share "
-              "without file locks. Make room, or use a sound local disk."),
+    ErrorRule("disk is full|disk I/O|locking protocol",
+              "{shown} cannot be used ({text}): the disk is full, failing, or a network share without file locks. Make "
+              "room, or use a sound local disk."),
     ErrorRule("unable to open|access permission", "{shown} cannot be opened. Check its permissions and its folder's."),
     # The second for a run that only reads, which cannot roll back what another has left.
     ErrorRule("readonly", "{shown} cannot be written ({text}): it is protected, or a program was killed while it "
