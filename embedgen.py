@@ -109,6 +109,7 @@ class Interrupt:
         self.code = 0  # exit code of the request; 0: go on
         self.gentle = False  # whether a loop looks at `code`; before that, the first signal ends the run at once
         self.forced = False  # whether KeyboardInterrupt was raised: a second one would break the clean-up
+        self.wake: Callable[[], object] = lambda: None  # ends an engine's wait, which a handler alone does not
 
     def catch_signals(self) -> None:
         """Handle the signals that end a run, except those that are ignored, as by nohup."""
@@ -131,6 +132,7 @@ class Interrupt:
             self.forced = True
             warnings.simplefilter("ignore")  # of coroutines that are made and then never awaited
             raise KeyboardInterrupt
+        self.wake()
 
     def on_unraisable(self, unraisable: Any) -> None:
         """Let the next signal raise again where KeyboardInterrupt came to nothing, as in a destructor."""
@@ -1881,7 +1883,8 @@ def most_in_flight(engine: str) -> int:
 # differ in how a batch's conversation is driven; what is said in it, and the loop over the batches, is the same.
 
 GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
-POLL_SECONDS = 0.1  # how often a signal is looked for: no system lets its handler end a wait
+# The longest wait: an hour, or on Windows, which runs a signal's handler only afterwards, a tenth of a second.
+LONGEST_SLEEP = 0.1 if os.name == "nt" else 3600.0
 
 
 class Abandoned(Exception):
@@ -2098,6 +2101,12 @@ class AsyncEngine:
         self.events: Events = []
         self.halted: Any = self.loop.create_future()
         self.happened: Any = self.loop.create_future()  # done when there is something to return to the run
+        interrupt.wake = functools.partial(self.loop.call_soon_threadsafe, self.wake)
+
+    def wake(self) -> None:
+        """End the wait."""
+        if not self.happened.done():
+            self.happened.set_result(None)
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
@@ -2111,8 +2120,7 @@ class AsyncEngine:
 
         def report(event: Event) -> None:
             self.events.append((batch, event))
-            if not self.happened.done():
-                self.happened.set_result(None)
+            self.wake()
 
         try:
             report(await converse(transport, conversation, report))
@@ -2123,13 +2131,13 @@ class AsyncEngine:
             idle.append(transport)
 
     def wait(self, seconds: float) -> Events:
-        """Return what has happened; that may be nothing after this time, or sooner, so that a signal is seen."""
+        """Return the events since the last call; none after `seconds` or a signal."""
         import asyncio
 
         if not self.events:
             self.happened = self.loop.create_future()
             self.stood_still += time.monotonic() - self.stopped
-            self.loop.run_until_complete(asyncio.wait({self.happened}, timeout=min(seconds, POLL_SECONDS)))
+            self.loop.run_until_complete(asyncio.wait({self.happened}, timeout=min(seconds, LONGEST_SLEEP)))
             self.stopped = time.monotonic()
         events, self.events = self.events, []
         return events
@@ -2142,6 +2150,7 @@ class AsyncEngine:
         """End what is still under way and free everything."""
         import asyncio
 
+        self.interrupt.wake = lambda: None
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
@@ -2263,6 +2272,8 @@ class ProcessEngine:
         self.scheduler, self.interrupt, self.wait_for = scheduler, interrupt, multiprocessing.connection.wait
         self.workers: list[Worker] = []
         self.deaths = 0
+        self.signalled, signaller = multiprocessing.Pipe(duplex=False)
+        interrupt.wake = functools.partial(signaller.send, None)
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
@@ -2277,15 +2288,15 @@ class ProcessEngine:
         worker.send((batch.server.index, batch.arguments))
 
     def wait(self, seconds: float) -> Events:
-        """Return what has happened; that may be nothing after this time, or sooner, so that a signal is seen."""
+        """Return the events since the last call; none after `seconds` or a signal."""
         events: Events = []
         busy = {worker.pipe: worker for worker in self.workers if worker.batch}
-        seconds = max(min(seconds, POLL_SECONDS), 0.0)
-        if not busy:  # Windows does not wait for nothing
-            time.sleep(seconds)
         with contextlib.suppress(InterruptedError):  # of Windows, after the handler has run
-            for ready in self.wait_for(busy, seconds):
-                events += self.receive(busy[cast(Any, ready)])
+            for ready in self.wait_for([*busy, self.signalled], max(min(seconds, LONGEST_SLEEP), 0.0)):
+                if ready is self.signalled:
+                    self.signalled.recv()
+                else:
+                    events += self.receive(busy[cast(Any, ready)])
         return events
 
     def receive(self, worker: Worker) -> Events:
