@@ -2619,9 +2619,8 @@ class DataFile:
 
     def parse(self, text: str, line: int) -> Any:
         """Return the value of JSON that begins on a line; its numbers are Written, but NaN and Infinity float."""
-        numbers = {"parse_int": Written, "parse_float": Written, "parse_constant": float}
         try:
-            return json.loads(text, object_pairs_hook=unique, **numbers)
+            return json.loads(text, object_pairs_hook=unique, parse_int=Written, parse_float=Written)
         except (ValueError, RecursionError) as error:
             line += getattr(error, "lineno", 1) - 1
             problem = re.sub(r": line \d+ (.*) \(.*", r" at \1", str(error))
