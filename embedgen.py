@@ -3334,6 +3334,7 @@ POSTGRES_ERRORS = (
               "Postgres refuses: {text}. Ask its administrator, or give another user in --database.", Forbidden),
     ErrorRule("UndefinedFunction",
               "Postgres says: {text}. If keys do not compare, give another --target NAME or --id COLUMN.", UsageError),
+    ErrorRule("index on partitioned", "Postgres says: {text}. Leave out --index, and run a plain CREATE INDEX."),
     ErrorRule("DiskFull", "Postgres has no room ({text}). Make room, and run again."),
     ErrorRule("LockNotAvailable", "another transaction holds rows for too long ({text}). Run again later."),
     ErrorRule("ReadOnlySql", "Postgres takes no writes ({text}). Give the primary server's address in --database."),
@@ -3756,7 +3757,8 @@ class Source(NamedTuple):
         recipe = recipe_for(settings, list(columns), table.name)
         text = recipe.sql(lambda column: db.text_sql(column, columns[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
-        rows = f"(SELECT * FROM {table.sql} WHERE ({settings.where}\n))" if settings.where else table.sql
+        names = ", ".join(map(quoted, columns))  # no *, which asks for the right to read all columns
+        rows = f"(SELECT {names} FROM {table.sql} WHERE ({settings.where}\n))" if settings.where else table.sql
         is_referable = table.is_table and db.is_unique(table, key)
         source = cls(table, key, columns[key].type, is_referable, recipe, text, settings.document_prefix, rows)
         if settings.where:

@@ -379,9 +379,14 @@ class ColumnOfPostgres(OnPostgres, ColumnCase):
     def test_a_table_that_is_locked_as_a_whole_holds_the_run_up(self) -> None:
         self.make_items(600)
         with self.locked("true") as application:
-            process = self.start_program(*COLUMN, UNSAVED_ROWS=20)
-            self.wait_for(lambda: len(self.asked()) >= 20, "requests")
-            self.wait_for(lambda: len(self.asked()) < 600, "it waits")
+            process, looks = self.start_program(*COLUMN, "--batch-size", 10, UNSAVED_ROWS=20), [0]
+
+            def stands_still() -> bool:
+                looks.append(len(self.asked()))
+                return looks[-1] >= 20 and len(set(looks[-20:])) == 1
+
+            self.wait_for(stands_still, "it has asked for something, and asks for nothing more")
+            self.assertLess(looks[-1], 600)
             application.rollback()
         self.assertEqual(self.ended(process).tally, (600, 0, 0))
         self.assert_complete()
@@ -442,11 +447,13 @@ class ColumnOfPostgres(OnPostgres, ColumnCase):
                 self.execute("INSERT INTO items SELECT n, 'Item ' || n FROM generate_series(1, 50) AS n")
                 self.assertEqual(self.succeed(*COLUMN).tally, (50, 0, 0))
                 self.assert_complete()
+        self.refuse(3, *COLUMN, "--index", words=["partitioned", "run a plain CREATE INDEX"])
 
     def test_a_role_that_may_update_the_column_alone(self) -> None:
         self.make_items()
-        with self.db.role("GRANT SELECT, UPDATE (embedding) ON items TO {role}") as url:
-            self.assertEqual(self.succeed(*COLUMN, "--database", url).tally, (10, 0, 0))
+        with self.db.role("GRANT SELECT (id, name, embedding), UPDATE (embedding) ON items TO {role}") as url:
+            self.assertEqual(self.succeed(*COLUMN, "--database", url, "--where", "id > 3").tally, (7, 0, 0))
+            self.assertEqual(self.succeed(*COLUMN, "--database", url).tally, (3, 7, 0))
             self.execute(f"REVOKE UPDATE (embedding) ON items FROM {self.db.name}_role")
             self.refuse(3, *COLUMN, "--database", url, "--force", words=["permission denied", "items"])
         self.assert_complete()
