@@ -699,7 +699,7 @@ class ServerProfile(NamedTuple):
     """All that is known of one server. The parent owns it, sends it with each task, and learns from what comes back."""
 
     sample: bytes = b""  # the vector of the known-good text; b"" before the handshake
-    digest: str = ""  # of the model as this server has it, and of its weights; "" if not told
+    digest: str = ""  # of the model as this server has it, and of its weights and template; "" if not told
     weights: str = ""
     version: str = ""  # of the server; "" if not told
     base64_tokens: int = 0  # texts that cannot have more tokens than these are asked for in base64
@@ -1111,7 +1111,8 @@ class Ollama(Protocol):
         card = yield from self.fetch("/api/show", json.dumps({"model": self.model}).encode())
         tags = yield from self.fetch("/api/tags")
         version = (yield from self.fetch("/api/version")).get("version")
-        weights = re.search(r"(?m)^FROM .*sha256-(\w+)", str(card.get("modelfile")))
+        weights = "".join(re.findall(r"(?m)^(?:FROM|ADAPTER) .*sha256-(\w+)", str(card.get("modelfile"))))
+        weights += str(card.get("template") or "")
         # A model may come with a shorter context set than it could have (all-minilm does).
         contexts = [int(n) for n in re.findall(r"(?m)^num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))]
         figures = card.get("model_info") or {}
@@ -1119,7 +1120,7 @@ class Ollama(Protocol):
         known = trained and "options" not in self.common
         most = min(*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST) if known else 0
         digest = str(self.entry(tags).get("digest") or "")
-        return ServerProfile(b"", digest, weights[1] if weights else "", str(version or ""), most)
+        return ServerProfile(b"", digest, weights, str(version or ""), most)
 
     def fetch(self, path: str, body: bytes = b"") -> Steps[dict[str, Any]]:
         """Return the JSON object that the server has under a path, {} if it tells none.
@@ -1297,7 +1298,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
             f"{protocol.address} does not give what was asked for: vectors of {len(sample) // 4} dimensions came "
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
-    version = profile.version or batch.last.server
+    version = profile.version or json_object(batch.last).get("system_fingerprint") or batch.last.server
     return batch.profile._replace(sample=sample, version=version, note=note, family=batch.last.family)
 
 
@@ -1735,10 +1736,11 @@ class Scheduler:
         """The servers that can be used now."""
         return [server for server in self.servers if server.status == "up"]
 
-    def told(self, name: str) -> Any:
-        """Return the first value of a profile's field that is not empty, or an empty one."""
-        values = [getattr(server.profile, name) for server in self.servers]
-        return next(filter(None, values), values[0])
+    @property
+    def profile(self) -> ServerProfile:
+        """The profile of a server that tells its model's digest, or at least has answered, with the versions of all."""
+        told = max((server.profile for server in self.servers), key=operator.itemgetter(1, 0))  # digest, sample
+        return told._replace(version=" + ".join(sorted({server.profile.version for server in self.up})))
 
     def choose(self, left: Callable[[], int]) -> tuple[ServerState, int] | None:
         """Return the server for the next batch and its size, or None if there is room nowhere.
@@ -1822,11 +1824,12 @@ class Scheduler:
         for other in self.servers:
             known, its = other.profile, "it did before" if other is server else other.protocol.address
             alike = cosine(known.sample, profile.sample) if known.dimensions == profile.dimensions else 0.0
-            if known.sample and known.digest and profile.digest and known.digest != profile.digest:
-                mine, theirs = (one.rpartition(":")[2][:12] for one in (profile.digest, known.digest))
+            is_same = known.digest == profile.digest or known.weights == profile.weights != ""
+            if known.digest and profile.digest and not is_same:
                 raise Stop(
-                    f'{address} has another model "{model}" ({mine}) than {its} ({theirs}): their vectors do not '
-                    f'compare. Fetch the same one on both with "ollama pull {model}", or leave out one --server.'
+                    f'{address} has another model "{model}" ('
+                    f"{profile.digest.rpartition(':')[2][:12]}) than {its} ({known.digest.rpartition(':')[2][:12]}). "
+                    f'Fetch the same one on both with "ollama pull {model}", or leave out one --server.'
                 )
             if known.sample and not alike >= ALIKE and not (alike and self.accept_drift):
                 raise Stop(
@@ -1849,7 +1852,7 @@ class Scheduler:
     def shares(self, elapsed: float) -> list[str]:
         """Return a line for the log about each server's work in `elapsed` seconds."""
         return [
-            f"{s.protocol.address}: {s.embedded} texts, {s.embedded / max(elapsed, 0.001):.1f} texts/s; "
+            f"{s.protocol.address}: {counted(s.embedded, 'text')}, {s.embedded / max(elapsed, 0.001):.1f} texts/s; "
             f"at the end {s.pace}"
             for s in self.servers
         ]
@@ -2814,6 +2817,9 @@ class StagedFile:
 PAGE_ROWS = 512  # rows read at a time
 PAGE_CHARACTERS = 1 << 20  # of text, after which a page ends early: memory stays flat however long the texts are
 PROVENANCE_TABLE = "embedgen_provenance"  # in the target's schema: which model versions made the vectors
+# `accepted`: the vectors were compared with all others that were stored, or are mixed with them on purpose.
+PROVENANCE_COLUMNS = """id {}, target text NOT NULL, model text NOT NULL, digest text NOT NULL, prefix text NOT NULL,
+    fit text NOT NULL, accepted integer NOT NULL, version text, weights text"""
 RETRY_SECONDS = 0.2  # between two tries
 STOPPING_PATIENCE = 5.0  # seconds for which a run that has been interrupted still waits for its database
 
@@ -3123,6 +3129,11 @@ class SQLite(Database):
     errors = SQLITE_ERRORS
     mark = "?"
     identity = "INTEGER PRIMARY KEY"
+    octets = "length(CAST({} AS BLOB))"  # SQL of a text's length in bytes
+    # Gives a provenance table of before versions were recorded its new columns, and takes its constraint.
+    renewal = f"""CREATE TEMP TABLE embedgen_old AS SELECT * FROM {{0}}; DROP TABLE {{0}};
+        CREATE TABLE {{0}} ({PROVENANCE_COLUMNS.format(identity)});
+        INSERT INTO {{0}} SELECT *, NULL, NULL FROM embedgen_old; DROP TABLE embedgen_old"""
     target_columns = (
         "embedding {} NOT NULL, model TEXT NOT NULL, text_sha256 BLOB NOT NULL, updated_at TEXT NOT NULL, "
         "provenance INTEGER"
@@ -3409,6 +3420,9 @@ class Postgres(Database):
         "INTEGER": "bigint", "REAL": "numeric", "smallint": "bigint", "integer": "bigint", "character varying": "text",
     }  # fmt: skip
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    octets = "octet_length({})"
+    renewal = f"""ALTER TABLE {{0}} ADD version text, ADD weights text,
+        DROP CONSTRAINT {PROVENANCE_TABLE}_target_model_digest_prefix_fit_key"""
     target_columns = (
         "embedding {} NOT NULL, model text NOT NULL, text_sha256 bytea NOT NULL, updated_at timestamptz NOT NULL, "
         "provenance integer"
@@ -3935,6 +3949,10 @@ def create_target(db: AnyDatabase, source: Source, target: Target, settings: Set
     return Target.resolve(db, source, settings)  # anew: another machine may have created it first
 
 
+SAMPLES, MANY_SAMPLES = 3, 32  # rows that are embedded again, to compare the server's vectors with the stored ones
+ASCII = " etaoinshrdlucmfwypvbgkjqxz" + "".join(map(chr, range(1, 128)))  # the frequent ones first, for speed
+
+
 class Coverage:
     """Which rows of a source have an embedding: SQL conditions, counts, pending rows, and checks of stored vectors."""
 
@@ -3962,9 +3980,8 @@ class Coverage:
         # merge, which walks that index from its beginning for each page.
         found = f"(SELECT 1 FROM {target.vectors_sql} WHERE {self.join_on} AND {current} LIMIT 1)"
         self.pending_sql = f"{found} IS NULL" if is_beside and not self.starts_over else f"NOT ({self.exists_sql})"
-        # Whether the run replaces every vector of the target, and whether other versions of the model are allowed.
+        # Whether the run replaces every vector of the target.
         self.replaces_all = settings.force and settings.limit is None and not settings.where and self.shows_all()
-        self.any_version = self.replaces_all or settings.accept_drift
 
     def shows_all(self) -> bool:
         """Whether the source, without --where, shows the row of every vector in the target."""
@@ -4043,58 +4060,81 @@ class Coverage:
             "vectors if the column takes the new ones."
         )
 
-    def samples(self, condition: str, most: int) -> list[tuple[str, bytes]]:
-        """Return a few texts with the vectors that are stored for them, of vectors that fulfil a condition."""
-        if not self.target.has("text_sha256"):
-            return []  # they may be of another text
-        rows = f"FROM {self.from_sql} WHERE {condition} AND {self.current_sql} LIMIT {most}"
-        found = self.db.query(f"SELECT {self.source.text_sql}, {self.target.column_sql('embedding')} {rows}")
-        return [(text, self.db.read_vector(vector) or b"") for text, vector in found]
-
 
 class Provenance:
-    """What made the vectors of a target: a row in a table beside it for each version of a model, prefix and fit.
+    """What made the vectors of a target: rows of a table beside it, whose ids stand with the vectors where they can."""
 
-    The row's id stands with each vector, in targets that have a column for it.
-    """
-
-    def __init__(self, coverage: Coverage, digest: str) -> None:
-        """`digest` is that of the model as the server has it, "" if it does not tell."""
-        self.db, self.target, self.coverage, self.digest = coverage.db, coverage.target, coverage, digest
+    def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
+        """`profile` is what this run's vectors are made with, empty if it makes none."""
+        self.db, self.target, self.coverage, self.profile = coverage.db, coverage.target, coverage, profile
         self.table = Table(self.target.table.schema, PROVENANCE_TABLE, True)
-        self.is_readable = self.target.has("provenance") and bool(self.db.columns(self.table))
+        columns = self.db.columns(self.table) if self.target.has("provenance") else {}
         self.ids: dict[str, int | None] = {}  # of this run's own rows, by fit
-        of_target = f"FROM {self.table.sql} AS p WHERE p.target = {literal(self.target.table.name)}"
-        this, stored_id = literal(digest), self.target.column_sql("provenance")
-        self.is_this = f"p.digest = {this}"
+        self.is_compared = False  # whether this run has compared its version with what is stored
+        # Without versions, until the first run that saves something.
+        old = "SELECT id, target, model, digest, prefix, fit, accepted, NULL AS version, NULL AS weights FROM {}"
+        none = """SELECT 0 AS id, '' AS target, '' AS model, '' AS digest, '' AS prefix, '' AS fit, 0 AS accepted,
+            '' AS version, '' AS weights WHERE 1 = 0"""
+        rows = "{}" if "version" in columns else f"({old if columns else none})"
+        self.rows_sql = f"{rows.format(self.table.sql)} AS p"
+        of_target = f"FROM {self.rows_sql} WHERE p.target = {literal(self.target.table.name)}"
+        this, self.weights = literal(profile.digest), literal(profile.weights or profile.digest)
         # What is on record of other versions and models, and the condition that a vector is by them.
         # A server that tells no digest may be at work beside one that does: their vectors go together.
-        model, another = literal(coverage.settings.model), f"'' NOT IN (p.digest, {this}) AND p.digest <> {this}"
+        self.is_this = f"(p.digest = {this} OR COALESCE(p.weights, p.digest) = {self.weights})"
+        self.is_another = f"NOT ({self.is_this} OR '' IN (p.digest, {this}))"
+        self.id_sql, model = self.target.column_sql("provenance"), literal(coverage.settings.model)
         self.of_model = f"{of_target} AND p.model = {model}"
-        self.others = f"{of_target} AND (p.model <> {model} OR {another})"
-        self.is_by_others = f"{stored_id} IN (SELECT p.id {self.others})" if self.is_readable else "1 = 0"
-        # The condition that a vector is of a whole text, and not of another version.
-        unlike = f"p.fit <> 'whole' OR {another}"
-        whole = f"COALESCE({stored_id} NOT IN (SELECT p.id {of_target} AND ({unlike})), 1 = 1)"
-        self.is_sample = whole if self.is_readable else "1 = 1"
-        # No EXISTS, for which Postgres may look through all of the target where the first vector will do.
-        self.is_used = f"(SELECT 1 FROM {self.target.vectors_sql} WHERE {stored_id} = p.id LIMIT 1) IS NOT NULL"
+        self.others = f"{of_target} AND (p.model <> {model} OR {self.is_another})"
 
     def check_version(self) -> None:
         """Raise Stop if another version of the model has made vectors, unless it was mixed with this one on purpose."""
-        if self.coverage.any_version or not (self.digest and self.is_readable):
+        if self.coverage.replaces_all or self.coverage.settings.accept_drift or not self.target.exists:
             return
-        used = f"{self.of_model} AND {self.is_used}"
-        mixed = f"SELECT 1 {used} AND {self.is_this} AND p.accepted = 1"
-        sql = f"SELECT p.digest {used} AND p.digest <> '' AND NOT {self.is_this} AND NOT EXISTS ({mixed})"
-        if other := self.db.value(sql):
-            theirs, ours = (digest.rpartition(":")[2][:12] for digest in (other, self.digest))
+        # No EXISTS, for which Postgres may look through all of the target where the first vector will do.
+        first = f"SELECT 1 FROM {self.target.vectors_sql} WHERE {self.id_sql} = p.id LIMIT 1"
+        used = f"{self.of_model} AND ({first}) IS NOT NULL"
+        is_mixed = f"p.accepted = 1 AND EXISTS (SELECT 1 {used} AND {self.is_this} AND p.accepted = 1)"
+        if other := self.db.value(f"SELECT p.digest {used} AND {self.is_another} AND NOT ({is_mixed})"):
             raise Stop(
                 f'"{self.target.table.name}" holds vectors of another version of "{self.coverage.settings.model}" '
-                f"(digest {theirs}) than the server has now ({ours}), and the two may not compare. Run with --force, "
-                "without --limit and --where, for all rows again, --target NAME for a second table, or --accept-drift "
-                "to mix them."
+                f"(digest {other.rpartition(':')[2][:12]}) than the server has now "
+                f"({self.profile.digest.rpartition(':')[2][:12]}). The two may not compare. Run with --force, without "
+                "--limit and --where, for all rows again, --target NAME for a second table, or --accept-drift."
             )
+
+    def samples(self, is_bare: bool) -> tuple[list[tuple[Any, str, bytes]], bool]:
+        """Return rows to embed again, with key, text and vector, and whether they are many; `is_bare`: of any rows.
+
+        A few by this version will do if it was compared with all others. Else many are to show a changed tokenizer: for
+        each letter outside ASCII, of a thousand texts those with most; and the longest; and the shortest.
+        """
+        db, source = self.db, self.coverage.source
+        is_own = f"(p.digest = {literal(self.profile.digest)} AND p.version = {literal(self.profile.version)})"
+        is_compared = db.value(f"""SELECT max(own) = 1 AND (min(accepted) = 1 OR count(*) = 1) FROM (
+            SELECT max(CASE WHEN {is_own} THEN 1 ELSE 0 END) AS own, max(p.accepted) AS accepted
+            {self.of_model} GROUP BY p.digest, p.version) AS made""")
+        own = f"COALESCE({self.id_sql} IN (SELECT p.id {self.of_model} AND {is_own}), 1 = 0)"
+        unlike = f"SELECT p.id {self.of_model} AND (p.fit <> 'whole' OR {self.is_another})"
+        whole = f"COALESCE({self.id_sql} NOT IN ({unlike}), 1 = 1) AND {self.coverage.current_sql}"
+        key, text, table = source.key_sql, source.text_sql, self.coverage.from_sql
+        rows = f"{own} AND {whole} LIMIT {SAMPLES}"
+        if is_many := is_bare or not is_compared:
+            rows = f"""{key} IN (
+                WITH sized AS (SELECT {key} AS key, {own} AS is_last, {self.target.column_sql("text_sha256")} AS random,
+                    length({text}) AS size, {db.octets.format(text)} - length({text}) AS beyond
+                    FROM {table} WHERE {f"{text} <> ''" if is_bare else whole}),
+                likely AS (SELECT key, is_last, 1.0 * beyond / (size + 1) AS share FROM sized
+                    ORDER BY is_last, beyond = 0, random LIMIT 1000),
+                lettered AS (SELECT k.*, substr(ltrim({text}, {literal(ASCII)}), 1, 1) AS letter
+                    FROM likely AS k JOIN {source.from_sql} AS s ON {key} = k.key),
+                ranked AS (SELECT *, row_number() OVER (PARTITION BY is_last, letter ORDER BY share DESC) AS rank
+                    FROM lettered ORDER BY is_last, letter = '', rank, share DESC LIMIT {MANY_SAMPLES - 2})
+                SELECT key FROM ranked UNION SELECT key FROM (SELECT key FROM sized ORDER BY size LIMIT 1) AS shortest
+                UNION SELECT key FROM (SELECT key FROM sized ORDER BY size DESC LIMIT 1) AS longest)"""
+        found = db.query(f"""SELECT {key}, {text}, {"NULL" if is_bare else self.target.column_sql("embedding")}
+            FROM {table} WHERE {rows}""")
+        return [(key, text, db.read_vector(vector) or b"") for key, text, vector in found], is_many
 
     def id_of(self, fit: str) -> int | None:
         """Return the id to store with a vector of this run, None if the target has no place for it."""
@@ -4107,26 +4147,20 @@ class Provenance:
 
     def record(self, fit: str) -> int:
         """Put on record what this run makes, and return its id; within a transaction."""
-        name, settings = self.table.sql, self.coverage.settings
-        names = "target, model, digest, prefix, fit"
-        made = (self.target.table.name, settings.model, self.digest, settings.document_prefix, fit)
-        values = ", ".join(map(literal, made))
-        self.db.create_table(
-            self.table,
-            f"id {self.db.identity}, target text NOT NULL, model text NOT NULL, digest text NOT NULL, "
-            f"prefix text NOT NULL, fit text NOT NULL, accepted integer NOT NULL, UNIQUE ({names})",
-        )
-        self.db.execute(f"INSERT INTO {name} ({names}, accepted) VALUES ({values}, 0) ON CONFLICT DO NOTHING")
-        if settings.accept_drift:  # of this version, and of all that it is mixed with
+        name, settings, profile = self.table.sql, self.coverage.settings, self.profile
+        self.db.create_table(self.table, PROVENANCE_COLUMNS.format(self.db.identity))
+        if "version" not in self.db.columns(self.table):
+            for statement in self.db.renewal.format(name).split(";"):
+                self.db.execute(statement)
+        made = (self.target.table.name, settings.model, profile.digest, profile.version, settings.document_prefix, fit)
+        names, values = "target, model, digest, version, prefix, fit", ", ".join(map(literal, made))
+        same = f"SELECT id FROM {name} WHERE ({names}) = ({values})"
+        self.db.execute(f"""INSERT INTO {name} ({names}, weights, accepted)
+            SELECT {values}, {self.weights}, 0 WHERE NOT EXISTS ({same})""")
+        if settings.accept_drift or self.is_compared:  # of this version, and of all that it is mixed with
             mixed = f"SELECT p.id {self.of_model} AND p.accepted = 0"
             self.db.execute(f"UPDATE {name} SET accepted = 1 WHERE id IN ({mixed})")
-        return int(self.db.execute(f"SELECT id FROM {name} WHERE ({names}) = ({values})")[0][0])
-
-    def forget_unused(self) -> None:
-        """Remove what is on record of other versions and models that have no vector any more."""
-        if self.is_readable:
-            with contextlib.suppress(Forbidden):
-                self.db.delete(f"DELETE {self.others} AND NOT {self.is_used}")
+        return int(self.db.execute(same)[0][0])
 
 
 LOCKED_ROWS = 100  # of the source at most, in one statement: other programs must not wait for long
@@ -4194,12 +4228,15 @@ class EmbeddingTable:
         coverage, target = self.coverage, self.coverage.target
         if not coverage.replaces_all:
             return
-        stale = f"{coverage.differs_sql(self.dimensions)} OR {self.provenance.is_by_others}"
+        others = f"(SELECT p.id {self.provenance.others})"
+        stale = f"{coverage.differs_sql(self.dimensions)} OR {self.provenance.id_sql} IN {others}"
         if coverage.stored(stale):
             emptied = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
             remove = emptied if target.is_column else f"DELETE FROM {target.vectors_sql}"
             self.db.delete(f"{remove} WHERE {stale}")
-        self.provenance.forget_unused()
+        if self.provenance.id_of("whole"):  # there is a table
+            with contextlib.suppress(Forbidden):
+                self.db.delete(f"DELETE FROM {self.provenance.table.sql} WHERE id IN {others}")
 
     def close(self) -> None:
         """Leave the remaining work to other machines."""
@@ -4424,9 +4461,9 @@ class Claims:
 class Inspector:
     """Answers questions about a target without embedding anything, and removes vectors whose row is gone."""
 
-    def __init__(self, coverage: Coverage, digest: str) -> None:
-        """`digest` is the digest of the server's model, "" if not known."""
-        self.db, self.coverage, self.provenance = coverage.db, coverage, Provenance(coverage, digest)
+    def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
+        """`profile` is the server's; an empty one if none is asked."""
+        self.db, self.coverage, self.provenance = coverage.db, coverage, Provenance(coverage, profile)
         self.source, self.target = coverage.source, coverage.target
 
     def tally(self, condition: str) -> tuple[int, int, int, int]:
@@ -4437,30 +4474,16 @@ class Inspector:
         )
         return tuple(self.db.query(f"SELECT {counts} FROM {self.coverage.from_sql}")[0])
 
-    def origins(self) -> list[tuple[str, str, str, str, int]]:
-        """Return what made the vectors of rows that exist: model, digest, prefix, fit, how many; most first."""
-        target, tables, made = self.target, self.coverage.from_sql, "'', '', ''"
-        if not (target.model or target.has("model")):
-            return []
-        if self.provenance.is_readable:
-            tables += f" LEFT JOIN {self.provenance.table.sql} AS p ON p.id = {target.column_sql('provenance')}"
-            made = "COALESCE(p.digest, ''), COALESCE(p.prefix, ''), COALESCE(p.fit, '')"
-        return self.db.query(
-            f"SELECT COALESCE({target.column_sql('model')}, ''), {made}, count(*) FROM {tables} "
-            f"WHERE {target.has_vector_sql} GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC, 1, 2, 3, 4"
-        )
-
-    def dimensions(self) -> int:
-        """Return the dimensions of the vectors in the target, 0 if there are none or they differ."""
-        stored = self.coverage.stored() if not self.target.dimensions else None
-        if stored and self.coverage.stored(f"{self.coverage.dimensions_sql} <> {stored[1]}"):
-            return 0
-        return stored[1] if stored else self.target.dimensions
-
-    def updated_at(self) -> Any:
-        """Return the latest time of a save, as stored; None if the target has no such column."""
-        updated = self.target.column_sql("updated_at")
-        return self.db.value(f"SELECT max({updated}) FROM {self.target.vectors_sql}") if self.target.exists else None
+    def origins(self) -> list[dict[str, Any]]:
+        """Return what made the vectors of existing rows, as in --status --json, the most first."""
+        target, provenance = self.target, self.provenance
+        names = ("model", "digest", "version", "prefix", "fit", "rows")
+        found = self.db.query(f"""
+            SELECT NULLIF({target.column_sql("model")}, ''), COALESCE(p.digest, ''), COALESCE(p.version, ''),
+                COALESCE(p.prefix, ''), COALESCE(p.fit, ''), count(*)
+            FROM {self.coverage.from_sql} LEFT JOIN {provenance.rows_sql} ON p.id = {provenance.id_sql}
+            WHERE {target.has_vector_sql} GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 DESC, 1, 2, 3, 4, 5""")
+        return [dict(zip(names, row)) for row in found] if target.model or target.has("model") else []
 
     def check_searchable(self, dimensions: int = 0) -> None:
         """Raise Stop without any vectors, UsageError without any by this model and of these dimensions (0: any)."""
@@ -4509,12 +4532,16 @@ class Inspector:
         found = self.db.query(f"SELECT {', '.join(map(quoted, names))} FROM {of_row}", key)
         return dict(zip(names, found[0])) if found else {}
 
-    def orphans(self) -> tuple[int, int]:
-        """Return the number of vectors, and of those whose row is gone."""
-        if not self.target.exists or self.target.is_column:
-            return 0, 0
-        gone = f"count(CASE WHEN {self.coverage.is_orphan} THEN 1 END)"
-        return tuple(self.db.query(f"SELECT count(*), {gone} FROM {self.target.vectors_sql}")[0])
+    def vectors(self) -> tuple[int, int, int, Any]:
+        """Return the number of vectors, of those whose row is gone; their dimensions (0: several), the last save."""
+        target, dimensions = self.target, self.coverage.dimensions_sql
+        if not target.exists:
+            return 0, 0, 0, None
+        [(total, gone, least, most, updated)] = self.db.query(f"""
+            SELECT count(*), count(CASE WHEN {"1 = 0" if target.is_column else self.coverage.is_orphan} THEN 1 END),
+                min({dimensions}), max({dimensions}), max({target.column_sql("updated_at")})
+            FROM {target.vectors_sql}""")
+        return total, gone, most if least == most and most else target.dimensions, updated
 
     def prune(self, all_of_them: bool) -> int:
         """Remove the vectors whose row is gone, and return how many; if these are all, only with `all_of_them`."""
@@ -4931,9 +4958,9 @@ class Job(NamedTuple):
         """Return the Coverage of the source by the target."""
         return Coverage(self.db, self.source, self.target, self.settings)
 
-    def inspector(self, digest: str = "") -> Inspector:
-        """Return an Inspector of the target; `digest` is the digest of the server's model, "" if not known."""
-        return Inspector(self.coverage(), digest)
+    def inspector(self, profile: ServerProfile = ServerProfile()) -> Inspector:  # noqa: B008 - it is frozen
+        """Return an Inspector of the target; `profile` is the server's, if one is asked."""
+        return Inspector(self.coverage(), profile)
 
     def for_model(self, model: str) -> Job:
         """Return the same job for another model, unless that is ""."""
@@ -5103,14 +5130,19 @@ class Run:
             self.counts.set_peers(*self.table.heartbeat())
 
 
-def generate(job: Job) -> int:
-    """Do the main job and return the exit code."""
-    settings, log, interrupt, report = job.settings, job.log, job.interrupt, job.report
-    if settings.index:
+def survey(job: Job) -> tuple[Coverage, Counts]:
+    """Return which rows have their embedding, and how many; raise UsageError or Stop if no run can go on with them."""
+    if job.settings.index:
         job.db.check_index(job.target)
     coverage = job.coverage()
     coverage.check()
-    counts = Counts(*coverage.count(), settings.limit)
+    return coverage, Counts(*coverage.count(), job.settings.limit)
+
+
+def generate(job: Job) -> int:
+    """Do the main job and return the exit code."""
+    settings, log, interrupt, report = job.settings, job.log, job.interrupt, job.report
+    _, counts = survey(job)
     log.info(
         f"{settings.engine} engine, {job.db.shown}, table {settings.table}, model {settings.model} at "
         f"{', '.join(protocol.address for protocol in job.protocols)}: {counted(counts.total, 'row')}, "
@@ -5150,9 +5182,8 @@ def embed(job: Job, counts: Counts) -> Target:
         table = open_table(job, scheduler)
         cleanup.callback(table.close)
         table.provenance.check_version()
-        if not table.coverage.any_version:
-            check_drift(engine, table)
-        present = [server for server in scheduler.servers if server.status == "up"]
+        check_drift(engine, table)
+        present = scheduler.up
         for server in scheduler.servers:
             note = server.profile.note
             if server not in present:
@@ -5180,40 +5211,48 @@ def embed(job: Job, counts: Counts) -> Target:
 
 def open_table(job: Job, scheduler: Scheduler) -> EmbeddingTable:
     """Return the table of the run; create the target if it does not exist."""
-    db, settings, dimensions = job.db, job.settings, scheduler.told("dimensions")
+    db, settings, profile = job.db, job.settings, scheduler.profile
     if settings.index:
-        db.check_index(job.target, dimensions)
-    job = job._replace(target=create_target(db, job.source, job.target, settings, dimensions))
+        db.check_index(job.target, profile.dimensions)
+    job = job._replace(target=create_target(db, job.source, job.target, settings, profile.dimensions))
     coverage, claims = job.coverage(), None
-    coverage.check(dimensions)
+    coverage.check(profile.dimensions)
     try:
-        claims = db.claims(coverage, scheduler.told("digest"))
+        claims = db.claims(coverage, profile.digest)
     except Forbidden as forbidden:
         job.log.info(f"this run shares the table with no other, since it has no place for claims: {forbidden.message}")
-    return EmbeddingTable(coverage, Provenance(coverage, scheduler.told("digest")), claims, dimensions)
-
-
-SAMPLES = 3  # rows that are embedded again, to compare the server's vectors with the stored ones
+    return EmbeddingTable(coverage, Provenance(coverage, profile), claims, profile.dimensions)
 
 
 def check_drift(engine: Engine, table: EmbeddingTable) -> None:
-    """Raise Stop if a server gives other vectors than those that are stored for the same texts."""
-    samples = table.coverage.samples(table.provenance.is_sample, SAMPLES)
-    for server, answers in embed_on_all(engine, [text for text, _ in samples]) if samples else []:
-        cosines = [
-            cosine(answer.vector, stored) if len(answer.vector) == len(stored) else 0.0
-            for answer, (_, stored) in zip(answers, samples)
+    """Raise Stop if a server gives other vectors than are stored for the same texts, or if none are, than the first."""
+    coverage, provenance = table.coverage, table.provenance
+    is_bare = coverage.replaces_all or not coverage.stored()
+    is_comparable = " + " in provenance.profile.version if is_bare else coverage.target.has("text_sha256")
+    if coverage.settings.accept_drift or not is_comparable:
+        return
+    samples, is_many = provenance.samples(is_bare)
+    for _ in range(2):  # again if any differs: one answer may be an accident
+        answered = embed_on_all(engine, [text for _, text, _ in samples]) if samples else []
+        found = [
+            (alike, key, server)
+            for server, answers in answered
+            for (key, _, vector), answer, first in zip(samples, answers, answered[0][1])
             if isinstance(answer, Embedding) and answer.fit == "whole"
+            if (alike := cosine(answer.vector, vector or getattr(first, "vector", b""))) < ALIKE
         ]
-        different = [value for value in cosines if value < ALIKE]
-        if 2 * len(different) > len(cosines):  # one may differ by accident
-            model = server.protocol.model
-            raise Stop(
-                f'{server.protocol.address} gives other vectors than those stored as of the model "{model}" (cosine '
-                f"{max(different):.3f} for the same text; {ALIKE} or more is usual). It may hold another version of "
-                "it. Give another --server, --target NAME for a second table, --force for all rows again, or "
-                "--accept-drift."
-            )
+        if not found:
+            provenance.is_compared = is_many and not is_bare
+            return
+    versions = coverage.db.value(f"""SELECT min(v) || CASE WHEN min(v) <> max(v) THEN ' and ' || max(v) ELSE '' END
+        FROM (SELECT COALESCE(p.version, 'unknown') AS v {provenance.of_model}) AS versions""")
+    stored, server = f'those stored as of the model "{coverage.settings.model}" (version {versions})', found[0][2]
+    raise Stop(
+        f"{server.protocol.address} (version {server.profile.version}) gives other vectors than "
+        f"{'another server' if is_bare else stored}: of the same text, the cosine is "
+        f"{listed((f'{alike:.3f} for {coverage.source.key} {key}' for alike, key, _ in found), 8)}; {ALIKE} or more is "
+        "usual. Give another --server, --target NAME for a second table, --force for all rows again, or --accept-drift."
+    )
 
 
 TIMED_TEXTS = (4, 32)  # embedded by --dry-run to measure the speed: first a few, then more if that was quick
@@ -5223,11 +5262,7 @@ QUICK_SECONDS = 0.5
 def dry_run(job: Job) -> int:
     """Print what a run would do, with an estimate of its time from a few texts; write nothing."""
     report = job.report
-    if job.settings.index:
-        job.db.check_index(job.target)
-    coverage = job.coverage()
-    coverage.check()
-    counts = Counts(*coverage.count(), job.settings.limit)
+    coverage, counts = survey(job)
     rows, to_do = counts.skipped + counts.to_do, counts.total - counts.done
     left = counts.to_do - to_do
     speed = measure_speed(job, coverage) if to_do else 0.0
@@ -5269,66 +5304,53 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
     """
     rows = itertools.islice(coverage.pending(), PAGE_ROWS)
     texts = [row.text for row in rows if row.text.strip(BLANKS)][: TIMED_TEXTS[-1] + 1]
-    speed, digest = 0.0, ""
-    for protocol in job.protocols if texts else []:
-        try:
-            with open_session(job, protocol) as (engine, profile):
-                coverage.check(profile.dimensions)
-                digest = digest or profile.digest
-                speed += time_texts(engine, texts)
-        except ServerAway:
-            if protocol is job.protocols[-1] and not speed:
-                raise
-    Provenance(coverage, digest).check_version()
-    return speed
 
-
-def time_texts(engine: Engine, texts: list[str]) -> float:
-    """Return a server's speed in texts per second, without the fixed cost of a request."""
-
-    def seconds(count: int) -> float:
+    def seconds(engine: Engine, count: int) -> float:
         began = time.monotonic()
         embed_on_all(engine, texts[:count])
         return time.monotonic() - began
 
-    one = seconds(1)
-    rate = 1 / max(one, 1e-6)
-    for more in TIMED_TEXTS if len(texts) > 1 else ():
-        took = seconds(1 + more)
-        # With a server that answers at once, the difference is mostly noise.
-        rate = (min(1 + more, len(texts)) - 1) / max(took - one, took / 10)
-        if took > QUICK_SECONDS:
-            break
-    return rate
+    speed = 0.0
+    for protocol in job.protocols if texts else []:
+        try:
+            with open_session(job, protocol) as (engine, profile):
+                coverage.check(profile.dimensions)
+                Provenance(coverage, profile).check_version()
+                one = seconds(engine, 1)
+                rate = 1 / max(one, 1e-6)
+                for more in TIMED_TEXTS if len(texts) > 1 else ():
+                    took = seconds(engine, 1 + more)
+                    # Without the fixed cost of a request; where a server answers at once, the rest is mostly noise.
+                    rate = (min(1 + more, len(texts)) - 1) / max(took - one, took / 10)
+                    if took > QUICK_SECONDS:
+                        break
+                speed += rate
+        except ServerAway:
+            if protocol is job.protocols[-1] and not speed:
+                raise
+    return speed
 
 
 def search(job: Job) -> int:
     """List the rows nearest to a text."""
-    settings = job.settings
     job.inspector().check_searchable()
-    query = str(settings.search)
-    embedding, profile = embed_query(job, query)
-    inspector = job.inspector(profile.digest)
-    inspector.check_searchable(len(embedding) // 4)
-    inspector.provenance.check_version()
-    show_hits(job, inspector, {"query": query}, f'"{query}"', embedding, settings.model)
-    return EXIT_DONE
-
-
-def embed_query(job: Job, text: str) -> tuple[bytes, ServerProfile]:
-    """Return the vector of a text from the first server that can be reached, and that server's profile."""
-    away: Stop = Stop("there is no server")
+    query = str(job.settings.search)
     for protocol in job.protocols:
         try:
             with open_session(job, protocol) as (engine, profile):
-                [(_, [answer])] = embed_on_all(engine, [text])
-                if isinstance(answer, Failure):
-                    said = answer.reason.rstrip(".")
-                    raise Stop(f"{protocol.address} does not embed the text that is searched for: {said}.")
-                return answer.vector, profile
-        except ServerAway as error:
-            away = error
-    raise away
+                [(_, [answer])] = embed_on_all(engine, [query])
+            break
+        except ServerAway:
+            if protocol is job.protocols[-1]:
+                raise
+    if isinstance(answer, Failure):
+        said = answer.reason.rstrip(".")
+        raise Stop(f"{protocol.address} does not embed the text that is searched for: {said}.")
+    inspector = job.inspector(profile)
+    inspector.check_searchable(len(answer.vector) // 4)
+    inspector.provenance.check_version()
+    show_hits(job, inspector, {"query": query}, f'"{query}"', answer.vector, job.settings.model)
+    return EXIT_DONE
 
 
 def similar(job: Job) -> int:
@@ -5365,16 +5387,14 @@ def show_hits(
     report.give({**asked, "model": model or None, "results": results}, lines)
     if settings.quiet:
         return
-    total, stored, found, current = inspector.tally(inspector.coverage.comparable_sql(len(vector) // 4))
+    rows, stored, found, current = inspector.tally(inspector.coverage.comparable_sql(len(vector) // 4))
     counts = {
-        "not searched, without an embedding": total - stored,
+        "not searched, without an embedding": rows - stored,
         "not searched, with one that does not compare": stored - found,
         "found by an older text": found - current,
     }
-    if words := [f"{count} {what}" for what, count in counts.items() if count]:
-        complain(
-            f"note: of {total} {nouns}, {'; '.join(words)}. Run embedgen without --{settings.action} to embed them."
-        )
+    if note := "; ".join(f"{count} {what}" for what, count in counts.items() if count):
+        complain(f"note: of {rows} {nouns}, {note}. Run embedgen without --{settings.action} to embed them.")
 
 
 PIPE_WIDTH = 200  # cells of a result's line without a terminal
@@ -5390,7 +5410,7 @@ def hit_lines(hits: list[Hit], cells: int) -> list[str]:
         gap = " " * (key_width - width_of(key))
         key = key + gap if isinstance(hit.key, str) else gap + key
         values = [str(value).strip(BLANKS) for value in hit.columns.values() if value is not None]
-        text = " | ".join(value for value in values if value)
+        text = " | ".join(filter(None, values))
         lines.append(truncate_to_width(f"{rank:{digits}}  {hit.similarity:.4f}  {key}  {text}", cells).rstrip())
     return lines
 
@@ -5409,24 +5429,21 @@ def truncate_to_width(text: str, cells: int) -> str:
 def status(job: Job) -> int:
     """Say what is embedded, by which model, and what is left to be done."""
     origins = job.inspector().origins()
-    models = {model for model, *_ in origins}
+    models = {made["model"] for made in origins}
     if len(models) == 1 and not job.settings.model_is_named:
         job = job.for_model(max(models))
     settings, inspector = job.settings, job.inspector()
     total, _, found, current = inspector.tally(job.target.has_vector_sql)
+    _, orphaned, dimensions, updated = inspector.vectors()
+    if getattr(updated, "tzinfo", None):
+        updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(updated.timestamp()))
     is_unknown = found and not any(models) and not settings.model_is_named
     facts = {
         "table": settings.table, "target": job.target.table.name, "rows": total, "embedded": current,
-        "missing": total - found, "stale": None if job.target.is_column else found - current,
-        "orphaned": inspector.orphans()[1],
-        **{fit: sum(count for *_, of, count in origins if of == fit) for fit in ("cut", "split")},
+        "missing": total - found, "stale": None if job.target.is_column else found - current, "orphaned": orphaned,
+        **{fit: sum(made["rows"] for made in origins if made["fit"] == fit) for fit in ("cut", "split")},
         "model": None if is_unknown else settings.model, "prefix": settings.document_prefix,
-        "dimensions": inspector.dimensions() or None,
-        "updated": utc_time(inspector.updated_at()),
-        "models": [
-            {"model": model or None, "digest": digest, "prefix": prefix, "fit": fit, "rows": count}
-            for model, digest, prefix, fit, count in origins
-        ],
+        "dimensions": dimensions or None, "updated": updated and str(updated), "models": origins,
         "notes": job.target.notes(job.source.key, settings.model) if job.target.is_column else [],
     }  # fmt: skip
     job.report.give(facts, status_lines(facts, job.report, job.db.shown))
@@ -5439,40 +5456,27 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     share = done / total if total else 1.0
     lines = [RULE, one_line(f"🧠 {report.title}s in {database}"), RULE]
     lines.append(f"📊 {percent_of(share)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
-    figures = {
-        "Embedded": ("✓", ""),
-        "Missing": ("…", ""),
-        "Stale": ("↻", "embedded from another text, prefix or model"),
-        "Orphaned": ("∅", f"without a row in {facts['table']}; see --prune"),
-        "Cut": ("✂", ""),
-        "Split": ("÷", ""),
-    }
-    if facts["stale"] is None:
-        del figures["Stale"]
-    width = max(len(f"{facts[name.lower()]:,}") for name in figures)
-    for name, (mark, hint) in figures.items():
-        count = facts[name.lower()]
-        if count or name in ("Embedded", "Missing", "Stale"):
-            why = f"   ({hint})" if count and hint else ""
-            lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{why}")
-    made: Counter[tuple[str, str, str]] = Counter()
+    marks = {"Embedded": "✓", "Missing": "…", "Stale": "↻", "Orphaned": "∅", "Cut": "✂", "Split": "÷"}
+    orphaned = f"   (without a row in {facts['table']}; see --prune)"
+    hints = {"Stale": "   (embedded from another text, prefix or model)", "Orphaned": orphaned}
+    width = max(len(f"{facts[name.lower()] or 0:,}") for name in marks)
+    for name, mark in marks.items():
+        count = facts[name.lower()]  # None: not known
+        if count or (count == 0 and name in ("Embedded", "Missing", "Stale")):
+            hint = hints.get(name, "") if count else ""
+            lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{hint}")
+    made: Counter[tuple[str, str, str, str]] = Counter()
     for one in facts["models"]:
-        made[one["model"], one["digest"].rpartition(":")[2][:12], one["prefix"]] += one["rows"]
+        made[one["model"], one["digest"].rpartition(":")[2][:12], one["version"], one["prefix"]] += one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
-    for (model, digest, prefix), count in list(made.items())[:3]:
+    for (model, digest, version, prefix), count in list(made.items())[:3]:
         words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"
         words += f', prefix "{prefix}"' if prefix else ""
-        lines.append(one_line(words + (f": {count:,}" if len(made) > 1 else "")))
+        words += f"{f', server {version}' if version else ''}{f': {count:,}' if len(made) > 1 else ''}"
+        lines.append(one_line(words))
     if facts["updated"]:
         lines.append(f"🕑 Last updated: {facts['updated']}")
     return [*lines, *facts["notes"], RULE]
-
-
-def utc_time(value: Any) -> str | None:
-    """Return a stored time as text, in UTC where its zone is known."""
-    if getattr(value, "tzinfo", None):
-        value = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(value.timestamp()))
-    return None if value is None else str(value)
 
 
 def prune(job: Job) -> int:
@@ -5488,10 +5492,10 @@ def prune(job: Job) -> int:
         )
     job.db.query_all(f"SELECT 1 FROM {job.source.table.sql} LIMIT 0")  # raises Stop where rows are hidden
     inspector = job.inspector()
-    total, gone = inspector.orphans()
+    total, gone, *_ = inspector.vectors()
     most = gone if gone < total or settings.force else 0  # to remove all is hardly what is meant
     removed = inspector.prune(settings.force) if gone and not settings.dry_run else most
-    if gone and not removed and inspector.orphans()[1]:  # another program may have removed them
+    if gone and not removed and inspector.vectors()[1]:  # another program may have removed them
         raise UsageError(
             f'none of the {total} embeddings in {name} belongs to a row of "{source}", so that all would be removed. '
             "Give another --table or --target; or --force, if that is meant."

@@ -54,7 +54,8 @@ Entry = dict[str, Any]
 DEFAULTS: dict[str, Any] = {
     # What the server is.
     "version": "0.14.0",
-    "models": {  # of each: dimensions, context, digest, seed, capabilities; MODEL has the defaults
+    "tokenizer": [0.0, 0],  # share of the texts with a letter outside ASCII whose vectors are others; and which: a seed
+    "models": {  # of each: dimensions, context, digest, weights, template, seed, capabilities; MODEL has the defaults
         "nomic-embed-text": {},
         "all-minilm": {"context": 256, "seed": "all-minilm"},
     },
@@ -72,6 +73,8 @@ DEFAULTS: dict[str, Any] = {
     "prefix": "",     # a path under which everything is served
     # What other servers of the OpenAI protocol do; of /v1 alone.
     "scale": 1.0,     # length of the vectors
+    "server": None,        # the header Server of every answer
+    "fingerprint": None,   # the system_fingerprint of every good answer
     "shape": "openai",     # of errors, by the names in SHAPES
     "most_inputs": None,   # {"most": number, "status": number, "error": words}: for more inputs than that
     "too_long": None,      # {"status": number, "error": words}: for texts that would be cut
@@ -101,14 +104,14 @@ DEFAULTS: dict[str, Any] = {
     "shuffle": 0.0,            # up to that many seconds at random, so that answers overtake
     "continue_after_hangup": True,  # work for a client that went away is still done
 }
-MODEL = {"dimensions": 8, "context": 2048, "seed": "", "capabilities": ["embedding"]}
+MODEL = {"dimensions": 8, "context": 2048, "template": "{{ .Prompt }}", "seed": "", "capabilities": ["embedding"]}
 
 FAULTS = {
     "500": "the runner died", "503": "busy", "429": "too many requests",
     "eof": "400, though the runner is to blame and not the text",
     "html": "200 with a page of HTML", "error200": "200 with an error in the body",
     "short": "one vector too few", "zero": "a vector of zeros", "nan": "a null or NaN in a vector",
-    "long": "vectors of wrong dimension", "twin": "one vector for all texts",
+    "long": "vectors of wrong dimension", "twin": "one vector for all texts", "odd": "sound vectors of no text",
     "disorder": "/v1 only: items in reverse, with the right index",
     "slow": "late", "hang": "never answered", "reset": "connection reset, no answer",
     "cut": "half of the body, then the end", "torn": "chunked, ends before the last chunk",
@@ -167,6 +170,14 @@ def vector(text: str, dimensions: int = 8, seed: str = "") -> Vector:
         digests += block.digest()
     numbers = struct.unpack_from(f"<{dimensions}I", digests)
     return normalised([n / 2**31 - 1 for n in numbers])
+
+
+def is_turned(text: str, share: float, seed: int = 0) -> bool:
+    """Whether a change of the tokenizer gives a text another vector: it does for a share of those with letters outside
+    ASCII, by the seed, whenever it is asked."""
+    if not any(letter.isalpha() and not letter.isascii() for letter in text):
+        return False
+    return random.Random(f"{seed} {text}").random() < share
 
 
 def blob(text: str, dimensions: int = 8, seed: str = "") -> bytes:
@@ -425,6 +436,8 @@ class Connection(asyncio.Protocol):
         if reply is None or self.transport.is_closing():
             return
         entry["status"] = reply.status if reply.fault != "reset" else None
+        if self.server.settings["server"]:
+            reply.headers["Server"] = self.server.settings["server"]
         self.server.end(entry)
         self.entry = None
         self.send(request, reply)
@@ -711,7 +724,10 @@ class Server:
             "double.context_length": model["context"],
             "double.embedding_length": model["dimensions"],
         }
-        return json_reply({"model_info": info, "capabilities": model["capabilities"]})
+        weights = model.get("weights", model["digest"] and hashlib.sha256(model["digest"].encode()).hexdigest())
+        modelfile = f"# FROM {name}\n\nFROM /root/.ollama/models/blobs/sha256-{weights}\nTEMPLATE {model['template']}\n"
+        card = {"modelfile": modelfile, "template": model["template"], "capabilities": model["capabilities"]}
+        return json_reply({**card, "model_info": info})
 
     async def embed(self, path: str, request: Request, entry: Entry) -> Reply | None:
         """Answer one of the three embedding paths."""
@@ -746,8 +762,9 @@ class Server:
             self.refuse(texts)
         await self.sleep(self.random.uniform(0, self.settings["shuffle"]))
         await self.sleep(self.settings["slow_seconds"] if fault == "slow" else 0)
-        space = (question.dimensions, question.model["seed"])
-        vectors = [vector(text, *space) for text in question.texts]
+        seed, changed = question.model["seed"], self.settings["tokenizer"]
+        seeds = [f"{seed} turned" if is_turned(text, *changed) else seed for text in question.texts]
+        vectors = [vector(text, question.dimensions, seed) for text, seed in zip(question.texts, seeds)]
         if path == "/v1/embeddings" and self.settings["scale"] != 1.0:
             vectors = [[n * self.settings["scale"] for n in numbers] for numbers in vectors]
         if question.base64 and self.settings["base64"] == "mangled":  # as big-endian, say
@@ -755,6 +772,8 @@ class Server:
         spent = time.monotonic() - entry["start"]
         durations = {"total_duration": int(spent * 1e9), "load_duration": int(loaded * 1e9)}
         answer = self.encode(question, self.distort(vectors, fault), durations, fault)
+        if self.settings["fingerprint"] and path == "/v1/embeddings":
+            answer = f'{answer[:-1]},"system_fingerprint":{compact(self.settings["fingerprint"])}}}'
         return Reply(200, answer.encode(), fault=fault)
 
     def is_first(self, entry: Entry) -> bool:
@@ -889,6 +908,8 @@ class Server:
             result[chosen][-1] = self.random.choice([math.inf, math.nan])
         elif fault == "long":
             result = [[*numbers, 0.5] for numbers in result]
+        elif fault == "odd":
+            result = [numbers[::-1] for numbers in result]
         elif fault == "twin":
             result = [result[0]] * len(result)
         return result

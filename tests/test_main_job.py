@@ -219,6 +219,7 @@ class MainJob(Case):
         self.succeed()
         self.ollama.reset()
         self.refuse(2, "--model", "all-minilm", words=["all-minilm", "nomic-embed-text", "--target", "--force"])
+        self.refuse(2, "--model", "missing", words=['"missing"', "nomic-embed-text"])  # from the server, too
         self.assertEqual(self.ollama.log(), [])
         self.assert_complete()
         self.succeed("--model", "all-minilm", "--target", "other")

@@ -149,15 +149,6 @@ class Provenance(Case):
         self.assertLessEqual(len(set(self.asked())), 3)
         self.assertEqual(self.succeed("--accept-drift").tally, (10, 10, 0))
 
-    def test_a_single_odd_vector_is_no_drift(self) -> None:
-        self.make_movies(6)
-        self.succeed("--limit", 3)
-        other = "(SELECT embedding FROM movie_embeddings WHERE movie_id = 3)"
-        self.execute(f"UPDATE movie_embeddings SET embedding = {other} WHERE movie_id = 1")  # by some accident
-        self.assertEqual(self.succeed("--limit", 1).tally, (1, 3, 0))
-        self.execute(f"UPDATE movie_embeddings SET embedding = {other} WHERE movie_id IN (2, 4)")
-        self.refuse(3, "--limit", 1, words=["cosine"])
-
     def test_a_server_that_tells_no_digest(self) -> None:
         self.serve("", "")
         self.make_movies(5)

@@ -108,7 +108,8 @@ class Status(Case):
                 "   ↻  Stale:     50   (embedded from another text, prefix or model)",
             ),
         )
-        self.assertEqual(model, '🧩 Model: nomic-embed-text (0123456789ab), 8 dimensions, prefix "search_document: "')
+        made = 'nomic-embed-text (0123456789ab), 8 dimensions, prefix "search_document: ", server 0.14.0'
+        self.assertEqual(model, f"🧩 Model: {made}")
         self.assertRegex(updated, r"^🕑 Last updated: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
     def test_the_tables_only_model_is_meant_unless_one_is_named(self) -> None:
