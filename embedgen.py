@@ -593,10 +593,6 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-class Damaged(str):
-    """A text of a database with U+FFFD for bytes that are not UTF-8, which SQLite does not mind."""
-
-
 def digest_of(text: str) -> bytes:
     """Return the identity of a text: the SHA-256 of its UTF-8 form, 32 bytes."""
     return hashlib.sha256(text.encode("utf-8")).digest()
@@ -3166,9 +3162,9 @@ class SQLite(Database):
             self.encoding = self.value("SELECT encoding FROM pragma_encoding")  # fails unless it is a database
             opened.pop_all()
         self.query(f"PRAGMA cache_size = -{CACHE_KIB}")
-        self.connection.text_factory = text_of_bytes
+        self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
-        self.connection.create_function("embedgen_text", 2, text_of_bytes, deterministic=True)
+        self.connection.create_function("embedgen_text", 1, text_of_blob, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
 
@@ -3210,7 +3206,7 @@ class SQLite(Database):
         name = f"s.{quoted(column)}"
         # Nearly always the first character decides, in a third of the time.
         visible = f"unicode({name}) BETWEEN 33 AND 126 OR trim({name}, {literal(BLANKS)}) <> ''"
-        text = f"CASE typeof({name}) WHEN 'blob' THEN embedgen_text({name}, '{NO_TEXT}') ELSE CAST({name} AS TEXT) END"
+        text = f"CASE typeof({name}) WHEN 'blob' THEN embedgen_text({name}) ELSE CAST({name} AS TEXT) END"
         return f"CASE WHEN {visible} THEN {text} END"
 
     def sha256_sql(self, text: str) -> str:
@@ -3296,15 +3292,16 @@ class SQLite(Database):
         return f"CASE WHEN {cell} IS NOT NULL THEN embedgen_exact({cell}, {literal(declared)}) END"
 
 
-NO_TEXT = "\ufdd0\uffff"  # stands in a row's text for a BLOB that is none; characters that are for internal use
+NO_TEXT = "\ufdd0\uffff"  # stands in a row's text for a BLOB that is not UTF-8; characters for internal use only
+REPLACED = "\ufffd"  # for bytes that are not UTF-8, which SQLite stores as TEXT all the same
 
 
-def text_of_bytes(raw: bytes, replacement: str = "") -> str:
-    """Return bytes as text; if they are not UTF-8, the replacement, without one a Damaged text."""
+def text_of_blob(raw: bytes) -> str:
+    """Return a BLOB as text, NO_TEXT if it is not UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return replacement or Damaged(raw.decode("utf-8", "replace"))
+        return NO_TEXT
 
 
 def exact_value(text: str, declared: str) -> int | float | str | None:
@@ -3755,7 +3752,7 @@ class Source(NamedTuple):
 
     def row(self, key: Any, text: str) -> Row:
         """Return a row to embed, given its key and its text without the prefix."""
-        if isinstance(key, Damaged):
+        if isinstance(key, str) and REPLACED in key:
             raise Stop(f"the key {key!r} is not valid UTF-8, and could not be found again. Exclude it with --where.")
         return Row(key, text, digest_of(self.prefix + text))
 
@@ -4835,7 +4832,7 @@ class Report:
             f"📊 Total {self.nouns} processed: {counts.done}",
             f"   ✓  Successfully generated: {counts.generated}",
             f"   ✂  Cut to the model's context: {counts.cut}" if counts.cut else "",
-            f"   !  Not valid UTF-8, with U+FFFD in its place: {counts.damaged}" if counts.damaged else "",
+            f"   !  With U+FFFD for bytes that are not UTF-8: {counts.damaged}" if counts.damaged else "",
             f"   ⊘  Skipped (already exist): {counts.skipped}",
             f"   ✂  Skipped for their length: {counts.too_long}" if counts.too_long else "",
             f"   ✗  Failed: {counts.failed}",
@@ -5067,11 +5064,11 @@ class Run:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
                 self.counts.cut += answer.fit == "cut"
-                self.counts.damaged += isinstance(row.text, Damaged)
+                self.counts.damaged += REPLACED in row.text
                 if answer.fit != "whole":
                     self.log.warn(f"{self.name(row)} is longer than the model takes: {answer.fit}")
-                if isinstance(row.text, Damaged):
-                    self.log.warn(f"{self.name(row)} is not valid UTF-8: embedded with U+FFFD in its place")
+                if REPLACED in row.text:
+                    self.log.warn(f"{self.name(row)} holds U+FFFD, which stands for bytes that are not UTF-8")
             elif answer.kind == "too_long":
                 self.counts.skip_long()
                 self.table.give_up(row, failed=False)
