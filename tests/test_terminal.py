@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import unittest
 
 import embedgen
 from embedgen import Counts, progress_line, width_of
-from tests.support import ENGINES, SLOW_ENGINES, Case, environment
+from tests.support import ENGINES, SLOW_ENGINES, Case, captured, environment, text_of
 
 try:
     import fcntl
@@ -72,6 +73,27 @@ class ProgressLine(unittest.TestCase):
                         made.fail("x")
                 self.assertGreaterEqual(made.total, made.done)
                 self.assertEqual(made.done, made.generated + made.skipped + made.failed)
+
+
+class Clock(Case):
+    """The bar and the summary count from the same moment, when the program was started."""
+
+    def test_one_clock(self) -> None:
+        out, settings = captured(), embedgen.parse_arguments(["--log-dir", str(self.folder)])
+        console, started = embedgen.Console(out, embedgen.Interrupt()), time.monotonic() - 1000
+        report = embedgen.Report(console, settings, embedgen.Log(), "movies", started, {})
+        report.start(Counts(3, 3, None))
+        report.finish(Counts(3, 3, None), 0)
+        [bar], [summary] = re.findall(r"\[(\d+:\d\d)<", text_of(out)), re.findall(r"elapsed: (\d+)\.", text_of(out))
+        minutes, seconds = map(int, bar.split(":"))
+        self.assertEqual(60 * minutes + seconds, int(summary))
+        self.assertGreaterEqual(int(summary), 1000)
+
+    def test_one_is_singular(self) -> None:
+        self.make_movies(1)
+        self.succeed("--verbose", "--server", self.ollama.url)
+        self.assertRegex(self.log(), r": 1 text in [\d.]+ s\n|- 1 text in [\d.]+ s\n")
+        self.assertNotRegex(self.log(), r"\b1 (texts|rows|movies)\b")
 
 
 class Screen:
