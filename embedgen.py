@@ -89,9 +89,9 @@ class UsageError(Stop):
 
 
 class ServerAway(Stop):
-    """A server cannot be reached or cannot work now: other servers may take over, and it may come back.
+    """A server is unreachable or out of order for now: other servers may take over, and it may come back.
 
-    `reason` says why in a few words; `retry_after` is the seconds that the server asks to be left alone.
+    `reason` is the cause in a few words; `retry_after` is the pause that the server asks for, in seconds.
     """
 
     def __init__(self, message: str, reason: str = "", retry_after: float = 0.0) -> None:
@@ -103,7 +103,7 @@ SIGNALS = signal.valid_signals() & {1, 2, 15}  # that end a run: SIGHUP, which W
 
 
 class Interrupt:
-    """The request to end early: made by signals and closed pipes, seen by every loop that waits."""
+    """A request to end the run early: made by signals and closed pipes, seen by every loop that waits."""
 
     def __init__(self) -> None:
         self.code = 0  # exit code of the request; 0: go on
@@ -119,13 +119,13 @@ class Interrupt:
         sys.unraisablehook = self.on_unraisable
 
     def ignore_signals(self) -> None:
-        """Have nothing interrupted from now on, not even the end of Python itself."""
+        """Ignore all signals from now on, so that even Python's own exit is not interrupted."""
         self.forced = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Ask for a gentle end; the second time, or where no loop would see it, raise KeyboardInterrupt, once."""
+        """Ask for a gentle end; at the second signal, or if no loop would see it, raise KeyboardInterrupt, once."""
         force = not self.forced and (not self.gentle or bool(self.code))
         self.code = self.code or 128 + number
         if force:
@@ -135,7 +135,7 @@ class Interrupt:
         self.wake()
 
     def on_unraisable(self, unraisable: Any) -> None:
-        """Let the next signal raise again where KeyboardInterrupt came to nothing, as in a destructor."""
+        """Let the next signal raise again if KeyboardInterrupt was lost, as it is in a destructor."""
         if unraisable.exc_type is KeyboardInterrupt:
             self.forced = False
         else:
@@ -625,8 +625,8 @@ LATER = Failure("it is too long", "later")  # it is to be asked for again, on it
 
 
 # ============================ protocols ============================
-# What is sent to a server and what its answers mean; no I/O and no clock here. Ollama's forms are those of its
-# docs/api.md, server/routes.go and openai/openai.go.
+# Requests to a server, and the meaning of its answers; no I/O and no clock here. Sources for Ollama: its docs/api.md,
+# server/routes.go and openai/openai.go.
 
 
 class Request(NamedTuple):
@@ -645,7 +645,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What came of a Request; status 0 and a reason in words where no whole answer came.
+    """The outcome of a Request; without a complete answer, status 0 and a reason in words.
 
     `server` and `location` are the headers of these names.
     """
@@ -681,7 +681,7 @@ class Exchange(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a batch found out about its server: new values for fields of the ServerProfile."""
+    """A batch's discovery about its server: new values for fields of the ServerProfile."""
 
     changes: dict[str, int]
 
@@ -692,7 +692,7 @@ Steps = Generator[Union[Request, Wait, Exchange, Learned, str], Any, T]
 
 
 class ServerProfile(NamedTuple):
-    """All that is known of one server. The parent owns it, sends it with each task, and learns from what comes back."""
+    """All that is known about one server. The parent owns it, sends it with each task, and updates it by events."""
 
     sample: bytes = b""  # the vector of the known-good text; b"" before the handshake
     digest: str = ""  # of the model as this server has it, and of its weights and template; "" if not told
@@ -727,7 +727,7 @@ class Endpoint(NamedTuple):
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
     def hide(self, text: str) -> str:
-        """Return what a server says, or an error, without the secrets that were sent: some proxies echo a request."""
+        """Return a server's or an error's words without the secrets of the request, which some proxies echo."""
         import html
 
         kind, _, secret = self.authorization.partition(" ")
@@ -814,10 +814,10 @@ ALIKE = 0.99
 
 
 def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
-    """Return vectors, each a list of numbers or packed, as they are stored; raise Trouble unless all are sound.
+    """Return vectors, given as lists of numbers or packed, as they are stored; raise Trouble unless all are valid.
 
-    A status of 200 is no proof: servers have answered it with too few vectors, all zeros, NaN as null, and one vector
-    for every text. Looking at each number would take longer than all else that is done about it.
+    A status of 200 proves nothing: servers have sent it with too few vectors, all zeros, NaN as null, and one vector
+    for every text. No loop looks at single numbers: that would take longer than all other work on them.
     """
     if len(vectors) != len(texts):
         raise Trouble("garbled", f"{len(vectors)} vectors came for {len(texts)} texts")
@@ -844,11 +844,11 @@ def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
 
 
 class Policy(NamedTuple):
-    """What is done about one kind of trouble.
+    """The treatment of one kind of trouble.
 
-    `together` and `alone` are how often several texts, or a single one, are tried until they are suspected; None:
-    never. `fault` is whose it is at first sight; of the server's, it is asked for a known-good text before anything is
-    concluded. `outcome` is for the pace.
+    `together` and `alone`: after so many tries, a batch of several texts, or a single text, is suspected; None: never.
+    `fault`: who seems to be at fault; if it is the server, a known-good text is tried before a text is blamed.
+    `outcome`: what the pace is told.
     """
 
     together: int | None
@@ -862,8 +862,8 @@ POLICIES = {
     "busy": Policy(None, None, "server", "overloaded"),
     "late": Policy(2, None, "server", "overloaded"),  # what stands before the server has lost patience
     "unavailable": Policy(4, None, "server", "overloaded"),
-    # Crashes in a row: some seconds in all for several texts, and most of a minute for one that would fail. Servers do
-    # crash by themselves.
+    # Servers also crash by themselves: several texts get some seconds in all, a single one, which would fail, most of a
+    # minute.
     "crashed": Policy(4, 8, "server", "overloaded"),
     "timeout": Policy(1, 3, "server", "timeout"),
     "dimensions": Policy(None, None, "server", "failed"),  # vectors of another length; see BatchRequest.ask
@@ -882,7 +882,7 @@ class Trouble(Exception):
 
 
 class ProtocolChanged(Exception):
-    """The server wants to be asked in another way, which `changes` to its profile bring; to be tried at once."""
+    """The server needs another form of request, described by `changes` to its profile; to be tried at once."""
 
     def __init__(self, message: str, **changes: int) -> None:
         super().__init__(message)
@@ -906,8 +906,8 @@ NO_MODEL = r"(?i)\bmodels?\b.*not (?:found|exist|loaded|available)|no models? |(
 DEAD_RUNNER = r"\bEOF\b|do embedding request|connection (?:refused|reset)|forcibly closed"
 ANY, CONTENT = range(1000), (400, 413, 422, 500)
 
-# What an error means: the first row whose statuses and pattern fit. Before 0.14 Ollama said 500 for NaN, and from
-# 0.13.3 on it says 400 for a runner that died.
+# The kind of an error: that of the first row whose statuses and pattern match. Before 0.14 Ollama answered 500 for NaN,
+# and from 0.13.3 on it answers 400 for a runner that died.
 ERRORS: tuple[tuple[Container[int], str, str], ...] = (
     (ANY, r"HTTP request (?:was sent )?to (?:an )?HTTPS", "speaks_tls"),
     (ANY, r"(?i)not support (?:the )?embedding", "cannot_embed"),
@@ -927,7 +927,7 @@ ERRORS: tuple[tuple[Container[int], str, str], ...] = (
     (range(300, 400), "", "moved"),
     (ANY, "", "refused"),
 )
-# And those that trying cannot mend, in words for the user; `p` is the protocol.
+# The kinds that end the run, in words for the user; `p` is the protocol.
 STOPS = {
     "speaks_tls": "{p.address} speaks TLS ({said}). Give --server https://...",
     "cannot_embed": 'the model "{p.model}" cannot embed ({said}). Give --model nomic-embed-text, for example.',
@@ -938,12 +938,12 @@ STOPS = {
 }
 
 
-MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what comes of JSON that is none
-KNOWN_GOOD = "a short text"  # no model has a reason to refuse this
+MALFORMED = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # raised for unexpected JSON
+KNOWN_GOOD = "a short text"  # which no model has a reason to refuse
 
 
 def words_of(body: bytes) -> str:
-    """Return what an error's body says, on one line.
+    """Return the message in an error's body, on one line.
 
     Ollama has {"error": words}, OpenAI {"error": {"message": words}}, FastAPI {"detail": words} or {"detail": [{"msg":
     words}]}, TEI and others {"message": words}.
@@ -968,9 +968,9 @@ CONTEXT_MOST = 2048
 
 
 class Protocol:
-    """What the protocols over HTTP share: a request is built, its answer checked, and its vectors read.
+    """What all protocols share: they build requests, check the answers, and read the vectors.
 
-    Frozen after its constructor: what is learned about a server is in its ServerProfile.
+    Frozen after its constructor: changing facts about a server are in its ServerProfile.
     """
 
     product = "a server"  # as an error calls it
@@ -978,7 +978,7 @@ class Protocol:
     list_path = "/models"  # of the models that the server has
     truncates = False  # whether it can be asked to cut long texts itself, at the last token that the model takes
     tokens = "OPENAI_API_KEY or OLLAMA_API_KEY"  # the settings that carry the token
-    # What to do about a server that cannot be reached, a model that is missing, a path that is, an answer that is none.
+    # Advice for: a server that cannot be reached, a missing model, a missing path, an answer without vectors.
     get_server = "Start it, or give --server URL."
     get_model = "Its path /models lists what it has; give --model NAME."
     get_path = get_answer = "Does it serve embeddings?"
@@ -986,17 +986,17 @@ class Protocol:
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint, self.address, self.prefix = endpoint, endpoint.shown, settings.prefix
         self.model, self.timeout, self.on_long = settings.model, settings.timeout, settings.on_long
-        self.context = settings.context  # tokens, as the model's card has it; 0 if it does not
+        self.context = settings.context  # tokens, by the model's card; 0 if not known
         # In every request for vectors. Ollama reloads the model where the options differ.
         common = {"model": self.model, "dimensions": settings.dimensions, "options": dict(settings.option)}
         self.common = {name: value for name, value in common.items() if value}
 
     def compute(self, texts: list[str]) -> list[Answer] | None:
-        """Return the answers for `texts` if no server is needed for them."""
+        """Return the answers for `texts`, or None if a server is needed for them."""
         return None
 
     def look_up(self) -> Steps[ServerProfile]:
-        """Return what the server tells of itself and of the model."""
+        """Return the profile by what the server reports about itself and the model."""
         return ServerProfile(base64_tokens=sys.maxsize)
         yield  # makes it a generator
 
@@ -1006,7 +1006,7 @@ class Protocol:
         yield  # makes it a generator
 
     def build(self, profile: ServerProfile, texts: list[str], timeout: float, truncate: bool = False) -> Request:
-        """Return the request for the vectors of `texts`; `truncate`: the server may cut them, if it can."""
+        """Return the request for the vectors of `texts`; with `truncate` the server may cut them, if it can."""
         texts = [self.prefix + text for text in texts]
         asked = {**self.common, "input": texts[0] if profile.most_texts == 1 else texts}
         path, encoding = self.path, "decimals"
@@ -1019,7 +1019,7 @@ class Protocol:
         return Request(path, json.dumps(asked).encode(), timeout, encoding=encoding, longest=longest)
 
     def check(self, request: Request, response: Response, texts: int = 1) -> None:
-        """Raise what the answer to a request with so many texts means, unless its status is 200."""
+        """Raise the error in the answer to a request with `texts` texts, unless its status is 200."""
         status = response.status
         if status == 200:
             return
@@ -1035,7 +1035,7 @@ class Protocol:
         if kind in ("no_base64", "no_path") and request.encoding == "base64":
             raise ProtocolChanged(words, base64_tokens=0)
         if kind == "no_model" and status != 404 and KNOWN_GOOD.encode() not in request.body:
-            kind = "refused"  # words of a model may be about the text: the known-good one will tell
+            kind = "refused"  # the words may be about the text: the known-good one will show
         if kind in STOPS:
             location = self.endpoint.hide(response.location or "the final address")
             raise Stop(STOPS[kind].format(p=self, said=said, path=request.path, location=location))
@@ -1043,7 +1043,7 @@ class Protocol:
         raise Trouble(kind, said if POLICIES[kind].fault == "server" else words or said, response.retry_after)
 
     def said(self, body: bytes) -> str:
-        """Return what an answer's body says, fit to be printed."""
+        """Return the message in an answer's body, short and without secrets."""
         text = self.endpoint.hide(words_of(body))
         return text if len(text) <= 300 else text[:300] + "..."
 
@@ -1056,7 +1056,7 @@ class Protocol:
             raise Trouble("garbled", f"the answer holds no embeddings: {self.said(response.body)[:100]!r}") from None
 
     def unreachable(self, reason: str) -> ServerAway:
-        """Return the error of a server that does not answer at the beginning."""
+        """Return the error for a server that cannot be reached at the start."""
         advice = "" if re.search("TLS|certificate", reason) else f" {self.get_server}"
         if self.endpoint.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reason):  # a TLS alert
             advice = " If it speaks TLS, give --server https://..."
@@ -1086,10 +1086,10 @@ def in_order(items: list[Any]) -> list[Any]:
 
 
 class Ollama(Protocol):
-    """Ollama's own protocol: POST /api/embed, and /v1/embeddings where that cannot cut a text.
+    """Ollama's own protocol: POST /api/embed, and /v1/embeddings for texts that cannot be too long.
 
-    The latter gives 4 bytes a number instead of some 12, and no decimals to parse (from 0.12.7 on), but it cuts long
-    texts without a word, and takes no options.
+    From 0.12.7 on, the latter gives 4 bytes a number instead of some 12, and no decimals to parse. But it cuts long
+    texts silently, and takes no options.
     """
 
     product, path, base64_path, list_path = "Ollama", "/api/embed", "/v1/embeddings", "/api/tags"
@@ -1136,7 +1136,7 @@ class Ollama(Protocol):
         return json_object(response)
 
     def entry(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's own entry in a list of models, {} if there is none."""
+        """Return the model's entry in a list of models, {} if there is none."""
         with contextlib.suppress(*MALFORMED):
             models = {model["name"]: model for model in answer["models"]}
             return dict(models.get(self.model) or models[f"{self.model}:latest"])
@@ -1194,37 +1194,37 @@ class FeatureHashing(Protocol):
 
 
 def protocols_for(settings: Settings) -> list[Protocol]:
-    """Return what speaks to each server of --server."""
+    """Return the protocol for each --server."""
     if settings.server == ("hash:",):
         return [FeatureHashing(settings)]
     protocols: dict[str, Protocol] = {}
     for text in settings.server:
         endpoint = parse_endpoint(text, settings.ca_file or "")
-        if endpoint.shown in protocols:  # rather a slip than a wish: another would stay idle
+        if endpoint.shown in protocols:  # probably a slip: another one was meant
             raise UsageError(f"--server {endpoint.shown} is given twice. Give each server once.")
         protocols[endpoint.shown] = (OpenAI if endpoint.path.endswith("/v1") else Ollama)(endpoint, settings)
     return list(protocols.values())
 
 
 # ============================ one batch ============================
-# A generator without I/O or clock: it yields what is to be done and is sent back what came.
-# Whoever drives it, with streams, a blocking connection or a list, it decides the same.
+# A conversation with a server is a generator without I/O or clock: it yields requests and waits, and is sent the
+# responses. So both engines make the same decisions, and tests can drive it with a list of answers.
 
-PATIENCE = 120.0  # seconds of trying without one good answer, until the server is given up
-FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds; the cap bounds the delay after a server has come back
-LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more may as well be away
-LEAVE_AFTER = 5.0  # seconds of trying, where there are other servers, until the texts go there
-ODD_ANSWERS = 3  # with other dimensions, without a good one between them, until the server is not to be trusted
+PATIENCE = 120.0  # seconds of trying without one good answer, after which the server is given up
+FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0  # seconds between tries; the cap bounds the delay after a server has come back
+LONGEST_RETRY_AFTER = 600.0  # seconds; longer pauses are cut to this
+LEAVE_AFTER = 5.0  # seconds of trying, after which the texts go to another server, if there is one
+ODD_ANSWERS = 3  # answers in a row with other dimensions, after which the server is not trusted
 PARTS_TOGETHER = 16  # parts of a split text in one request
 
-# Where a text may be split, best first: behind a sentence or a line, and between words.
+# Where a text may be split, best first: after a sentence or a line, and between words.
 BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
 
 
 def parts_of(text: str, most: int) -> list[str]:
-    """Return a text in parts of nearly the same length, at most so many characters each; blank ones are left out.
+    """Return a text in parts of nearly equal length, at most `most` characters each, without blank parts.
 
-    An eighth of the length is left as room to divide it at a border near by.
+    An eighth of that length is kept free, as room to divide the text at a border nearby.
     """
     count, margin = -(-len(text) * 8 // (most * 7)) if len(text) > most else 1, most // 16
     ends = [0]
@@ -1241,16 +1241,16 @@ def parts_of(text: str, most: int) -> list[str]:
 
 
 def mean(vectors: list[tuple[int, bytes]]) -> bytes:
-    """Return the mean of vectors, each with its weight, scaled to length 1; nothing if they cancel each other out."""
+    """Return the weighted mean of vectors, scaled to length 1; b"" if they cancel each other out."""
     return normalised([sum(values) for values in zip(*([w * x for x in unpack(vector)] for w, vector in vectors))])
 
 
 def embed_batch(
     protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool | None
 ) -> Steps[Any]:
-    """Return the answer for each text, or for None what a handshake gives; raise Stop where the server is of no use.
+    """Return the answer for each text, or without texts a handshake's profile; raise Stop if the server cannot be used.
 
-    `movable`: rather than wait for long, it raises ServerAway, so that the texts go to other servers. `long`: see
+    `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: see
     BatchRequest.embed.
     """
     if texts is None:
@@ -1260,10 +1260,10 @@ def embed_batch(
 
 
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
-    """Return what is known of a server once it has embedded a known-good text; raise Stop if it is of no use.
+    """Return a server's profile after it has embedded a known-good text; raise Stop if it cannot be used.
 
-    One that cannot be reached ends it at once, and so does an answer that is no embedding; one that is busy is waited
-    for as in a batch.
+    A server that cannot be reached, or whose answer holds no embedding, fails at once; a busy one is waited for, as in
+    a batch.
     """
     profile = yield from protocol.look_up()
     if profile.sample:  # no server at all
@@ -1299,21 +1299,21 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
 
 
 class BatchRequest:
-    """One batch with one server: what is known of the server, and how long it has been tried in vain."""
+    """One batch with one server: the server's profile, and for how long it has given no good answer."""
 
     def __init__(self, protocol: Protocol, profile: ServerProfile, movable: bool = False) -> None:
         self.protocol, self.profile, self.movable = protocol, profile, movable
         self.timeout = protocol.timeout
         self.trying = 0.0  # seconds since the last good answer
-        self.waits = 0  # and waits in that time
+        self.waits = 0  # during these seconds
         self.odd_answers = 0  # with other dimensions, since the last good answer with a row's text
         self.last = Response(0)
 
     def embed(self, texts: list[str], long: bool | None = None) -> Steps[list[Answer]]:
-        """Return the answer for each text; the same text is asked for once.
+        """Return the answer for each text; equal texts are sent once.
 
-        `long`: whether it is known that the texts are too long; if not, the answer for those that are is LATER, so that
-        others need not wait for them. None: all are dealt with at once.
+        `long`: the texts are known to be too long. If it is false, the answer for a text that proves too long is LATER,
+        so that other rows need not wait for it; if it is None, such texts are cut or split at once.
         """
         answers: dict[str, Answer] = dict.fromkeys(texts, Failure("", "too_long"))
         if not long:
@@ -1327,13 +1327,14 @@ class BatchRequest:
     def embed_whole(self, texts: list[str], trusted: bool = False, truncate: bool = False) -> Steps[dict[str, Answer]]:
         """Return the answer for each of different texts.
 
-        A batch that is refused, or keeps failing, is halved until the texts at fault stand alone. A single text is
-        failed only when the server embeds a known-good text right after it, or after it has been suspected twice: then
-        the fault is not the server's. `trusted`: it is believed at once that a text is too long, and of several all.
+        A batch that is refused, or keeps failing, is halved until the texts at fault stand alone. A single text fails
+        only if the server embeds a known-good text right after it, or if it has been suspected twice: then the server
+        is not at fault. `trusted`: an answer that a text is too long is believed at once, and for all texts of the
+        request.
         """
         texts = sorted(texts, key=len)  # so that those that are too long are soon among themselves
         single, longest, half, tries = len(texts) == 1, len(texts[-1]), len(texts) // 2, Counter[str]()
-        if not (single or trusted) and longest >= self.profile.long_from:  # if it is taken, so are the others
+        if not (single or trusted) and longest >= self.profile.long_from:  # alone; if it fits, so do the others
             return (yield from self.embed_apart(texts, -1, trusted))
         if len(texts) > self.profile.most_texts:
             return (yield from self.embed_apart(texts, half, trusted))
@@ -1350,13 +1351,13 @@ class BatchRequest:
             tries[trouble.kind] += 1
             enough, too_long = policy.alone if single else policy.together, trouble.kind == "too_long"
             if enough is None or tries[trouble.kind] < enough:
-                # After a time-out the server may go on computing what nobody waits for any more: asking again before it
-                # has time for a short text would only lengthen its queue.
+                # After a time-out the server may still be computing the lost answer: another request would only
+                # lengthen its queue, until it has time for a short text.
                 check = trouble.kind in ("timeout", "dimensions")
                 yield from self.wait_until_healthy() if check else self.pause(trouble)
             elif not (single or (trusted and too_long)):
                 if policy.fault == "server":
-                    yield from self.wait_until_healthy()  # halves sent to a server that is down would prove nothing
+                    yield from self.wait_until_healthy()  # a server that is down proves nothing about the halves
                 return (yield from self.embed_apart(texts, half, trusted))
             else:
                 fails = self.protocol.on_long == "fail"
@@ -1369,15 +1370,15 @@ class BatchRequest:
                 return dict.fromkeys(texts, Failure(str(trouble), "too_long" if too_long and not fails else "failed"))
 
     def embed_apart(self, texts: list[str], middle: int, trusted: bool) -> Steps[dict[str, Answer]]:
-        """Return the answers for texts that are asked for in two groups, divided at an index."""
+        """Return the answers for two groups of texts, divided at an index and sent apart."""
         answers = yield from self.embed_whole(texts[middle:], trusted)
         return {**answers, **(yield from self.embed_whole(texts[:middle], trusted))}
 
     def beginning(self, text: str) -> Steps[tuple[int, Answer]]:
         """Return the length of the longest beginning of a text that the server takes, and the answer for it.
 
-        It is found by bisection, from what other texts have shown, or else from four characters a token, and within a
-        sixteenth of its length: each further step would cost a request and add fewer words.
+        Bisection begins at the limit known from other texts, or at four characters a token, and ends within a sixteenth
+        of the length: each further step would cost a request and add fewer words.
         """
         best: Answer = Failure("no beginning of the text is short enough")
         low, high, known = 0, len(text), self.profile.long_from
@@ -1396,7 +1397,7 @@ class BatchRequest:
         return low, best
 
     def cut(self, text: str) -> Steps[Answer]:
-        """Return the vector of a text's beginning, as long as the server takes it."""
+        """Return the vector of the longest beginning of a text that the server takes."""
         if self.protocol.truncates:
             [answer] = (yield from self.embed_whole([text], trusted=True, truncate=True)).values()
             if isinstance(answer, Embedding) or answer.kind != "too_long":  # some versions of Ollama refuse to cut
@@ -1405,9 +1406,9 @@ class BatchRequest:
         return Embedding(answer.vector, "cut") if isinstance(answer, Embedding) else answer
 
     def split(self, text: str) -> Steps[Answer]:
-        """Return the mean of the vectors of a text's parts, weighted by their length; several go in one request.
+        """Return the mean of the vectors of a text's parts, weighted by their length; several parts go in one request.
 
-        Where such a request is refused, all its parts are made smaller: to find the one at fault would take longer.
+        If that is refused, all its parts are made smaller: finding the one at fault would take longer.
         """
         length, answer = yield from self.beginning(text)
         if isinstance(answer, Failure):
@@ -1429,7 +1430,7 @@ class BatchRequest:
         return Embedding(vector, "split") if vector else Failure("the vectors of its parts cancel each other out")
 
     def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Steps[list[bytes]]:
-        """Return the vectors of `texts` from one request, or raise Trouble or ProtocolChanged; `probe`: of no row."""
+        """Return the vectors of `texts` from one request; raise Trouble or ProtocolChanged. `probe`: of no row."""
         protocol, known, count = self.protocol, self.profile.dimensions, 0 if probe else len(texts)
         request = protocol.build(self.profile, texts, self.timeout, truncate)
         response: Response = yield request
@@ -1439,9 +1440,9 @@ class BatchRequest:
             numbers = protocol.read(response)
             vectors = validate_vectors(numbers, texts)
             if request.encoding == "base64":
-                # Only now is it known what context the texts have met: the server may have loaded the model again.
+                # The context is asked for afterwards: the server may have reloaded the model for this request.
                 most = yield from protocol.loaded_context()
-                useful = most if isinstance(numbers[0], bytes) else 0  # so as not to ask for what is not given
+                useful = most if isinstance(numbers[0], bytes) else 0  # this server does not send base64
                 if useful < self.profile.base64_tokens:
                     yield from self.learn(base64_tokens=useful)
                 if most < request.longest:
@@ -1456,7 +1457,7 @@ class BatchRequest:
             yield Exchange(count, response.seconds, "failed" if probe else trouble.policy.outcome, str(trouble))
             if trouble.kind == "timeout":
                 self.timeout = min(self.timeout * 2, protocol.timeout * 4)
-            if probe or trouble.kind not in ("timeout", "late"):  # a long silence may mean that much was asked for
+            if probe or trouble.kind not in ("timeout", "late"):  # the silence may be due to the size of the request
                 self.trying += response.seconds
             self.odd_answers += trouble.kind == "dimensions"
             if self.odd_answers == ODD_ANSWERS:
@@ -1473,12 +1474,12 @@ class BatchRequest:
         return vectors
 
     def learn(self, **changes: int) -> Steps[None]:
-        """Note something about the server, here and in the parent."""
+        """Update the server's profile, here and in the parent."""
         self.profile = self.profile._replace(**cast(Any, changes))
         yield Learned(changes)
 
     def wait_until_healthy(self) -> Steps[tuple[bytes, bool]]:
-        """Wait until the server embeds a known-good text; return its vector, and whether it came at once."""
+        """Wait until the server embeds a known-good text; return its vector, and whether the first try succeeded."""
         at_once = True
         while True:
             try:
@@ -1493,9 +1494,9 @@ class BatchRequest:
     def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
         """Wait before another try: longer each time, jittered, or as long as the server asks for.
 
-        Full jitter about the middle: M. Brooker, "Exponential Backoff And Jitter", AWS, 2015. Rather than wait, texts
-        that are movable are left to other servers; but not those under which the server may have broken, unless it
-        cannot bear the known-good text either: they would break the others.
+        Jitter as in M. Brooker, "Exponential Backoff And Jitter", AWS, 2015. Movable texts go to other servers instead,
+        except texts that may have crashed this server: they would crash the others. If it fails with the known-good
+        text, too, the texts are not to blame.
         """
         protocol, asked = self.protocol, min(trouble.retry_after, LONGEST_RETRY_AFTER)
         if not self.profile.sample and self.waits:  # in the handshake, with a person waiting
@@ -1513,7 +1514,7 @@ class BatchRequest:
             )
             raise ServerAway(message, str(trouble), asked)
         wait = min(FIRST_WAIT * 2**self.waits, LONGEST_WAIT) * (0.5 + random.random())
-        self.trying += wait  # waiting as long as the server asks for is not trying
+        self.trying += wait  # a wait that the server asks for does not count as trying
         self.waits += 1
         yield Wait(max(wait, asked))
 
@@ -1878,10 +1879,10 @@ def most_in_flight(engine: str) -> int:
 
 
 # ============================ engines ============================
-# An engine keeps batches in flight: submit() sends one on its way, wait() returns what has happened. The two engines
-# differ in how a batch's conversation is driven; what is said in it, and the loop over the batches, is the same.
+# An engine keeps batches in flight: submit() starts one, wait() returns events. The engines differ only in where a
+# batch's conversation runs: as a task of one event loop, or in a worker process.
 
-GRACE = 10.0  # seconds that requests in flight are given when the run is to stop
+GRACE = 10.0  # seconds for the requests in flight when the run is to stop
 # The longest wait: an hour, or on Windows, which runs a signal's handler only afterwards, a tenth of a second.
 LONGEST_SLEEP = 0.1 if os.name == "nt" else 3600.0
 
@@ -1916,9 +1917,9 @@ def describe(error: Exception) -> str:
 
 @functools.lru_cache(None)
 def tls_context(ca_file: str) -> Any:
-    """Return what verifies the certificates and names of servers, by the roots in a file, or by the system's.
+    """Return the TLS context, with the roots in a file or the system's; raise UsageError for a wrong file.
 
-    One for the whole process: to load the roots takes 10 to 20 ms. Made where it is used: it cannot be pickled.
+    There is one for the whole process, because loading the roots takes 10 to 20 ms.
     """
     import ssl
 
@@ -1931,7 +1932,7 @@ def tls_context(ca_file: str) -> Any:
         ) from None
 
 
-STREAM_BYTES = 1 << 22  # what asyncio buffers of an answer before it stops reading; answers are seldom longer
+STREAM_BYTES = 1 << 22  # of an answer that asyncio buffers before it pauses reading; answers are seldom longer
 
 
 class StreamTransport:
@@ -1960,8 +1961,8 @@ class StreamTransport:
     async def send(self, request: Request) -> Response:
         """Return the response to a request.
 
-        Raises ConnectionError or EOFError where nothing of an answer came, another OSError where it broke off, a
-        time-out where it took too long.
+        Raises ConnectionError or EOFError if no answer began, another OSError if it broke off, a time-out if it took
+        too long.
         """
         import asyncio
 
@@ -2005,7 +2006,7 @@ class StreamTransport:
         if "close" in headers.get("connection", "").lower() or not (chunked or size):
             self.close()
         after, server, location = (headers.get(name, "") for name in ("retry-after", "server", "location"))
-        # A Retry-After in its form as a date is not worth a parser, and counts as none.
+        # A Retry-After that is a date is ignored: servers send seconds.
         return Response(int(found[1]), body, 0.0, float(after) if after.isdigit() else 0.0, "", False, server, location)
 
     async def chunks(self) -> bytes:
@@ -2028,13 +2029,13 @@ class StreamTransport:
         """Drop the connection, if there is one."""
         if self.connected:
             self.connected = False
-            self.writer.transport.abort()  # without ceremony: nothing is left to be sent
+            self.writer.transport.abort()  # nothing is left to be sent
 
 
 async def exchange(transport: StreamTransport, request: Request) -> Response:
-    """Return what comes of a request; never raises for what a network can do.
+    """Return the outcome of a request; network errors become a Response of status 0.
 
-    A kept connection that the server has closed is replaced without a word, once: embedding is idempotent.
+    A kept connection that the server has closed is replaced, once: embedding is idempotent.
     """
     started, kept = time.monotonic(), transport.connected
     while True:
@@ -2051,7 +2052,7 @@ async def exchange(transport: StreamTransport, request: Request) -> Response:
                 continue
             late = type(error).__name__ in ("TimeoutError", "timeout")  # socket's and asyncio's own in older Pythons
             reason = transport.endpoint.hide(describe(error))[:200]
-            if late:  # while connecting, it is not the silence of a server that is at work
+            if late:  # only a server that was reached may be busy with the request
                 reason = f"no connection within {request.connect_timeout:g} s"
                 if connected:
                     reason = f"no answer within {request.timeout:g} s"
@@ -2059,7 +2060,7 @@ async def exchange(transport: StreamTransport, request: Request) -> Response:
 
 
 async def converse(transport: StreamTransport, conversation: Steps[T], report: Callable[[Any], None]) -> T:
-    """Carry out a conversation's steps and return its result; raise Abandoned if nothing more is to be sent."""
+    """Carry out a conversation's steps and return its result; raise Abandoned if the engine has been halted."""
     response: Response | None = None
     try:
         while True:
@@ -2079,7 +2080,7 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
 
 # ---- the two engines ----
 
-# What comes of a batch: any of the first three on the way, and its answers, a handshake's profile, or an error at last.
+# An event of a batch: any number of the first three; then its answers, a handshake's profile, or an exception.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 Events = list[tuple["Batch", Event]]
 Arguments = tuple[ServerProfile, Union[list[str], None], bool, Union[bool, None]]  # of embed_batch for a batch
@@ -2092,14 +2093,14 @@ class AsyncEngine:
         import asyncio
 
         self.scheduler, self.interrupt, self.loop = scheduler, interrupt, asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: None)  # what a second signal tears apart is no news
-        # The loop's time stands still while the run reads or saves: what arrives then is not late.
+        self.loop.set_exception_handler(lambda loop, context: None)  # of tasks that a second signal breaks off
+        # The loop's clock stops while the run reads or saves, so that an answer that arrives meanwhile is not late.
         self.stopped, self.stood_still = time.monotonic(), 0.0  # since when, and for how long in all
         cast(Any, self.loop).time = lambda: time.monotonic() - self.stood_still
         self.idle: list[list[StreamTransport]] = [[] for _ in scheduler.servers]
         self.events: Events = []
         self.halted: Any = self.loop.create_future()
-        self.happened: Any = self.loop.create_future()  # done when there is something to return to the run
+        self.happened: Any = self.loop.create_future()  # done when there is an event
         interrupt.wake = functools.partial(self.loop.call_soon_threadsafe, self.wake)
 
     def wake(self) -> None:
@@ -2112,7 +2113,7 @@ class AsyncEngine:
         self.loop.create_task(self.embed(batch, embed_batch(batch.server.protocol, *batch.arguments)))
 
     async def embed(self, batch: Batch, conversation: Steps[Any]) -> None:
-        """Hold the conversation about a batch, over a connection that no other uses, and report what comes of it."""
+        """Carry out a batch's conversation over a connection of its own, and report its events."""
         protocol, idle = batch.server.protocol, self.idle[batch.server.index]
         transport = idle.pop() if idle else StreamTransport(protocol.endpoint, self.halted)
         transport.family = batch.server.profile.family
@@ -2124,7 +2125,7 @@ class AsyncEngine:
         try:
             report(await converse(transport, conversation, report))
         except Exception as error:
-            transport.close()  # what is on its way over it belongs to nobody now
+            transport.close()  # an answer to this batch may still arrive over it
             report(error)
         finally:
             idle.append(transport)
@@ -2146,7 +2147,7 @@ class AsyncEngine:
         self.halted.set_result(None)
 
     def close(self) -> None:
-        """End what is still under way and free everything."""
+        """Cancel the batches in flight and release all resources."""
         import asyncio
 
         self.interrupt.wake = lambda: None
@@ -2157,21 +2158,21 @@ class AsyncEngine:
             self.loop.run_until_complete(asyncio.wait(tasks))
         for transport in itertools.chain(*self.idle):
             transport.close()
-        self.loop.run_until_complete(asyncio.sleep(0))  # lets the closed transports say goodbye to the loop
+        self.loop.run_until_complete(asyncio.sleep(0))  # runs the callbacks of the closed transports
         self.loop.close()
 
 
 # Forked workers share the parent's memory, which makes ten of them cost little; where forking
 # is unsafe (macOS) or absent (Windows) they are spawned.
 START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
-DEATHS_IN_A_ROW = 20  # workers that die without one batch done between them: something kills them all
+DEATHS_IN_A_ROW = 20  # workers that die without one batch done between, after which the run is given up
 
 
 class Worker:
-    """A worker process, the parent's end of the pipe to it, and the batch that it is at."""
+    """A worker process, the parent's end of its pipe, and its present batch."""
 
     def __init__(self, protocols: list[Protocol], others: list[Worker]) -> None:
-        """`others` are the workers that live already."""
+        """`others` are the existing workers."""
         import multiprocessing
 
         context: Any = multiprocessing.get_context(START_METHOD)
@@ -2186,12 +2187,12 @@ class Worker:
         self.batch: Batch | None = None
 
     def send(self, task: tuple[int, Arguments] | None) -> None:
-        """Tell it what to do, or None: to send nothing more. If it is dead, that shows when it is waited for."""
+        """Send a task, or None to halt. A dead worker is noticed when it is waited for."""
         with contextlib.suppress(OSError):
             self.pipe.send(task)
 
     def end(self) -> None:
-        """Let it go: it ends when its pipe is closed; if it does not within a second, it is killed."""
+        """End it by closing its pipe; if that takes longer than a second, kill it."""
         self.pipe.close()
         self.process.join(1.0)
         if self.process.is_alive():
@@ -2200,7 +2201,7 @@ class Worker:
 
 
 def signals_held_back() -> contextlib.ExitStack:
-    """Hold signals back while a process is started: one would end the child with a traceback before it ignores them."""
+    """Hold signals back while a process starts: one would end the child with a traceback before it ignores them."""
     release = contextlib.ExitStack()
     if os.name == "nt":  # where a child inherits that Ctrl-C is ignored
         import ctypes
@@ -2219,7 +2220,7 @@ def signals_held_back() -> contextlib.ExitStack:
 
 
 def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
-    """Be a worker process: do the tasks that come over the pipe, and say what comes of them, until it is closed."""
+    """Run a worker process: carry out the tasks from the pipe and send their events, until it is closed."""
     import asyncio
     import queue
     import traceback
@@ -2324,7 +2325,7 @@ class ProcessEngine:
             worker.send(None)
 
     def close(self) -> None:
-        """End what is still under way and free everything; no process is left."""
+        """End all workers, whatever they do."""
         for worker in self.workers:
             worker.pipe.close()  # all first, so that they end side by side
         for worker in self.workers:
@@ -2335,9 +2336,9 @@ Engine = Union[AsyncEngine, ProcessEngine]
 
 
 def kill_workers() -> None:
-    """Kill worker processes that are left where a second signal has broken off their engine's end.
+    """Kill the worker processes that remain if a second signal has broken off ProcessEngine.close.
 
-    Python waits for them when it exits, and they ignore what it sends them.
+    Python waits for them at its exit, and they ignore its signals.
     """
     multiprocessing: Any = sys.modules.get("multiprocessing")
     for worker in multiprocessing.active_children() if multiprocessing else []:
@@ -2358,9 +2359,9 @@ class LogEvent(NamedTuple):
 
 
 def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any]]:
-    """Return each server that is up, with its answers for the same texts; for None, with the profile of a handshake.
+    """Return each server that is up, with its answers for the same texts, or without texts with a handshake's profile.
 
-    A server that is away is left to the run, unless it is the only one; raises what else ends a conversation.
+    A server that is away is left to the run, unless it is the only one; other exceptions are raised.
     """
     scheduler, waiting = engine.scheduler, 0
     answers: dict[int, Event] = {}
@@ -2380,7 +2381,7 @@ def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerSt
 
 
 def handshake_all(engine: Engine) -> None:
-    """Do the handshake with all servers; raise Stop if one cannot do the work, or none is there."""
+    """Do the handshake with all servers; raise Stop if one cannot do the work, or none can be reached."""
     scheduler = engine.scheduler
     for server, profile in embed_on_all(engine, None):
         scheduler.greet(server, profile, time.monotonic())
@@ -2476,8 +2477,8 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
 
 
 # =============================== files to load ===============================
-# A cell is a text, "" where it is empty, until its column's type is known to hold it exactly. A file is read twice:
-# once for its columns and their types, and once to stage its rows in a temporary table, where they are checked.
+# Cells are texts, "" for empty ones, until their column's type is known to hold them exactly. A file is read twice: for
+# the types of its columns, and to stage its rows in a temporary table, where they are checked.
 
 STAGED = "embedgen_load"  # the temporary table, called f in statements
 Cells = Iterator[tuple[int, dict[str, Any]]]  # each row's line, in a .json file its number, and its cells by column
@@ -2492,7 +2493,7 @@ UNSTORABLE = (  # characters that no database takes
 
 
 class Written(str):
-    """A cell as it is written in the file, which may be a number; other cells are texts, whatever they look like."""
+    """A cell that may be a number, exactly as it is written in the file; other cells are texts."""
 
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -2634,7 +2635,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def cell_text(value: Any) -> str:
-    """Return a value as the text of its cell: lists of plain values joined by ", ", all else as JSON has it."""
+    """Return a value as the text of its cell: lists of plain values joined by ", ", all others as JSON."""
     if isinstance(value, list) and not any(item is None or isinstance(item, (list, dict)) for item in value):
         return ", ".join(map(cell_text, value))
     return value if isinstance(value, str) else "" if value is None else json_text(value)
@@ -2712,7 +2713,7 @@ class StagedFile:
         self.key = key_column(settings.id if found else None, self.described, self.table.name)
         if self.key not in columns:
             self.number_rows(is_new=not found)
-        # Each cell as its column has it: NULL where it is empty, and where the column cannot hold it exactly.
+        # The SQL of each cell's value in its column: NULL if the cell is empty, or the column cannot hold it exactly.
         self.values = {c: db.exact_sql(f"NULLIF({cell}, '')", self.described[c].type) for c, cell in self.cells.items()}
         self.check_cells()
 
