@@ -56,9 +56,8 @@ if START_METHOD:
 # What may be skipped on Windows, by the words of the skip: all else that is skipped there counts as a failure.
 SKIPPED_ON_WINDOWS = {
     "the package psycopg is not installed; it is needed for Postgres only": "its server does not run under Wine",
-    "the engine and the database are each tested with the other of either": "as on Linux, but in full size",
     "Windows has no such signals": "SIGTERM and SIGHUP cannot be sent there; Ctrl-C is tested in test_systems",
-    "/proc is needed to find the workers": "so that one of them can be killed",
+    "needs kill -9": "no signal is so called there",
     "an empty environment starts no Python on Windows": "it needs SYSTEMROOT",
     "a POSIX shell is needed": "as for closing a stream, or as the other end of a pipe",
     "the current folder cannot be removed there": "nor a file that is open",
