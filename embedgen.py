@@ -2094,6 +2094,7 @@ class AsyncEngine:
 
         self.scheduler, self.interrupt, self.loop = scheduler, interrupt, asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda loop, context: None)  # of tasks that a second signal breaks off
+        signal.set_wakeup_fd(-1)  # the loop of Windows sets one, and says so if it cannot be written
         # The loop's clock stops while the run reads or saves, so that an answer that arrives meanwhile is not late.
         self.stopped, self.stood_still = time.monotonic(), 0.0  # since when, and for how long in all
         cast(Any, self.loop).time = lambda: time.monotonic() - self.stood_still
