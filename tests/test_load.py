@@ -356,8 +356,9 @@ class Refused(Load):
 
     def test_a_header_that_is_wrong(self) -> None:
         for header, words in (
-            ("id,title,", ["column 3"]), ("id,,title", ["column 2"]), ("id,title,title", ["column 3", "title"]),
-            ("id,title,TITLE", ["column 3", "TITLE"]), ("sep=;\nid;title", ["line 1", "sep="]),
+            ("id,title,", ["column 3", "no name"]), ("id,,title", ["column 2", "no name"]),
+            ("id,title,title", ["column 3", "title", "twice"]), ("id,title,TITLE", ["column 3", "TITLE", "twice"]),
+            ("sep=;\nid;title", ["line 1", "Remove the sep= line"]),
         ):  # fmt: skip
             self.refuse_file("a.csv", f"{header}\n1,a,b\n", "line 1", "header", *words)
         done = self.load("b.csv", "id,titré\n1,a\n".encode("latin-1"), "--json", columns="")
