@@ -62,7 +62,7 @@ from typing import Any, ClassVar, NamedTuple, TextIO, TypeVar, Union, cast
 from urllib.parse import quote, unquote
 
 # Modules that take milliseconds to import, and that not every run needs, are imported where they are used:
-# asyncio, http.client, logging, multiprocessing, sqlite3 and ssl are the dearest.
+# asyncio, logging, multiprocessing, sqlite3 and ssl are the dearest.
 
 __version__ = "0.1.0"
 
