@@ -520,7 +520,7 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
     """Return the column called `name`, or raise a UsageError that lists the columns."""
     column = match(name, columns)
     if column is None:
-        raise UsageError(f'"{table}" has no column "{name}". It has: {listed(columns)}.')
+        raise UsageError(f'"{table}" has no column "{name}". It has: {listed(columns)}.{suggestion(name, columns)}')
     return column
 
 
@@ -753,11 +753,11 @@ def parse_endpoint(text: str, ca_file: str = "") -> Endpoint:
     userinfo, _, hostport = netloc.rpartition("@")
     # In brackets, or with several colons, it is an IPv6 address.
     found = re.fullmatch(r"(?:\[([^]]*)\]|(.*:.*:.*|[^:]*))(?::(\d{1,5}))?", hostport, re.ASCII)
-    wrong = re.fullmatch(r"hash(:\w+)?", text) or re.search(r"[\s?#\\@]", hostport + path)
+    wrong = re.fullmatch(r"hash(:\w+)?", text) or re.search(r"[\s?#\\@,]", hostport + path)
     if wrong or scheme not in ("http", "https") or not found or int(found[3] or 0) > 65535:
         raise UsageError(
-            f"--server {hide_password(text)} is not an address. Give http(s)://HOST:PORT; the built-in "
-            'embedder is called "hash:".'
+            f"--server {hide_password(text)} is not an address. Give http(s)://HOST:PORT, each server in a flag of "
+            'its own; the built-in embedder is called "hash:".'
         )
     host = found[1] or found[2] or ""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -2373,7 +2373,8 @@ def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerSt
         for (server, *_), event in engine.wait(NEVER):
             waiting -= not isinstance(event, (Exchange, Learned, str))
             if isinstance(event, ServerAway) and not scheduler.alone:
-                scheduler.lose(Batch(server, None, True), event, time.monotonic())
+                news = scheduler.lose(Batch(server, None, True), event, time.monotonic())
+                server.profile = server.profile._replace(note=news)
             elif isinstance(event, Exception):
                 raise event
             else:
@@ -3866,7 +3867,7 @@ class Target(NamedTuple):
         """Return what a column cannot tell, and the SQL that helps."""
         table, column = self.table.sql, quoted(self.columns["embedding"])
         mark = f"UPDATE {table} SET {column} = NULL WHERE {quoted(key)} = ...;"
-        notes = [f"Changed texts cannot be told in a column. To have them embedded again, mark their rows: {mark}"]
+        notes = [f"Changed texts cannot be told in such a column. To have them embedded again, mark their rows: {mark}"]
         if self.model == "":
             declare = f"COMMENT ON COLUMN {table}.{column} IS {literal(f'embedgen: {model}')};"
             notes.append(f"Nor can the model. If all vectors are by {model}, have others refused: {declare}")
@@ -4030,7 +4031,7 @@ class Coverage:
             if dimensions and target.is_column:
                 name, kind = target.columns["embedding"], self.db.vector_type(dimensions)
                 change = f"ALTER TABLE {target.table.sql} ADD COLUMN {quoted(name)} {kind};"
-                raise UsageError(f'"{target.table.name}" has no column "{name}". Run: {change}')
+                raise UsageError(f'"{target.table.name}" has no column "{name}". To add it, run: {change}')
             return
         if target.model and target.model != settings.model:
             raise UsageError(
@@ -4049,9 +4050,14 @@ class Coverage:
         """Return the error's words for a stored vector, given by model and dimensions, of another vector space."""
         theirs = f'of the model "{other[0]}" ' if other[0] else ""
         ours = f'"{self.settings.model}"' + (f" with {dimensions} dimensions" if dimensions else "")
-        verb = "holds" if self.stored() else "takes"
+        if not self.stored():
+            column = f"{self.target.table.sql} ALTER COLUMN {quoted(self.target.columns['embedding'])}"
+            return (
+                f'"{self.target.table.name}" takes vectors with {other[1]} dimensions, not those of {ours}. '
+                f"Give another --model, or run: ALTER TABLE {column} TYPE {self.target.vector_kind}({dimensions});"
+            )
         return (
-            f'"{self.target.table.name}" {verb} vectors {theirs}with {other[1]} dimensions, '
+            f'"{self.target.table.name}" holds vectors {theirs}with {other[1]} dimensions, '
             f"which do not compare with those of {ours}. Give --target NAME for a second table, or the --server, "
             "--model and --dimensions of the first; a run with --force, without --limit and --where, replaces all "
             "vectors if the column takes the new ones."
@@ -4814,19 +4820,19 @@ class Report:
 
     def finish(self, counts: Counts, code: int, error: str = "") -> None:
         """Print the summary; `code` is the run's exit code from now on."""
-        elapsed = self.end(counts)
+        elapsed, settings = self.end(counts), self.settings
         speed = counts.generated / elapsed if elapsed else 0.0
         facts: dict[str, Any] = {
             "total": counts.done, "generated": counts.generated, "skipped": counts.skipped, "failed": counts.failed,
             "left": counts.left, "cut": counts.cut, "too_long": counts.too_long, "seconds": elapsed,
-            "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": self.settings.model,
+            "rate": round(speed, 2), "exit_code": code, "failures": counts.reasons, "model": settings.model,
             "log": self.log.shown,
         }  # fmt: skip
         rare = {"not_utf8": counts.damaged, "error": error, "loaded": self.loaded}
         facts.update((name, value) for name, value in rare.items() if value)
         complete = code in (EXIT_DONE, EXIT_FAILED_ROWS)
         lines = [
-            RULE if self.settings.quiet else "\n" + RULE,
+            RULE if settings.quiet else "\n" + RULE,
             f"✅ {self.title} Generator Completed" if complete else f"⏹️  {self.title} Generator Stopped",
             RULE,
             f"📊 Total {self.nouns} processed: {counts.done}",
@@ -4836,15 +4842,15 @@ class Report:
             f"   ⊘  Skipped (already exist): {counts.skipped}",
             f"   ✂  Skipped for their length: {counts.too_long}" if counts.too_long else "",
             f"   ✗  Failed: {counts.failed}",
-            "" if complete else f"   …  Left for the next run: {counts.left}",
+            "" if complete else f"   …  Left {'as before' if settings.force else 'for the next run'}: {counts.left}",
             f"⏱️  Time elapsed: {elapsed:.2f} seconds",
             f"⚡ Average speed: {speed:.2f} embeddings/second",
             RULE,
         ]
-        if self.settings.quiet and counts.failed:  # this is all that a mail from cron will say
+        if settings.quiet and counts.failed:  # this is all that a mail from cron will say
             lines += [f"{times} failed: {one_line(reason)}" for reason, times in counts.reasons.most_common(5)]
             lines.append(f"Each {self.noun}'s reason is in the log: {self.log.shown}")
-        self.give(facts, [] if self.settings.quiet and code == EXIT_DONE else lines, code)
+        self.give(facts, [] if settings.quiet and code == EXIT_DONE else lines, code)
 
 
 LOG_NAMES = {"async": "generate_embeddings_async", "process": "generate_embeddings"}
@@ -5181,12 +5187,8 @@ def embed(job: Job, counts: Counts) -> Target:
         table.provenance.check_version()
         check_drift(engine, table)
         present = scheduler.up
-        for server in scheduler.servers:
-            note = server.profile.note
-            if server not in present:
-                note = f"{server.protocol.address} is away ({server.reason}); the other servers do its work"
-            if note:
-                job.log.alert(note)
+        for note in filter(None, (server.profile.note for server in scheduler.servers)):
+            job.log.alert(note)
         report.start(counts)
         interrupt.gentle = True
         began = time.monotonic()

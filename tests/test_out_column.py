@@ -121,7 +121,7 @@ class Column(ColumnCase):
         statements = set()
         for more in ((), ("--dry-run",)):
             refused = self.refuse(2, *flags, *more, words=['"items" has no column "my vector"'])
-            statements.add(re.search("Run: (.*);", refused)[1])  # type: ignore[index]
+            statements.add(re.search("run: (.*);", refused)[1])  # type: ignore[index]
         [statement] = statements
         self.assertEqual(statement.partition(" ADD")[0], f"ALTER TABLE {self.table}")
         self.execute(statement)
