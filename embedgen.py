@@ -132,7 +132,8 @@ class Interrupt:
             self.forced = True
             warnings.simplefilter("ignore")  # of coroutines that are made and then never awaited
             raise KeyboardInterrupt
-        self.wake()
+        with contextlib.suppress(OSError, RuntimeError):  # of an engine that is closed
+            self.wake()
 
     def on_unraisable(self, unraisable: Any) -> None:
         """Let the next signal raise again if KeyboardInterrupt was lost, as it is in a destructor."""
@@ -1277,7 +1278,8 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
         listing: Response = yield Request(protocol.list_path, b"", 10.0)
         names = re.findall(r'"(?:name|id)": ?"([^"]+?)(?::latest)?"', listing.body.decode("utf-8", "replace"))
         raise Stop(stop.message + suggestion(protocol.model, names)) from None
-    named, model = str(json.loads(batch.last.body).get("model") or ""), protocol.model
+    good = batch.last
+    named, model = str(json.loads(good.body).get("model") or ""), protocol.model
     note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
     if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
         note = ""
@@ -1294,8 +1296,8 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
             f"{protocol.address} does not give what was asked for: vectors of {len(sample) // 4} dimensions came "
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
-    version = profile.version or json_object(batch.last).get("system_fingerprint") or batch.last.server
-    return batch.profile._replace(sample=sample, version=version, note=note, family=batch.last.family)
+    version = profile.version or str(json_object(good).get("system_fingerprint") or good.server)
+    return batch.profile._replace(sample=sample, version=version, note=note, family=good.family)
 
 
 class BatchRequest:
@@ -1857,11 +1859,11 @@ class Scheduler:
 
 def scheduler_for(settings: Settings, protocols: Sequence[Protocol]) -> Scheduler:
     """Return the scheduler of a run; each server has its own pace and its share of the requests in flight."""
-    fixed, many = settings.concurrent, len(protocols)
-    servers = []
+    fixed, many, servers = settings.concurrent, len(protocols), []
+    most = min(Pace.MOST_IN_FLIGHT, most_in_flight(settings.engine))
     for index, protocol in enumerate(protocols):
         in_flight = fixed and max(1, fixed // many + (index < fixed % many))
-        pace = Pace(in_flight, settings.batch_size, settings.timeout, max(2, Pace.MOST_IN_FLIGHT // many))
+        pace = Pace(in_flight, settings.batch_size, settings.timeout, max(1, most // many))
         servers.append(ServerState(index, protocol, pace))
     return Scheduler(servers, fixed or sys.maxsize, settings.accept_drift)
 
@@ -1978,13 +1980,13 @@ class StreamTransport:
         lines = [f"{'POST' if body else 'GET'} {endpoint.path}{request.path} HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in headers.items() if value]
         self.writer.write("\r\n".join([*lines, "\r\n"]).encode("latin-1") + body)
-        await self.writer.drain()
         return await asyncio.wait_for(self.receive(), request.timeout)
 
     async def receive(self) -> Response:
         """Return the next response on the connection."""
         import asyncio
 
+        await self.writer.drain()
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
@@ -2151,7 +2153,6 @@ class AsyncEngine:
         """Cancel the batches in flight and release all resources."""
         import asyncio
 
-        self.interrupt.wake = lambda: None
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
@@ -2766,11 +2767,12 @@ class StagedFile:
     def count_repeated(self, rows: int) -> int:
         """Return how many of the rows have a later one of the same key; UsageError if most have."""
         key, value = self.cells[self.key], self.values[self.key]
-        found = self.db.execute(
-            f"SELECT count(*) OVER (), cell, before, line FROM (SELECT {key} AS cell, line, "
-            f"lag(line) OVER (PARTITION BY {value} ORDER BY line) AS before FROM {STAGED} AS f) AS k "
-            "WHERE before IS NOT NULL ORDER BY line LIMIT 1"
-        )
+        found = self.db.execute(f"""
+            SELECT count(*) OVER (), cell, before, line FROM (
+                SELECT {key} AS cell, line, lag(line) OVER (PARTITION BY {value} ORDER BY line) AS before
+                FROM {STAGED} AS f
+            ) AS k WHERE before IS NOT NULL ORDER BY line LIMIT 1
+        """)
         for repeated, cell, before, line in found:
             first = f"first: {cell}, {self.file.unit}s {before} and {line}"
             keys = counted(rows - repeated, "key")
@@ -2788,10 +2790,10 @@ class StagedFile:
         ((rows,),) = self.db.execute(f"SELECT count(*) FROM {STAGED}")
         repeated = self.count_repeated(rows)
         table, key, value = self.table.sql, quoted(self.key), self.values[self.key]
-        source = (
-            f"FROM {STAGED} AS f LEFT JOIN {table} AS old ON old.{key} = {value} "
-            f"WHERE f.line IN (SELECT max(line) FROM {STAGED} AS f GROUP BY {value})"
-        )
+        source = f"""
+            FROM {STAGED} AS f LEFT JOIN {table} AS old ON old.{key} = {value}
+            WHERE f.line IN (SELECT max(line) FROM {STAGED} AS f GROUP BY {value})
+        """
         new = {
             quoted(column): f"CASE WHEN {cell} IS NULL THEN old.{quoted(column)} ELSE {self.values[column]} END"
             for column, cell in self.cells.items()
@@ -2801,10 +2803,10 @@ class StagedFile:
         ((replaced,),) = self.db.execute(f"SELECT count(*) {source} AND old.{key} IS NOT NULL AND ({differs})")
         if replaced:
             self.notes.append(f'rows of "{self.table.name}" replaced by others from {self.file.path}: {replaced}')
-        self.db.execute(
-            f"INSERT INTO {table} ({', '.join(new)}) SELECT {', '.join(new.values())} {source} "
-            f"ORDER BY f.line {upsert(self.key, self.cells)}"
-        )
+        self.db.execute(f"""
+            INSERT INTO {table} ({", ".join(new)}) SELECT {", ".join(new.values())} {source}
+            ORDER BY f.line {upsert(self.key, self.cells)}
+        """)
         self.db.execute(f"DROP TABLE {STAGED}")
         Source.resolve(self.db, self.settings)  # raises if there is nothing to make a text of
         return {"rows": rows - repeated, "repeated": repeated, "replaced": replaced, "notes": self.notes}
@@ -3447,11 +3449,11 @@ class Postgres(Database):
         info = self.connection.info
         self.shown = f"postgresql://{info.host}:{info.port}/{info.dbname}"
         # The schema that pgvector is in, or will be; and what of BLANKS is known to a database in another encoding.
-        ((self.pgvector, encoding),) = self.query(
-            "SELECT quote_ident(COALESCE((SELECT n.nspname FROM pg_extension e JOIN pg_namespace n "
-            "ON n.oid = e.extnamespace WHERE e.extname = 'vector'), current_schema(), 'public')), "
-            "current_setting('server_encoding')"
-        )
+        ((self.pgvector, encoding),) = self.query("""
+            SELECT quote_ident(COALESCE((SELECT n.nspname FROM pg_extension e JOIN pg_namespace n
+            ON n.oid = e.extnamespace WHERE e.extname = 'vector'), current_schema(), 'public')),
+            current_setting('server_encoding')
+        """)
         self.blanks = literal(BLANKS if encoding == "UTF8" else BLANKS.encode("ascii", "ignore").decode())
 
     def connect(self) -> Any:
@@ -3603,17 +3605,18 @@ class Postgres(Database):
         key, stored = coverage.source.key_sql, coverage.target.column_sql("embedding")
         distance = f"{stored} OPERATOR({self.pgvector}.<=>) $1::{self.pgvector}.{coverage.target.vector_kind}"
         # From 0.8 on, pgvector looks on where a condition has left too little.
-        setting = (
-            f"SELECT set_config('hnsw.ef_search', '{EF_SEARCH}', true), CASE WHEN "
-            "string_to_array(extversion, '.')::int[] >= '{0,8}' THEN set_config('hnsw.iterative_scan', 'strict_order', "
-            "true) END FROM pg_extension WHERE extname = 'vector'"
-        )
+        setting = f"""
+            SELECT set_config('hnsw.ef_search', '{EF_SEARCH}', true), CASE WHEN string_to_array(extversion, '.')::int[]
+                >= ARRAY[0, 8] THEN set_config('hnsw.iterative_scan', 'strict_order', true) END
+            FROM pg_extension WHERE extname = 'vector'
+        """
 
         def look(order: str) -> list[Any]:
-            sql = (
-                f"SELECT key, vector FROM (SELECT {key} AS key, {stored} AS vector, {distance} AS distance {rows} "
-                f"ORDER BY {order} LIMIT {most}) AS e ORDER BY round(distance::numeric, 5), key"
-            )
+            sql = f"""
+                SELECT key, vector FROM (
+                    SELECT {key} AS key, {stored} AS vector, {distance} AS distance {rows} ORDER BY {order} LIMIT {most}
+                ) AS e ORDER BY round(distance::numeric, 5), key
+            """
             return self.with_setting(setting, lambda: self.execute(sql, json.dumps(unpack(vector))))
 
         is_indexed = any(is_valid for is_valid, _ in self.indexes(coverage.target))
@@ -3637,11 +3640,11 @@ class Postgres(Database):
             return cell
         name = "pg_temp." + quoted(f"embedgen {declared}")
         same = next(condition for types, condition in EXACT_CONDITIONS if re.match(types, declared))
-        self.execute(
-            f"CREATE OR REPLACE FUNCTION {name}(cell text) RETURNS {declared} STABLE STRICT LANGUAGE plpgsql AS $$ "
-            f"DECLARE value {declared}; BEGIN value := cell; RETURN CASE WHEN {same} THEN value END; "
-            "EXCEPTION WHEN OTHERS THEN RETURN NULL; END $$"
-        )
+        self.execute(f"""
+            CREATE OR REPLACE FUNCTION {name}(cell text) RETURNS {declared} STABLE STRICT LANGUAGE plpgsql AS $$
+            DECLARE value {declared}; BEGIN value := cell; RETURN CASE WHEN {same} THEN value END;
+            EXCEPTION WHEN OTHERS THEN RETURN NULL; END $$
+        """)
         return f"{name}({cell})"
 
     def indexes(self, target: Target) -> list[Any]:
@@ -3674,10 +3677,10 @@ class Postgres(Database):
         from concurrent.futures import ThreadPoolExecutor, wait
 
         table, column = target.table.sql, target.columns["embedding"]
-        building = (
-            "SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index "
-            f"WHERE relid = {literal(table)}::regclass"
-        )
+        building = f"""
+            SELECT COALESCE(blocks_done::float8 / NULLIF(blocks_total, 0), 0) FROM pg_stat_progress_create_index
+            WHERE relid = {literal(table)}::regclass
+        """
         found = self.indexes(target)
         if any(is_valid for is_valid, _ in found) or self.value(building) is not None:
             return
@@ -3685,10 +3688,10 @@ class Postgres(Database):
             self.query(f"DROP INDEX CONCURRENTLY {invalid}")
         # A name has 63 bytes at most.
         name = f"{target.table.name}_{column}".encode()[:58].decode("utf-8", "ignore") + "_hnsw"
-        create = (
-            f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quoted(name)} ON {table} "
-            f"USING hnsw ({quoted(column)} {self.pgvector}.{target.vector_kind}_cosine_ops)"
-        )
+        create = f"""
+            CREATE INDEX CONCURRENTLY IF NOT EXISTS {quoted(name)} ON {table}
+            USING hnsw ({quoted(column)} {self.pgvector}.{target.vector_kind}_cosine_ops)
+        """
         with contextlib.closing(self.connect()) as builder, ThreadPoolExecutor() as threads:
             build = threads.submit(builder.execute, create)
             try:
@@ -4018,10 +4021,10 @@ class Coverage:
         """Return the model ("": unknown) and dimensions of any stored vector that fulfils a condition."""
         if not self.target.exists:
             return None
-        found = self.db.query(
-            f"SELECT COALESCE({self.target.column_sql('model')}, ''), {self.dimensions_sql} "
-            f"FROM {self.target.vectors_sql} WHERE {self.target.has_vector_sql} AND ({condition}) LIMIT 1"
-        )
+        found = self.db.query(f"""
+            SELECT COALESCE({self.target.column_sql("model")}, ''), {self.dimensions_sql}
+            FROM {self.target.vectors_sql} WHERE {self.target.has_vector_sql} AND ({condition}) LIMIT 1
+        """)
         return tuple(found[0]) if found else None
 
     def check(self, dimensions: int = 0) -> None:
@@ -4120,7 +4123,8 @@ class Provenance:
         own = f"COALESCE({self.id_sql} IN (SELECT p.id {self.of_model} AND {is_own}), 1 = 0)"
         unlike = f"SELECT p.id {self.of_model} AND (p.fit <> 'whole' OR {self.is_another})"
         whole = f"COALESCE({self.id_sql} NOT IN ({unlike}), 1 = 1) AND {self.coverage.current_sql}"
-        key, text, table = source.key_sql, source.text_sql, self.coverage.from_sql
+        key, text = source.key_sql, source.text_sql
+        table = f"{source.rows_sql} AS s{self.coverage.left_join}"  # also of rows that --where does not show
         rows = f"{own} AND {whole} LIMIT {SAMPLES}"
         if is_many := is_bare or not is_compared:
             rows = f"""{key} IN (
@@ -4130,7 +4134,7 @@ class Provenance:
                 likely AS (SELECT key, is_last, 1.0 * beyond / (size + 1) AS share FROM sized
                     ORDER BY is_last, beyond = 0, random LIMIT 1000),
                 lettered AS (SELECT k.*, substr(ltrim({text}, {literal(ASCII)}), 1, 1) AS letter
-                    FROM likely AS k JOIN {source.from_sql} AS s ON {key} = k.key),
+                    FROM likely AS k JOIN {source.rows_sql} AS s ON {key} = k.key),
                 ranked AS (SELECT *, row_number() OVER (PARTITION BY is_last, letter ORDER BY share DESC) AS rank
                     FROM lettered ORDER BY is_last, letter = '', rank, share DESC LIMIT {MANY_SAMPLES - 2})
                 SELECT key FROM ranked UNION SELECT key FROM (SELECT key FROM sized ORDER BY size LIMIT 1) AS shortest
@@ -4311,12 +4315,10 @@ class Claims:
         """Create the claims table if need be, and add this machine; within a transaction."""
         db = self.db
         if not db.columns(self.table):
-            db.create_table(
-                self.table,
-                f"{self.key} {self.key_type} UNIQUE, job text NOT NULL, machine text NOT NULL, "
-                "settled boolean NOT NULL DEFAULT false, failed boolean NOT NULL DEFAULT false, "
-                "expires timestamptz, space text, saved bigint",  # the last two of a machine
-            )
+            columns = f"""{self.key} {self.key_type} UNIQUE, job text NOT NULL, machine text NOT NULL,
+                settled boolean NOT NULL DEFAULT false, failed boolean NOT NULL DEFAULT false, expires timestamptz,
+                space text, saved bigint"""  # the last two of a machine
+            db.create_table(self.table, columns)
             db.execute(f"CREATE INDEX ON {self.table.sql} (machine) WHERE failed OR NOT settled")
         same = "(starts_with(m.space, $1) OR starts_with($1, m.space))"  # an unknown digest goes with any
         for (other,) in db.execute(f"SELECT m.space {self.live_machines} AND NOT {same}", self.space):
@@ -5006,7 +5008,7 @@ class Run:
                 self.counts.set_peers(*self.table.heartbeat())
                 self.report.update(self.counts)
         except Exception:  # not KeyboardInterrupt: a save could wait for a lock
-            self.save()
+            self.save(0)
             raise
         self.save(0)
         self.counts.set_peers(*self.table.heartbeat())
@@ -5182,10 +5184,8 @@ def embed(job: Job, counts: Counts) -> Target:
         engine = ENGINES[job.settings.engine](scheduler, interrupt)
         cleanup.callback(engine.close)
         handshake_all(engine)
-        table = open_table(job, scheduler)
+        table = open_table(job, engine)
         cleanup.callback(table.close)
-        table.provenance.check_version()
-        check_drift(engine, table)
         present = scheduler.up
         for note in filter(None, (server.profile.note for server in scheduler.servers)):
             job.log.alert(note)
@@ -5208,24 +5208,27 @@ def embed(job: Job, counts: Counts) -> Target:
         return table.coverage.target
 
 
-def open_table(job: Job, scheduler: Scheduler) -> EmbeddingTable:
+def open_table(job: Job, engine: Engine) -> EmbeddingTable:
     """Return the table of the run; create the target if it does not exist."""
-    db, settings, profile = job.db, job.settings, scheduler.profile
+    db, settings, profile = job.db, job.settings, engine.scheduler.profile
     if settings.index:
         db.check_index(job.target, profile.dimensions)
     job = job._replace(target=create_target(db, job.source, job.target, settings, profile.dimensions))
     coverage, claims = job.coverage(), None
     coverage.check(profile.dimensions)
+    provenance = Provenance(coverage, profile)
+    provenance.check_version()
+    check_drift(engine, coverage, provenance)  # before the claims, which nothing renews meanwhile
     try:
         claims = db.claims(coverage, profile.digest)
     except Forbidden as forbidden:
         job.log.info(f"this run shares the table with no other, since it has no place for claims: {forbidden.message}")
-    return EmbeddingTable(coverage, Provenance(coverage, profile), claims, profile.dimensions)
+    coverage.check(profile.dimensions)  # again: others may have been at work
+    return EmbeddingTable(coverage, provenance, claims, profile.dimensions)
 
 
-def check_drift(engine: Engine, table: EmbeddingTable) -> None:
+def check_drift(engine: Engine, coverage: Coverage, provenance: Provenance) -> None:
     """Raise Stop if a server gives other vectors than are stored for the same texts, or if none are, than the first."""
-    coverage, provenance = table.coverage, table.provenance
     is_bare = coverage.replaces_all or not coverage.stored()
     is_comparable = " + " in provenance.profile.version if is_bare else coverage.target.has("text_sha256")
     if coverage.settings.accept_drift or not is_comparable:
@@ -5233,15 +5236,15 @@ def check_drift(engine: Engine, table: EmbeddingTable) -> None:
     samples, is_many = provenance.samples(is_bare)
     for _ in range(2):  # again if any differs: one answer may be an accident
         answered = embed_on_all(engine, [text for _, text, _ in samples]) if samples else []
-        found = [
-            (alike, key, server)
+        compared = [
+            (cosine(answer.vector, vector or getattr(first, "vector", b"")), key, server)
             for server, answers in answered
             for (key, _, vector), answer, first in zip(samples, answers, answered[0][1])
             if isinstance(answer, Embedding) and answer.fit == "whole"
-            if (alike := cosine(answer.vector, vector or getattr(first, "vector", b""))) < ALIKE
         ]
+        found = [one for one in compared if one[0] < ALIKE]
         if not found:
-            provenance.is_compared = is_many and not is_bare
+            provenance.is_compared = is_many and not is_bare and bool(compared)
             return
     versions = coverage.db.value(f"""SELECT min(v) || CASE WHEN min(v) <> max(v) THEN ' and ' || max(v) ELSE '' END
         FROM (SELECT COALESCE(p.version, 'unknown') AS v {provenance.of_model}) AS versions""")

@@ -313,7 +313,7 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
     A server's `away` is a crash: what is under way to it then is lost.
     """
     protocols: list[Any] = [SimpleNamespace(address=f"server {index}", model="m") for index in range(len(servers))]
-    settings = argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0, accept_drift=False)
+    settings = argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0, accept_drift=False, engine="async")
     scheduler = scheduler_for(settings, protocols)
     events: list[tuple[float, int, Batch, float, str]] = []
     order = itertools.count()
