@@ -20,7 +20,7 @@ from unittest import mock
 import embedgen
 from tests.databases import LossyProxy, Postgres, postgres_url, start_server
 from tests.ollama import Ollama
-from tests.support import ENGINES, FULL, Case, Finished, OnPostgres, another_double
+from tests.support import ENGINES, FULL, SLOW_ENGINES, Case, Finished, OnPostgres, another_double
 
 ROWS = 5_000 if FULL else 500
 SPEED = 400.0 if FULL else 200.0  # texts per second of a usual machine's server
@@ -687,19 +687,23 @@ class Targets(PostgresCase):
         self.assertEqual(self.execute(f"SELECT indisvalid FROM pg_index WHERE indexrelid = {name}"), [(True,)])
 
     def test_an_interrupt_while_the_index_is_built(self) -> None:
-        self.make_movies(20)
-        self.succeed()
-        blocker = self.db.psycopg.connect(self.db.url)  # CONCURRENTLY waits for older transactions
-        self.addCleanup(blocker.close)
-        blocker.execute("UPDATE movie_embeddings SET model = model")
-        process = self.start_program("--index")
-        self.wait_for(self.index, "the index that is being built")
-        os.kill(process.pid, signal.SIGINT)
-        done = self.ended(process)
-        self.assertEqual((done.code, done.err), (130, ""))
-        self.wait_for(lambda: not self.execute("SELECT * FROM pg_stat_progress_create_index"), "the end of the build")
-        blocker.rollback()
-        self.assertIn("Building the index: 100%", self.succeed("--index").out)
+        for engine in SLOW_ENGINES:
+            with self.subTest(engine=engine):
+                self.wipe()
+                self.make_movies(20)
+                self.succeed("--limit", 19)
+                blocker = self.db.psycopg.connect(self.db.url)  # CONCURRENTLY waits for older transactions
+                self.addCleanup(blocker.close)
+                blocker.execute("UPDATE movie_embeddings SET model = model")
+                process = self.start_program("--engine", engine, "--index")
+                self.wait_for(self.index, "the index that is being built")
+                os.kill(process.pid, signal.SIGINT)
+                done = self.ended(process)
+                self.assertEqual((done.code, done.err, done.tally), (130, "", (1, 19, 0)))
+                building = "SELECT * FROM pg_stat_progress_create_index"
+                self.wait_for(lambda sql=building: not self.execute(sql), "the end of the build")
+                blocker.rollback()
+                self.assertIn("Building the index: 100%", self.succeed("--index").out)
 
     def test_rows_are_found_by_key_whatever_the_statistics_say(self) -> None:
         """What is done is not read again for each batch of what is missing."""

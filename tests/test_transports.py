@@ -20,10 +20,12 @@ CHUNKED = (
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
-def exchange(port: int, count: int = 1, timeout: float = 60.0, connect: float = 60.0) -> list[Response]:
+def exchange(
+    port: int, count: int = 1, timeout: float = 60.0, connect: float = 60.0, body: bytes = b"{}"
+) -> list[Response]:
     """Return what comes of `count` requests over one connection."""
     endpoint = Endpoint("http", "127.0.0.1", port, "/x")
-    request = Request("/y", b"{}", timeout, connect)
+    request = Request("/y", body, timeout, connect)
 
     async def streams() -> list[Response]:
         transport = embedgen.StreamTransport(endpoint, asyncio.get_running_loop().create_future())
@@ -123,6 +125,13 @@ class Framing(unittest.TestCase):
         answer = b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n"
         [reply] = exchange(self.serve([answer]))
         self.assertEqual((reply.status, reply.retry_after), (503, 7.0))
+
+    def test_a_server_that_reads_nothing(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        [response] = exchange(listener.getsockname()[1], timeout=0.1, body=b"x" * 8_000_000)  # more than is buffered
+        self.assertEqual((response.status, response.timed_out), (0, True))
+        self.assertEqual(response.reason, "no answer within 0.1 s")
 
 
 class Tls(Case):

@@ -85,6 +85,13 @@ class Versions(VersionCase):
         self.succeed("--limit", 1)
         self.assertLessEqual(len(self.compared()), 3)
 
+    def test_a_condition_does_not_hide_what_is_compared(self) -> None:
+        self.succeed("--limit", self.STORED)
+        self.serve(NEW, turned=1.0)
+        for flags in (("--where", f"id > {self.STORED}"), ()):
+            self.refuse(3, *flags, words=[OLD, NEW, "--accept-drift"])
+        self.assertEqual(self.made(), [(OLD, self.STORED)])
+
     def test_another_version_is_compared_once(self) -> None:
         self.succeed("--limit", self.STORED)
         for engine in ENGINES:
