@@ -193,7 +193,7 @@ class Signals(Ending):
                 # Who waited for the next try would wait for longer than the test.
                 process = self.start_held(engine, FIRST_WAIT=3600.0, LONGEST_WAIT=3600.0, GRACE=3600.0)
                 self.ollama.configure(faults={"503": 1.0}, hold=[])  # for what is not asked for yet
-                self.wait_for(lambda: "503" in self.log(), "a refusal")
+                self.wait_for(lambda: "HTTP 503" in self.log(), "a refusal")
                 os.killpg(process.pid, signal.SIGINT)
                 done = self.finish(process)
                 self.assertEqual((done.code, done.tally), (130, (96, 0, 0)))

@@ -258,13 +258,13 @@ class TestCommands(Case):
 
     def substituted(self, text: str) -> str:
         """Return a text with this machine's paths and servers for the README's."""
-        folder = str(self.folder)
+        folder = shlex.quote(str(self.folder))
         for theirs, ours in {
             "/usr/bin/python3": "python3",
             "/opt/embedgen": folder,
             "/srv": folder,
             "/var/log/embedgen": f"{folder}/logs",
-            "/etc/ssl/private-ca.pem": AUTHORITY,
+            "/etc/ssl/private-ca.pem": shlex.quote(AUTHORITY),
             "gpu.example.net:11434": self.ollama.url,
             "gpu1:11434": self.ollama.url,
             "gpu2:11434": self.second.url,

@@ -1,4 +1,4 @@
-"""The program against a real Ollama, for people who have one; nothing of it is part of the usual run.
+"""The program against a real Ollama, for people who have one; the usual run takes the double for it.
 
     EMBEDGEN_TEST_OLLAMA=http://localhost:11434 python -m unittest tests.test_real_ollama
 
@@ -11,19 +11,21 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 import unittest
 import urllib.request
 from typing import Any
 
-from tests.support import ENGINES, MOVIES, Case
+from tests.support import ENGINES, MOVIES, ROOT, Case, environment
 
 URL = os.environ.get("EMBEDGEN_TEST_OLLAMA", "").rstrip("/")
 FILMS = 40
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
-    """Leave the module out when all tests are looked for, unless there is a server: it is no gap in the suite."""
-    return unittest.TestSuite() if pattern and not URL else tests
+    """Leave the real one out when all tests are looked for, unless there is a server: it is no gap in the suite."""
+    return loader.loadTestsFromTestCase(OnTheDouble) if pattern and not URL else tests
 
 
 def ask(path: str, **body: Any) -> Any:
@@ -91,6 +93,17 @@ class RealOllama(Case):
         self.assertIn("✂  Cut to the model's context: 1\n", self.succeed(*flags).out)
         self.assertEqual(self.succeed(*flags, "--on-long", "split", "--force").tally, (5, 0, 0))
         self.assertEqual(set(self.stored()), {1, 2, 3, 4, 5})
+
+
+class OnTheDouble(Case):
+    def test_the_tests_for_a_real_one(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "unittest", "tests.test_real_ollama.RealOllama"],
+            cwd=ROOT, env=environment({"EMBEDGEN_TEST_OLLAMA": self.ollama.url}),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=300,
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stderr, r"Ran 2 tests in .*\n\nOK\n\Z")  # and none was skipped
 
 
 if __name__ == "__main__":
