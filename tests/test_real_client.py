@@ -18,6 +18,7 @@ class RealClient(Case):
     def setUp(self) -> None:
         super().setUp()
         self.client = ollama.Client(host=self.ollama.url)
+        self.addCleanup(self.client._client.close)  # or its connections are complained about in another test
 
     def test_embed(self) -> None:
         answer = self.client.embed(model="nomic-embed-text", input=["one", "two"])
