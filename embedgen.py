@@ -1122,7 +1122,7 @@ class Ollama(Protocol):
     def fetch(self, path: str, body: bytes = b"") -> Steps[dict[str, Any]]:
         """Return the JSON object that the server has under a path, {} if it tells none.
 
-        What is wrong with the server shows when it is asked for a vector; but not if nobody is there.
+        Other faults of the server show in the first request for a vector; only an unreachable server raises here.
         """
         # Two seconds and a half allow for one lost packet; whoever waits here may be a person at a prompt.
         request, response = Request(path, body, min(self.timeout, 30.0), 2.5), Response(0)
@@ -3191,7 +3191,7 @@ class SQLite(Database):
             self.run_lock.close()
 
     def sha256(self, raw: bytes) -> bytes:
-        """Return the SHA-256 of a text in the database's encoding; what is no text becomes what is sent for it."""
+        """Return the SHA-256 of a text in the database's encoding; invalid bytes count as U+FFFD, as they are sent."""
         try:
             return digest_of(raw.decode(self.encoding, "replace"))
         except BaseException as error:  # which sqlite3 replaces by words of its own
@@ -3217,7 +3217,7 @@ class SQLite(Database):
         return f"CASE WHEN {visible} THEN {text} END"
 
     def sha256_sql(self, text: str) -> str:
-        """Return the SQL of a text's SHA-256; as bytes, since a text may hold NUL or what is no text at all."""
+        """Return the SQL of a text's SHA-256; it is passed as bytes, because a text may hold NUL or invalid bytes."""
         return f"embedgen_sha256(CAST({text} AS BLOB))"
 
     def vector_type(self, dimensions: int) -> str:
@@ -3231,7 +3231,7 @@ class SQLite(Database):
         return "BLOB", 0
 
     def dimensions_sql(self, vector: str) -> str:
-        """Return the SQL of a stored vector's dimensions, NULL of what is no vector."""
+        """Return the SQL of a stored vector's dimensions, NULL if the value is no vector."""
         return f"CASE WHEN typeof({vector}) = 'blob' AND length({vector}) % 4 = 0 THEN length({vector}) / 4 END"
 
     def read_vector(self, value: Any) -> bytes | None:
@@ -3562,7 +3562,7 @@ class Postgres(Database):
         if target.is_column:
             same = f"{same_key} AND {digest} = {self.sha256_sql(source.whole_text_sql)}"
             batch = "unnest($1::text[]) WITH ORDINALITY AS b(key, position)"
-            # IS TRUE, lest Postgres join by the digests and so compute those of all rows.
+            # IS TRUE keeps Postgres from joining by the digests, for which it would compute those of all rows.
             write = f"""
                 free AS (
                     SELECT {key} AS key, b.position FROM patience, {batch} JOIN {rows} ON {same_key}
@@ -3672,7 +3672,7 @@ class Postgres(Database):
     def create_index(self, target: Target) -> Iterator[float]:
         """Build the HNSW index for cosine distance unless it is there or another run builds it; yield the share built.
 
-        CONCURRENTLY: the table can be read and written meanwhile.
+        CONCURRENTLY, so that other programs can read and write the table.
         """
         from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -4068,16 +4068,16 @@ class Coverage:
 
 
 class Provenance:
-    """What made the vectors of a target: rows of a table beside it, whose ids stand with the vectors where they can."""
+    """The models and server versions that made the vectors: rows of a table beside the target, which has their ids."""
 
     def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
-        """`profile` is what this run's vectors are made with, empty if it makes none."""
+        """`profile` is the profile of this run's servers, empty if it embeds nothing."""
         self.db, self.target, self.coverage, self.profile = coverage.db, coverage.target, coverage, profile
         self.table = Table(self.target.table.schema, PROVENANCE_TABLE, True)
         columns = self.db.columns(self.table) if self.target.has("provenance") else {}
         self.ids: dict[str, int | None] = {}  # of this run's own rows, by fit
-        self.is_compared = False  # whether this run has compared its version with what is stored
-        # Without versions, until the first run that saves something.
+        self.is_compared = False  # whether this run has compared its vectors with stored ones of another version
+        # The older form of the table, without versions, is read until the next save renews it.
         old = "SELECT id, target, model, digest, prefix, fit, accepted, NULL AS version, NULL AS weights FROM {}"
         none = """SELECT 0 AS id, '' AS target, '' AS model, '' AS digest, '' AS prefix, '' AS fit, 0 AS accepted,
             '' AS version, '' AS weights WHERE 1 = 0"""
@@ -4085,7 +4085,7 @@ class Provenance:
         self.rows_sql = f"{rows.format(self.table.sql)} AS p"
         of_target = f"FROM {self.rows_sql} WHERE p.target = {literal(self.target.table.name)}"
         this, self.weights = literal(profile.digest), literal(profile.weights or profile.digest)
-        # What is on record of other versions and models, and the condition that a vector is by them.
+        # The recorded rows of other versions and models, and the condition that a vector is by them.
         # A server that tells no digest may be at work beside one that does: their vectors go together.
         self.is_this = f"(p.digest = {this} OR COALESCE(p.weights, p.digest) = {self.weights})"
         self.is_another = f"NOT ({self.is_this} OR '' IN (p.digest, {this}))"
@@ -4110,10 +4110,11 @@ class Provenance:
             )
 
     def samples(self, is_bare: bool) -> tuple[list[tuple[Any, str, bytes]], bool]:
-        """Return rows to embed again, with key, text and vector, and whether they are many; `is_bare`: of any rows.
+        """Return rows to embed again (key, text, vector), and whether this is the large sample.
 
-        A few by this version will do if it was compared with all others. Else many are to show a changed tokenizer: for
-        each letter outside ASCII, of a thousand texts those with most; and the longest; and the shortest.
+        Three rows by this version are enough if it has been compared with all others. Otherwise a large sample is to
+        show a changed tokenizer: of a thousand texts, for each letter outside ASCII those with the largest share of
+        such letters; and the longest text; and the shortest. `is_bare`: also rows without a vector.
         """
         db, source = self.db, self.coverage.source
         is_own = f"(p.digest = {literal(self.profile.digest)} AND p.version = {literal(self.profile.version)})"
@@ -4153,7 +4154,7 @@ class Provenance:
         return self.ids[fit]
 
     def record(self, fit: str) -> int:
-        """Put on record what this run makes, and return its id; within a transaction."""
+        """Record this run's model, version, prefix and fit, and return the row's id; within a transaction."""
         name, settings, profile = self.table.sql, self.coverage.settings, self.profile
         self.db.create_table(self.table, PROVENANCE_COLUMNS.format(self.db.identity))
         if "version" not in self.db.columns(self.table):
@@ -4191,7 +4192,7 @@ class EmbeddingTable:
         return self.claims.pending(wanted) if self.claims else self.coverage.pending()
 
     def save(self, embeddings: Embeddings) -> tuple[int, list[tuple[Row, Embedding, str]]]:
-        """Save embeddings in one transaction; rows deleted or changed meanwhile are dropped.
+        """Save embeddings in one transaction, except those of rows that have been deleted or changed.
 
         Return the number of rows saved, and those that could not be: with the database's words if it refuses them, with
         none if other programs have locked them. To find a refused row, the batch is halved until it stands alone.
@@ -4210,7 +4211,7 @@ class EmbeddingTable:
         return one + other, unsaved + more
 
     def check_dimensions(self, embeddings: Embeddings) -> None:
-        """Raise Stop if vectors do not go with each other, or with what somebody else has stored meanwhile."""
+        """Raise Stop if vectors differ in length, or from vectors that another program has stored."""
         if others := {len(embedding.vector) // 4 for _, embedding in embeddings} - {self.dimensions}:
             raise Stop(
                 f"a vector of {others.pop()} dimensions came where others have {self.dimensions}. "
@@ -5293,7 +5294,7 @@ def dry_run(job: Job) -> int:
 
 @contextlib.contextmanager
 def open_session(job: Job, protocol: Protocol) -> Iterator[tuple[Engine, ServerProfile]]:
-    """Give an engine with one server, and its profile; raise Stop if it is of no use, ServerAway if it is not there."""
+    """Give an engine with one server, and its profile; raise Stop if it cannot be used, ServerAway if it is away."""
     with contextlib.closing(AsyncEngine(scheduler_for(job.settings, [protocol]), job.interrupt)) as engine:
         handshake_all(engine)
         yield engine, engine.scheduler.servers[0].profile
@@ -5429,7 +5430,7 @@ def truncate_to_width(text: str, cells: int) -> str:
 
 
 def status(job: Job) -> int:
-    """Say what is embedded, by which model, and what is left to be done."""
+    """Print how many rows are embedded, missing or stale, and by which models."""
     origins = job.inspector().origins()
     models = {made["model"] for made in origins}
     if len(models) == 1 and not job.settings.model_is_named:
@@ -5495,7 +5496,7 @@ def prune(job: Job) -> int:
     job.db.query_all(f"SELECT 1 FROM {job.source.table.sql} LIMIT 0")  # raises Stop where rows are hidden
     inspector = job.inspector()
     total, gone, *_ = inspector.vectors()
-    most = gone if gone < total or settings.force else 0  # to remove all is hardly what is meant
+    most = gone if gone < total or settings.force else 0  # to remove all of them is probably a mistake
     removed = inspector.prune(settings.force) if gone and not settings.dry_run else most
     if gone and not removed and inspector.vectors()[1]:  # another program may have removed them
         raise UsageError(
