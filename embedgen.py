@@ -711,6 +711,11 @@ class ServerProfile(NamedTuple):
         return len(self.sample) // 4
 
 
+def short_digest(digest: str) -> str:
+    """Return the beginning of a digest without its algorithm, as Ollama shows it."""
+    return digest.rpartition(":")[2][:12]
+
+
 class Endpoint(NamedTuple):
     """Where a server is. `authorization` is the header's value, `ca_file` "" for the system's roots."""
 
@@ -1827,7 +1832,7 @@ class Scheduler:
             if known.digest and profile.digest and not is_same:
                 raise Stop(
                     f'{address} has another model "{model}" ('
-                    f"{profile.digest.rpartition(':')[2][:12]}) than {its} ({known.digest.rpartition(':')[2][:12]}). "
+                    f"{short_digest(profile.digest)}) than {its} ({short_digest(known.digest)}). "
                     f'Fetch the same one on both with "ollama pull {model}", or leave out one --server.'
                 )
             if known.sample and not alike >= ALIKE and not (alike and self.accept_drift):
@@ -4104,8 +4109,8 @@ class Provenance:
         if other := self.db.value(f"SELECT p.digest {used} AND {self.is_another} AND NOT ({is_mixed})"):
             raise Stop(
                 f'"{self.target.table.name}" holds vectors of another version of "{self.coverage.settings.model}" '
-                f"(digest {other.rpartition(':')[2][:12]}) than the server has now "
-                f"({self.profile.digest.rpartition(':')[2][:12]}). The two may not compare. Run with --force, without "
+                f"(digest {short_digest(other)}) than the server has now "
+                f"({short_digest(self.profile.digest)}). The two may not compare. Run with --force, without "
                 "--limit and --where, for all rows again, --target NAME for a second table, or --accept-drift."
             )
 
@@ -4630,11 +4635,6 @@ class Counts:
         self.to_do -= rest
         self.peers += max(min(rest, unknown), 0)
 
-    def skip_long(self) -> None:
-        """Count a row as skipped for its length."""
-        self.too_long += 1
-        self.to_do -= 1
-
     def fail(self, reason: str) -> None:
         """Count a failed row."""
         self.failed += 1
@@ -5079,7 +5079,8 @@ class Run:
                 if REPLACED in row.text:
                     self.log.warn(f"{self.name(row)} holds U+FFFD, which stands for bytes that are not UTF-8")
             elif answer.kind == "too_long":
-                self.counts.skip_long()
+                self.counts.too_long += 1
+                self.counts.to_do -= 1
                 self.table.give_up(row, failed=False)
                 self.log.warn(f"{self.name(row)} is longer than the model takes: skipped ({answer.reason})")
             else:
@@ -5470,7 +5471,7 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
             lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{hint}")
     made: Counter[tuple[str, str, str, str]] = Counter()
     for one in facts["models"]:
-        made[one["model"], one["digest"].rpartition(":")[2][:12], one["version"], one["prefix"]] += one["rows"]
+        made[one["model"], short_digest(one["digest"]), one["version"], one["prefix"]] += one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
     for (model, digest, version, prefix), count in list(made.items())[:3]:
         words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"

@@ -267,12 +267,17 @@ class Machines(PostgresCase):
         self.assert_once(self.other)
         self.assertEqual(len(self.asked_of(self.ollama)), 4)
 
-    def test_one_that_was_asleep_finds_its_rows_with_another(self) -> None:
+    def start_one_asleep(self) -> tuple[Any, Any]:
+        """Return a machine that is asleep, and another that has taken over its rows and waits for their vectors."""
         first = self.start_held(self.ollama, **SHORT)
         os.killpg(first.pid, signal.SIGSTOP)
         self.other.configure(hold=self.asked_of(self.ollama))
         second = self.machine(self.other, **SHORT)
         self.wait_for(lambda: len(self.asked_of(self.other)) == 40, "the sleeper's rows, too")
+        return first, second
+
+    def test_one_that_was_asleep_finds_its_rows_with_another(self) -> None:
+        first, second = self.start_one_asleep()
         self.let_go(self.ollama)
         os.killpg(first.pid, signal.SIGCONT)
         self.wait_for(lambda: self.embedded() == 40, "the sleeper's rows from itself")
@@ -283,11 +288,7 @@ class Machines(PostgresCase):
         self.assertEqual(len(self.asked_of(self.ollama)), 4)
 
     def test_what_comes_back_while_it_is_embedded_is_not_embedded_twice(self) -> None:
-        first = self.start_held(self.ollama, **SHORT)
-        os.killpg(first.pid, signal.SIGSTOP)
-        self.other.configure(hold=self.asked_of(self.ollama))
-        second = self.machine(self.other, **SHORT)
-        self.wait_for(lambda: len(self.asked_of(self.other)) == 40, "the sleeper's rows, too")
+        first, second = self.start_one_asleep()
         self.kill(second)
         os.killpg(first.pid, signal.SIGCONT)
         self.let_go(self.ollama)
