@@ -1,7 +1,8 @@
-"""Run the suite and keep its counts: passed, failed and skipped tests, as unittest counted them."""
+"""Run the suite and keep its counts: passed, failed and skipped tests, as unittest counted them, and what failed."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import unittest
@@ -25,7 +26,11 @@ def run() -> int:
     for case, reason in result.skipped:
         print(f"skipped: {case.id()}: {reason}")
     with open(os.environ["EMBEDGEN_TEST_COUNTS"], "a", encoding="ascii") as counts:
-        print(result.testsRun - failed - skipped, failed, skipped, file=counts)
+        faults = [
+            f"{case.id()} ({sys.platform}, Python {sys.version.split()[0]})\n{trace}"
+            for case, trace in result.failures + result.errors
+        ]
+        print(json.dumps([[result.testsRun - failed - skipped, failed, skipped], faults]), file=counts)
     forbidden = skipped and os.environ.get("EMBEDGEN_TEST_NO_SKIPS") == "1"
     if os.name == "nt":
         from tests.support import SKIPPED_ON_WINDOWS
@@ -37,9 +42,11 @@ def run() -> int:
 
 
 def sum_up(path: str, other_failures: bool) -> int:
-    """Print the sum of all runs' counts on one line; return the exit code."""
-    rows = [list(map(int, line.split())) for line in Path(path).read_text("ascii").splitlines()]
-    passed, failed, skipped = (sum(column) for column in zip(*rows))
+    """Print once more what failed, and the sum of all runs' counts on one line; return the exit code."""
+    runs = [json.loads(line) for line in Path(path).read_text("ascii").splitlines()]
+    passed, failed, skipped = (sum(column) for column in zip(*(counts for counts, _ in runs)))
+    for fault in [fault for _, faults in runs for fault in faults]:
+        print(f"*** {fault}")
     if other_failures:
         print("A step failed; see the lines that begin with ***.")
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
