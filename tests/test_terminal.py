@@ -23,7 +23,8 @@ except ImportError:  # Windows
 def counts(generated: int, skipped: int, failed: int, left: int = 0) -> Counts:
     """Return such counts."""
     made = Counts(generated + skipped + failed + left, skipped, None)
-    made.generated, made.failed = generated, failed
+    made.generated = generated
+    made.reasons["no text"] = failed
     return made
 
 
@@ -70,7 +71,7 @@ class ProgressLine(unittest.TestCase):
                 if limit is None or made.generated < limit:
                     made.generated += 1
                     if made.generated % 3 == 0:
-                        made.fail("x")
+                        made.reasons["x"] += 1
                 self.assertGreaterEqual(made.total, made.done)
                 self.assertEqual(made.done, made.generated + made.skipped + made.failed)
 
