@@ -618,7 +618,7 @@ class Failure(NamedTuple):
     """Why a text gets no vector."""
 
     reason: str
-    kind: str = "failed"  # or "too_long": skipped, by --on-long skip
+    kind: str = "failed"  # or that of the server's answer; if it is "too_long", --on-long skip has skipped the text
 
 
 Answer = Union[Embedding, Failure]  # what an engine returns for each row
@@ -864,6 +864,7 @@ class Policy(NamedTuple):
 
 
 POLICIES = {
+    "changed": Policy(None, None, "server", "failed"),  # the server needs another form of request
     "unreachable": Policy(4, None, "server", "failed"),  # nobody answers, or not to the end
     "busy": Policy(None, None, "server", "overloaded"),
     "late": Policy(2, None, "server", "overloaded"),  # what stands before the server has lost patience
@@ -872,7 +873,7 @@ POLICIES = {
     # minute.
     "crashed": Policy(4, 8, "server", "overloaded"),
     "timeout": Policy(1, 3, "server", "timeout"),
-    "dimensions": Policy(None, None, "server", "failed"),  # vectors of another length; see BatchRequest.ask
+    "dimensions": Policy(None, None, "server", "failed"),  # vectors of another length; see BatchRequest.insist
     "garbled": Policy(2, 2, "texts", "failed"),  # an answer that must not be stored
     "too_long": Policy(1, 1, "texts", "failed"),
     "refused": Policy(1, 1, "texts", "failed"),
@@ -880,19 +881,14 @@ POLICIES = {
 
 
 class Trouble(Exception):
-    """A request gave no vectors; `kind` is one of POLICIES, the message is for people."""
+    """A request gave no vectors; `kind` is one of POLICIES, the message is for people.
 
-    def __init__(self, kind: str, message: str, retry_after: float = 0.0) -> None:
+    If it is "changed", `changes` to the server's profile make the form of request that the server takes.
+    """
+
+    def __init__(self, kind: str, message: str, retry_after: float = 0.0, **changes: int) -> None:
         super().__init__(message)
-        self.kind, self.policy, self.retry_after = kind, POLICIES[kind], retry_after
-
-
-class ProtocolChanged(Exception):
-    """The server needs another form of request, described by `changes` to its profile; to be tried at once."""
-
-    def __init__(self, message: str, **changes: int) -> None:
-        super().__init__(message)
-        self.changes = changes
+        self.kind, self.policy, self.retry_after, self.changes = kind, POLICIES[kind], retry_after, changes
 
 
 # The words of Ollama, llama-server, vLLM, OpenAI, TEI and others, by what they mean.
@@ -1034,12 +1030,14 @@ class Protocol:
         words = self.said(response.body)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
         kind = next(kind for statuses, pattern, kind in ERRORS if status in statuses and re.search(pattern, words))
+        if kind == "too_long" and self.on_long == "fail":
+            kind = "refused"
         if kind == "too_many" and texts > 1:
-            raise ProtocolChanged(words, most_texts=texts // 2)
+            raise Trouble("changed", words, most_texts=texts // 2)
         if kind == "one_string" and b'"input": [' in request.body:
-            raise ProtocolChanged(words, most_texts=1)
+            raise Trouble("changed", words, most_texts=1)
         if kind in ("no_base64", "no_path") and request.encoding == "base64":
-            raise ProtocolChanged(words, base64_tokens=0)
+            raise Trouble("changed", words, base64_tokens=0)
         if kind == "no_model" and status != 404 and KNOWN_GOOD.encode() not in request.body:
             kind = "refused"  # the words may be about the text: the known-good one will show
         if kind in STOPS:
@@ -1252,17 +1250,19 @@ def mean(vectors: list[tuple[int, bytes]]) -> bytes:
 
 
 def embed_batch(
-    protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool | None
+    protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool
 ) -> Steps[Any]:
     """Return the answer for each text, or without texts a handshake's profile; raise Stop if the server cannot be used.
 
-    `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: see
-    BatchRequest.embed.
+    `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: the only text
+    is known to be too long.
     """
     if texts is None:
         return (yield from handshake(protocol, movable))
-    answers = protocol.compute(texts)
-    return (yield from BatchRequest(protocol, profile, movable).embed(texts, long)) if answers is None else answers
+    batch, answers = BatchRequest(protocol, profile, movable), protocol.compute(texts)
+    if long:
+        return [(yield from batch.embed_long(texts[0]))]
+    return (yield from batch.embed(texts)) if answers is None else answers
 
 
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
@@ -1291,7 +1291,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     if profile.base64_tokens:
         batch.profile = batch.profile._replace(base64_tokens=profile.base64_tokens)
         base64_sample = b""
-        with contextlib.suppress(Trouble, ProtocolChanged, Stop):  # as a proxy that lets only /api through
+        with contextlib.suppress(Trouble, Stop):  # as a proxy that lets only /api through
             [base64_sample] = yield from batch.ask([KNOWN_GOOD], probe=True)
         if len(sample) != len(base64_sample) or not cosine(sample, base64_sample) >= ALIKE:
             batch.profile = batch.profile._replace(base64_tokens=0)  # refused, or mangled on the way
@@ -1313,131 +1313,136 @@ class BatchRequest:
         self.timeout = protocol.timeout
         self.trying = 0.0  # seconds since the last good answer
         self.waits = 0  # during these seconds
-        self.odd_answers = 0  # with other dimensions, since the last good answer with a row's text
         self.last = Response(0)
 
-    def embed(self, texts: list[str], long: bool | None = None) -> Steps[list[Answer]]:
+    def embed(self, texts: list[str]) -> Steps[list[Answer]]:
         """Return the answer for each text; equal texts are sent once.
 
-        `long`: the texts are known to be too long. If it is false, the answer for a text that proves too long is LATER,
-        so that other rows need not wait for it; if it is None, such texts are cut or split at once.
+        A batch with a text at fault is halved until such texts stand alone; by length, so that those that are too long
+        are soon among themselves. If there are several texts, such a one is answered by LATER, so that the others need
+        not wait until it has been cut or split.
         """
-        answers: dict[str, Answer] = dict.fromkeys(texts, Failure("", "too_long"))
-        if not long:
-            answers = yield from self.embed_whole(list(answers))
-        fit = {"cut": self.cut, "split": self.split}.get(self.protocol.on_long)
-        for text, answer in answers.items():
-            if fit and isinstance(answer, Failure) and answer.kind == "too_long":
-                answers[text] = LATER if long is False else (yield from fit(text))
+        answers: dict[str, Answer] = {}
+        groups = [sorted(dict.fromkeys(texts), key=len)]
+        while groups:
+            group = groups.pop()
+            middle = len(group) // 2
+            if middle and len(group[-1]) >= self.profile.long_from:
+                groups += [group[:-1], group[-1:]]  # the longest goes alone; if it fits, so do the others
+                continue
+            try:
+                answers.update(zip(group, map(Embedding, (yield from self.insist(group, last=not middle)))))
+            except Trouble as trouble:
+                if middle:
+                    groups += [group[:middle], group[middle:]]
+                elif trouble.kind != "too_long" or self.protocol.on_long == "skip":
+                    answers[group[0]] = Failure(str(trouble), trouble.kind)
+                else:
+                    answers[group[0]] = LATER if len(texts) > 1 else (yield from self.embed_long(group[0]))
         return [answers[text] for text in texts]
 
-    def embed_whole(self, texts: list[str], trusted: bool = False, truncate: bool = False) -> Steps[dict[str, Answer]]:
-        """Return the answer for each of different texts.
+    def embed_long(self, text: str) -> Steps[Answer]:
+        """Return the answer for a text that is known to be too long."""
+        try:
+            return (yield from self.cut(text) if self.protocol.on_long == "cut" else self.split(text))
+        except Trouble as trouble:
+            return Failure(str(trouble))
 
-        A batch that is refused, or keeps failing, is halved until the texts at fault stand alone. A single text fails
-        only if the server embeds a known-good text right after it, or if it has been suspected twice: then the server
-        is not at fault. `trusted`: an answer that a text is too long is believed at once, and for all texts of the
-        request.
+    def insist(self, texts: list[str], last: bool = True, truncate: bool = False) -> Steps[list[bytes]]:
+        """Return the vectors of `texts`, after as many tries as it takes; raise Trouble if a text is at fault.
+
+        `last`: they will not be tried in smaller groups. Then one is blamed only if the server embeds a known-good text
+        right afterwards, or at the second suspicion.
         """
-        texts = sorted(texts, key=len)  # so that those that are too long are soon among themselves
-        single, longest, half, tries = len(texts) == 1, len(texts[-1]), len(texts) // 2, Counter[str]()
-        if not (single or trusted) and longest >= self.profile.long_from:  # alone; if it fits, so do the others
-            return (yield from self.embed_apart(texts, -1, trusted))
-        if len(texts) > self.profile.most_texts:
-            return (yield from self.embed_apart(texts, half, trusted))
-        while True:
+        vectors: list[bytes] = []
+        tries, longest = Counter[str](), max(map(len, texts))
+        while len(vectors) < len(texts):
             try:
-                vectors = yield from self.ask(texts, truncate=truncate)
-                if longest >= self.profile.long_from and not truncate:
-                    yield from self.learn(long_from=longest + 1)
-                return {text: Embedding(vector, "cut" if truncate else "whole") for text, vector in zip(texts, vectors)}
-            except ProtocolChanged:
-                return (yield from self.embed_whole(texts, trusted, truncate))
-            except Trouble as caught:
-                trouble, policy = caught, caught.policy
-            tries[trouble.kind] += 1
-            enough, too_long = policy.alone if single else policy.together, trouble.kind == "too_long"
-            if enough is None or tries[trouble.kind] < enough:
-                # After a time-out the server may still be computing the lost answer: another request would only
-                # lengthen its queue, until it has time for a short text.
-                check = trouble.kind in ("timeout", "dimensions")
-                yield from self.wait_until_healthy() if check else self.pause(trouble)
-            elif not (single or (trusted and too_long)):
-                if policy.fault == "server":
-                    yield from self.wait_until_healthy()  # a server that is down proves nothing about the halves
-                return (yield from self.embed_apart(texts, half, trusted))
-            else:
-                fails = self.protocol.on_long == "fail"
-                if not (too_long and (trusted or (longest >= self.profile.long_from and not fails))):
-                    tries["suspicions"] += 1
-                    if not (yield from self.wait_until_healthy())[1] and tries["suspicions"] < 2:
-                        continue
-                if too_long:
+                vectors += yield from self.ask(texts[len(vectors) :][: self.profile.most_texts], truncate=truncate)
+            except Trouble as trouble:
+                tries[trouble.kind] += 1
+                if tries["dimensions"] == ODD_ANSWERS:
+                    raise Stop(
+                        f"{self.protocol.address} does not keep to one model: {trouble}. Are there several servers "
+                        "behind that address? Give each a --server of its own, or one alone."
+                    ) from None
+                policy, healthy = trouble.policy, False
+                enough = (policy.alone if last else policy.together) or sys.maxsize
+                suspected = tries[trouble.kind] >= enough
+                if trouble.kind == "too_long" and last:
                     yield from self.learn(long_from=min(longest, self.profile.long_from))
-                return dict.fromkeys(texts, Failure(str(trouble), "too_long" if too_long and not fails else "failed"))
+                elif trouble.kind == "timeout" or (suspected and (last or policy.fault == "server")):
+                    # A server that is down proves nothing. After a time-out it may still be computing the lost answer:
+                    # another request would only lengthen its queue, until it has time for a short text.
+                    _, healthy = yield from self.wait_until_healthy()
+                elif not suspected:
+                    yield from self.pause(trouble)
+                if suspected and (healthy or not last or trouble.kind == "too_long" or tries[trouble.kind] > enough):
+                    raise
+        if longest >= self.profile.long_from and not truncate:
+            yield from self.learn(long_from=longest + 1)
+        return vectors
 
-    def embed_apart(self, texts: list[str], middle: int, trusted: bool) -> Steps[dict[str, Answer]]:
-        """Return the answers for two groups of texts, divided at an index and sent apart."""
-        answers = yield from self.embed_whole(texts[middle:], trusted)
-        return {**answers, **(yield from self.embed_whole(texts[:middle], trusted))}
-
-    def beginning(self, text: str) -> Steps[tuple[int, Answer]]:
-        """Return the length of the longest beginning of a text that the server takes, and the answer for it.
+    def beginning(self, text: str) -> Steps[tuple[int, bytes]]:
+        """Return the length of the longest beginning of a text that the server takes, and its vector.
 
         Bisection begins at the limit known from other texts, or at four characters a token, and ends within a sixteenth
         of the length: each further step would cost a request and add fewer words.
         """
-        best: Answer = Failure("no beginning of the text is short enough")
-        low, high, known = 0, len(text), self.profile.long_from
+        low, high, known, vector = 0, len(text), self.profile.long_from, b""
         middle = known - 1 if 1 < known < high else min(high // 2, 4 * self.protocol.context or high)
         while high - low > max(low // 16, 1):
             space = text.rfind(" ", low + 1, middle)
             middle = space if space > 0 else middle
-            [answer] = (yield from self.embed_whole([text[:middle]], trusted=True)).values()
-            if isinstance(answer, Embedding):
-                low, best = middle, answer
-            elif answer.kind == "too_long":
+            try:
+                [vector] = yield from self.insist([text[:middle]])
+                low = middle
+            except Trouble as trouble:
+                if trouble.kind != "too_long":
+                    raise
                 high = middle
-            else:
-                return 0, answer
             middle = (low + min(high, 2 * low + 1 if low else high)) // 2
-        return low, best
+        if not vector:
+            raise Trouble("too_long", "no beginning of the text is short enough")
+        return low, vector
 
-    def cut(self, text: str) -> Steps[Answer]:
-        """Return the vector of the longest beginning of a text that the server takes."""
+    def cut(self, text: str) -> Steps[Embedding]:
+        """Return the vector of the longest beginning of a text that the server takes, or raise Trouble."""
         if self.protocol.truncates:
-            [answer] = (yield from self.embed_whole([text], trusted=True, truncate=True)).values()
-            if isinstance(answer, Embedding) or answer.kind != "too_long":  # some versions of Ollama refuse to cut
-                return answer
-        _, answer = yield from self.beginning(text)
-        return Embedding(answer.vector, "cut") if isinstance(answer, Embedding) else answer
+            try:
+                [vector] = yield from self.insist([text], truncate=True)
+                return Embedding(vector, "cut")
+            except Trouble as trouble:
+                if trouble.kind != "too_long":  # some versions of Ollama refuse to cut
+                    raise
+        _, vector = yield from self.beginning(text)
+        return Embedding(vector, "cut")
 
-    def split(self, text: str) -> Steps[Answer]:
-        """Return the mean of the vectors of a text's parts, weighted by their length; several parts go in one request.
+    def split(self, text: str) -> Steps[Embedding]:
+        """Return the mean of the vectors of a text's parts, weighted by their length, or raise Trouble.
 
-        If that is refused, all its parts are made smaller: finding the one at fault would take longer.
+        Several parts go in one request. If that is refused, all its parts are made smaller: finding the one at fault
+        would take longer.
         """
-        length, answer = yield from self.beginning(text)
-        if isinstance(answer, Failure):
-            return Failure(answer.reason)
-        parts, vectors = parts_of(text, length), []
+        most, _ = yield from self.beginning(text)
+        parts, vectors = parts_of(text, most), list[tuple[int, bytes]]()
         yield f"a text of {len(text)} characters is split into {len(parts)} parts: {text[:50]!r}..."
         while parts:
             group, parts = parts[:PARTS_TOGETHER], parts[PARTS_TOGETHER:]
-            answers = yield from self.embed_whole(list(dict.fromkeys(group)), trusted=True)
-            for part in group:
-                answer = answers[part]
-                if isinstance(answer, Embedding):
-                    vectors.append((len(part), answer.vector))
-                elif answer.kind == "too_long" and len(part) > 1:
-                    parts += parts_of(part, len(part) // 2)
-                else:
-                    return Failure(answer.reason)
+            try:
+                vectors += zip(map(len, group), (yield from self.insist(group)))
+            except Trouble as trouble:
+                most = max(map(len, group)) // 2
+                if trouble.kind != "too_long" or not most:
+                    raise
+                parts += [smaller for part in group for smaller in parts_of(part, most)]
         vector = mean(vectors)
-        return Embedding(vector, "split") if vector else Failure("the vectors of its parts cancel each other out")
+        if not vector:
+            raise Trouble("garbled", "the vectors of its parts cancel each other out")
+        return Embedding(vector, "split")
 
     def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Steps[list[bytes]]:
-        """Return the vectors of `texts` from one request; raise Trouble or ProtocolChanged. `probe`: of no row."""
+        """Return the vectors of `texts` from one request, or raise Trouble. `probe`: it is of no row."""
         protocol, known, count = self.protocol, self.profile.dimensions, 0 if probe else len(texts)
         request = protocol.build(self.profile, texts, self.timeout, truncate)
         response: Response = yield request
@@ -1453,37 +1458,28 @@ class BatchRequest:
                 if useful < self.profile.base64_tokens:
                     yield from self.learn(base64_tokens=useful)
                 if most < request.longest:
-                    raise ProtocolChanged("the loaded model may have cut a text")
+                    raise Trouble("changed", "the loaded model may have cut a text")
             for dimensions in {len(vector) // 4 for vector in vectors} - {known or len(vectors[0]) // 4}:
                 raise Trouble("dimensions", f"vectors of {dimensions} dimensions came instead of {known}")
-        except ProtocolChanged as changed:
-            yield from self.learn(**changed.changes)
-            yield Exchange(count, response.seconds, "failed", str(changed))
-            raise
         except Trouble as trouble:
+            yield from self.learn(**trouble.changes)
             yield Exchange(count, response.seconds, "failed" if probe else trouble.policy.outcome, str(trouble))
             if trouble.kind == "timeout":
                 self.timeout = min(self.timeout * 2, protocol.timeout * 4)
             if probe or trouble.kind not in ("timeout", "late"):  # the silence may be due to the size of the request
                 self.trying += response.seconds
-            self.odd_answers += trouble.kind == "dimensions"
-            if self.odd_answers == ODD_ANSWERS:
-                raise Stop(
-                    f"{protocol.address} does not keep to one model: {trouble}. Are there several servers behind that "
-                    "address? Give each a --server of its own, or one alone."
-                ) from None
             raise
         self.trying = self.waits = 0
         if not probe:
-            self.odd_answers = 0
             encoding = f"{request.encoding} over {protocol.endpoint.path}{request.path}"
             yield Exchange(count, response.seconds, "ok", encoding=encoding)
         return vectors
 
     def learn(self, **changes: int) -> Steps[None]:
         """Update the server's profile, here and in the parent."""
-        self.profile = self.profile._replace(**cast(Any, changes))
-        yield Learned(changes)
+        if changes:
+            self.profile = self.profile._replace(**cast(Any, changes))
+            yield Learned(changes)
 
     def wait_until_healthy(self) -> Steps[tuple[bytes, bool]]:
         """Wait until the server embeds a known-good text; return its vector, and whether the first try succeeded."""
@@ -1492,8 +1488,6 @@ class BatchRequest:
             try:
                 [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
                 return vector, at_once
-            except ProtocolChanged:
-                continue
             except Trouble as trouble:
                 at_once = False
                 yield from self.pause(trouble, known_good=True)
@@ -1505,6 +1499,8 @@ class BatchRequest:
         except texts that may have crashed this server: they would crash the others. If it fails with the known-good
         text, too, the texts are not to blame.
         """
+        if trouble.kind == "changed":
+            return
         protocol, asked = self.protocol, min(trouble.retry_after, LONGEST_RETRY_AFTER)
         if not self.profile.sample and self.waits:  # in the handshake, with a person waiting
             if trouble.kind == "unreachable":
@@ -1698,8 +1694,8 @@ class Batch(NamedTuple):
     """Texts that go to a server together, or None for a handshake.
 
     `load` is the number of texts in flight to the server when it was sent, its own included. `rows` are the rows of the
-    texts, if they come from a table. `moves` counts the servers that have failed to do it. `long` is as in
-    BatchRequest.embed.
+    texts, if they come from a table. `moves` counts the servers that have failed to do it. `long`: the
+    only text is known to be too long.
     """
 
     server: ServerState
@@ -1708,7 +1704,7 @@ class Batch(NamedTuple):
     rows: Sequence[Row] = ()
     load: int = 0
     moves: int = 0
-    long: bool | None = None
+    long: bool = False
 
     @property
     def arguments(self) -> Arguments:
@@ -2090,7 +2086,7 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
 # An event of a batch: any number of the first three; then its answers, a handshake's profile, or an exception.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 Events = list[tuple["Batch", Event]]
-Arguments = tuple[ServerProfile, Union[list[str], None], bool, Union[bool, None]]  # of embed_batch for a batch
+Arguments = tuple[ServerProfile, Union[list[str], None], bool, bool]  # of embed_batch for a batch
 
 
 class AsyncEngine:

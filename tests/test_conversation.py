@@ -270,8 +270,8 @@ class Conversations(unittest.TestCase):
             for _ in range(3):
                 self.assertEqual(self.talk(TEXTS, serve).answers, VECTORS)
         self.assertEqual(self.talk(TEXTS[:1], script(SILENCE, other)).answers, VECTORS[:1])
-        for replies in ((odd, other, other), (odd, None, odd, None, odd), (odd, None, odd, other)):
-            stop = self.talk(TEXTS, script(*replies)).stop
+        for texts, reply in ((TEXTS, odd), (TEXTS[:1], other)):
+            stop = self.talk(texts, script(reply, reply, reply)).stop
             self.assertIn("http://h:1", str(stop))
             self.assertIn("vectors of 9 dimensions came instead of 8", str(stop))
 
@@ -636,7 +636,7 @@ class OverOpenAI(Conversations):
                 ["a"], lambda asked, s=status, w=words: good(asked) if asked == PROBE else error(s, w), on
             )
             [answer] = talked.results
-            self.assertEqual(getattr(answer, "kind", ""), "failed")
+            self.assertNotIn(getattr(answer, "kind", "too_long"), ("too_long", "later"))
 
     def test_the_most_texts_that_a_server_takes_are_learned_once(self) -> None:
         for status, words in TOO_MANY:
