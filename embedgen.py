@@ -3951,7 +3951,9 @@ def create_target(db: AnyDatabase, source: Source, target: Target, settings: Set
     return Target.resolve(db, source, settings)  # anew: another machine may have created it first
 
 
-SAMPLES, MANY_SAMPLES = 3, 32  # rows that are embedded again, to compare the server's vectors with the stored ones
+# Rows that are embedded again, to compare the server's vectors with the stored ones. Of the large sample up to twice as
+# many, if they have letters outside ASCII: where a tenth of those differ, 32 would miss it once in 30 times.
+SAMPLES, MANY_SAMPLES = 3, 32
 ASCII = " etaoinshrdlucmfwypvbgkjqxz" + "".join(map(chr, range(1, 128)))  # the frequent ones first, for speed
 
 
@@ -4138,8 +4140,12 @@ class Provenance:
                 lettered AS (SELECT k.*, substr(ltrim({text}, {literal(ASCII)}), 1, 1) AS letter
                     FROM likely AS k JOIN {source.rows_sql} AS s ON {key} = k.key),
                 ranked AS (SELECT *, row_number() OVER (PARTITION BY is_last, letter ORDER BY share DESC) AS rank
-                    FROM lettered ORDER BY is_last, letter = '', rank, share DESC LIMIT {MANY_SAMPLES - 2})
-                SELECT key FROM ranked UNION SELECT key FROM (SELECT key FROM sized ORDER BY size LIMIT 1) AS shortest
+                    FROM lettered),
+                placed AS (SELECT *, row_number() OVER (ORDER BY is_last, letter = '', rank, share DESC) AS place
+                    FROM ranked)
+                SELECT key FROM placed
+                    WHERE place <= {MANY_SAMPLES - 2} OR letter <> '' AND place <= {2 * MANY_SAMPLES - 2}
+                UNION SELECT key FROM (SELECT key FROM sized ORDER BY size LIMIT 1) AS shortest
                 UNION SELECT key FROM (SELECT key FROM sized ORDER BY size DESC LIMIT 1) AS longest)"""
         found = db.query(f"""SELECT {key}, {text}, {"NULL" if is_bare else self.target.column_sql("embedding")}
             FROM {table} WHERE {rows}""")
@@ -5226,14 +5232,17 @@ def check_drift(engine: Engine, coverage: Coverage, provenance: Provenance) -> N
     if coverage.settings.accept_drift or not is_comparable:
         return
     samples, is_many = provenance.samples(is_bare)
+    size = min(coverage.settings.batch_size or MANY_SAMPLES, MANY_SAMPLES)
     for _ in range(2):  # again if any differs: one answer may be an accident
-        answered = embed_on_all(engine, [text for _, text, _ in samples]) if samples else []
-        compared = [
-            (cosine(answer.vector, vector or getattr(first, "vector", b"")), key, server)
-            for server, answers in answered
-            for (key, _, vector), answer, first in zip(samples, answers, answered[0][1])
-            if isinstance(answer, Embedding) and answer.fit == "whole"
-        ]
+        compared = []
+        for batch in (samples[begin : begin + size] for begin in range(0, len(samples), size)):
+            answered = embed_on_all(engine, [text for _, text, _ in batch])
+            compared += [
+                (cosine(answer.vector, vector or getattr(first, "vector", b"")), key, server)
+                for server, answers in answered
+                for (key, _, vector), answer, first in zip(batch, answers, answered[0][1])
+                if isinstance(answer, Embedding) and answer.fit == "whole"
+            ]
         found = [one for one in compared if one[0] < ALIKE]
         if not found:
             provenance.is_compared = is_many and not is_bare and bool(compared)
