@@ -1221,26 +1221,14 @@ LEAVE_AFTER = 5.0  # seconds of trying, after which the texts go to another serv
 ODD_ANSWERS = 3  # answers in a row with other dimensions, after which the server is not trusted
 PARTS_TOGETHER = 16  # parts of a split text in one request
 
-# Where a text may be split, best first: after a sentence or a line, and between words.
-BORDERS = (r"(?<=[.!?…])\s+|(?<=[。！？])|\n\s*", r"\s+")
+# Where a text may be split, best first: after a sentence or a line, between words, and anywhere.
+BORDERS = (r"(?:(?<=[.!?…]\s)|(?<=[\n。！？]))", r"(?<=\s)", "")
 
 
 def parts_of(text: str, most: int) -> list[str]:
-    """Return a text in parts of nearly equal length, at most `most` characters each, without blank parts.
-
-    An eighth of that length is kept free, as room to divide the text at a border nearby.
-    """
-    count, margin = -(-len(text) * 8 // (most * 7)) if len(text) > most else 1, most // 16
-    ends = [0]
-    for number in range(1, count):
-        middle = len(text) * number // count
-        for border in BORDERS:
-            found = re.compile(border).finditer(text, middle - margin, middle + margin)
-            if near := [match.end() for match in found]:
-                middle = min(near, key=lambda end: abs(end - middle))
-                break
-        ends.append(middle)
-    parts = [text[begin:end] for begin, end in zip(ends, [*ends[1:], len(text)])]
+    """Return a text in parts of at most `most` characters and nearly that, without blank parts."""
+    forms = [rf".{{{most - most // 2},{most}}}{border}" for border in BORDERS]
+    parts = re.findall("|".join([rf"(?s).{{1,{most}}}\Z", *forms]), text)
     return [part for part in parts if part.strip(BLANKS)]
 
 
@@ -1425,7 +1413,8 @@ class BatchRequest:
         would take longer.
         """
         most, _ = yield from self.beginning(text)
-        parts, vectors = parts_of(text, most), list[tuple[int, bytes]]()
+        # A sixteenth is kept free: other parts may have more tokens to the character.
+        parts, vectors = parts_of(text, most - most // 16), list[tuple[int, bytes]]()
         yield f"a text of {len(text)} characters is split into {len(parts)} parts: {text[:50]!r}..."
         while parts:
             group, parts = parts[:PARTS_TOGETHER], parts[PARTS_TOGETHER:]
