@@ -108,6 +108,14 @@ class Versions(VersionCase):
         self.succeed("--limit", 1)
         self.assertEqual(len(self.compared()), 3)
 
+    def test_it_is_compared_in_requests_of_the_batch_size(self) -> None:
+        self.succeed("--limit", self.STORED)
+        for engine in ENGINES:
+            self.serve(f"{NEW}-{engine}")
+            self.succeed("--engine", engine, "--limit", 1, "--batch-size", 4)
+            self.assertIn(len(self.compared()), range(16, 33))
+            self.assertLessEqual(max(len(entry["texts"]) for entry in self.ollama.log()), 4)
+
     def test_it_is_compared_by_accents_and_the_longest_and_the_shortest(self) -> None:
         self.execute("UPDATE movies SET overview = 'x' WHERE id = 50")
         self.execute("UPDATE movies SET overview = 'and so on, and so on, and so on' WHERE id = 51")
