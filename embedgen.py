@@ -38,7 +38,6 @@ import csv
 import errno
 import functools
 import hashlib
-import heapq
 import io
 import itertools
 import json
@@ -804,13 +803,13 @@ def normalised(numbers: Sequence[float]) -> bytes:
 
 
 def cosine(one: bytes, other: bytes) -> float:
-    """Return the cosine of the angle between two stored vectors, good to 15 digits; NaN if one has no direction.
-
-    Products of two float32 are exact in double precision, and fsum rounds once.
-    """
+    """Return the cosine of the angle between two stored vectors; NaN if they have no angle."""
     a, b = unpack(one), unpack(other)
-    norms = math.hypot(*a) * math.hypot(*b)
-    return min(max(math.fsum(map(operator.mul, a, b)) / norms, -1.0), 1.0) if 0 < norms < math.inf else math.nan
+    p, q = math.hypot(*a), math.hypot(*b)
+    if len(a) != len(b) or not 0 < p * q < math.inf:
+        return math.nan
+    # By the law of cosines: math.dist takes a fraction of the time of a sum of products.
+    return min(max((p * p + q * q - math.dist(a, b) ** 2) / (2 * p * q), -1.0), 1.0)
 
 
 # Cosine above which two vectors of one text are of one model. Measured with all-MiniLM-L6-v2 on llama-server, on 600
@@ -2931,6 +2930,7 @@ class Database:
     mark: ClassVar[str]  # placeholder of a parameter, without its number
     type_names: ClassVar[dict[str, str]] = {}  # types of new columns for types by SQLite's names, and for narrow ones
     identity: ClassVar[str]  # type of a key that numbers its rows
+    exclusion: ClassVar[str] = ""  # statement by which a transaction excludes those of other runs, if one is needed
     target_columns: ClassVar[str]  # of a new target, after its key; {} is the type of its vectors
     create_index: Any  # of Postgres alone
     connection: Any = None
@@ -2959,7 +2959,6 @@ class Database:
 
     def begin(self) -> Any:
         """Return a context manager that commits at its end, or rolls back."""
-        return contextlib.nullcontext()
 
     def retry(self, action: Callable[[], T]) -> T:
         """Return the action's result; repeat it while the database is locked or away, and raise Stop if that lasts.
@@ -2981,22 +2980,24 @@ class Database:
                     raise stop from error
             time.sleep(RETRY_SECONDS)
 
-    def transaction(self, action: Callable[[], T]) -> T:
-        """Return the action's result, from one transaction, which is repeated as a whole."""
+    def transaction(self, action: Callable[[], T], first: str = "") -> T:
+        """Return the action's result, from one transaction, which is repeated as a whole; `first` is a statement."""
 
         def whole() -> T:
             with self.begin():
                 self.in_transaction = True
                 try:
+                    if first:
+                        self.execute(first)
                     return action()
                 finally:
                     self.in_transaction = False
 
-        return action() if self.in_transaction else self.retry(whole)
+        return self.retry(whole)
 
     def exclusively(self, action: Callable[[], T]) -> T:
         """Return the action's result, from a transaction that excludes those of other runs of this program."""
-        return self.transaction(action)
+        return self.transaction(action, self.exclusion)
 
     def execute(self, sql: str, *parameters: Any) -> list[Any]:
         """Return all rows of a statement, without retries; of one that returns none, the number of changed rows."""
@@ -3008,12 +3009,8 @@ class Database:
         return self.retry(lambda: self.execute(sql, *parameters))
 
     def query_all(self, sql: str) -> list[Any]:
-        """Return all rows of a query; raise Stop if row-level security hides rows from this user."""
+        """Do as `query`; raise Stop if row-level security hides rows from this user."""
         return self.query(sql)
-
-    def delete(self, sql: str) -> int:
-        """Return how many rows a DELETE removed; raise Stop if row-level security hides rows from this user."""
-        return int(self.query_all(sql)[0][0])
 
     def value(self, sql: str, *parameters: Any) -> Any:
         """Return the first column of a query's first row, or None without rows."""
@@ -3189,9 +3186,7 @@ class SQLite(Database):
             raise
 
     def judge(self, error: Exception) -> tuple[float, BaseException]:
-        if "user-defined function" in str(error) and self.hash_error:
-            return 0.0, self.hash_error
-        return super().judge(error)
+        return (0.0, self.hash_error) if self.hash_error else super().judge(error)
 
     def begin(self) -> Any:
         self.connection.rollback()  # of a commit that failed, which Python before 3.9.8 leaves open
@@ -3248,22 +3243,14 @@ class SQLite(Database):
         return save
 
     def nearest(self, coverage: Coverage, rows: str, vector: bytes, most: int) -> list[tuple[Any, bytes]]:
-        """Return keys and vectors of the rows nearest to a vector by cosine, the nearest first; `most` are in memory.
+        """Return keys and vectors of the rows nearest to a vector by cosine, in that order; `rows`: the FROM clause.
 
-        `rows`: the FROM clause. Of multiples of one vector only the last digits differ; then the keys decide.
+        Of multiples of one vector only the last digits differ; then the keys decide.
         """
+        self.connection.create_function("embedgen_cosine", 1, lambda stored: cosine(vector, stored))
         key, stored = coverage.source.key_sql, coverage.target.column_sql("embedding")
-        sql = f"SELECT {key}, {stored} {rows} ORDER BY {key}"
-        given = unpack(vector)
-        norm = math.hypot(*given)
-
-        def unlikeness(row: tuple[Any, bytes]) -> float:
-            numbers = unpack(row[1])
-            length = math.hypot(*numbers) * norm  # sum, not fsum as in `cosine`: many rows are looked at
-            product = sum(map(operator.mul, given, numbers))
-            return round(-product / length, 9) if 0 < length < math.inf else math.inf
-
-        return self.retry(lambda: heapq.nsmallest(most, self.connection.execute(sql), unlikeness))
+        order = f"round(embedgen_cosine({stored}), 9) DESC, {key}"
+        return self.query(f"SELECT {key}, {stored} {rows} ORDER BY {order} LIMIT {most}")
 
     def check_index(self, target: Target, dimensions: int = 0) -> None:
         """Raise UsageError: only Postgres has an index for vectors."""
@@ -3317,7 +3304,6 @@ def exact_value(text: str, declared: str) -> int | float | str | None:
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
 ROW_LOCK_SECONDS = 60  # to wait for a row that another transaction holds
-EXCLUSIVE_LOCK = 0x656D6265646765  # advisory lock for what one embedgen at a time may do: "embedge" in ASCII
 EF_SEARCH = 400  # candidates in an HNSW index: ten times pgvector's default misses less, and costs milliseconds
 MOST_INDEXED = {"vector": 2000, "halfvec": 4000}  # dimensions that pgvector's HNSW index takes, by type
 INDEX_LOOK = 0.5  # seconds between two looks at an index that is being built
@@ -3410,6 +3396,7 @@ class Postgres(Database):
         "INTEGER": "bigint", "REAL": "numeric", "smallint": "bigint", "integer": "bigint", "character varying": "text",
     }  # fmt: skip
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    exclusion = "SELECT pg_advisory_xact_lock(0x656D6265646765)"  # one lock for all: "embedge" in ASCII
     octets = "octet_length({})"
     renewal = f"""ALTER TABLE {{0}} ADD version text, ADD weights text,
         DROP CONSTRAINT {PROVENANCE_TABLE}_target_model_digest_prefix_fit_key"""
@@ -3418,7 +3405,7 @@ class Postgres(Database):
         "provenance integer"
     )
 
-    def __init__(self, url: str, reads_only: bool, stopping: Callable[[], bool]) -> None:
+    def __init__(self, url: str, stopping: Callable[[], bool]) -> None:
         """Connect; raise Stop where that fails, UsageError where the URL is wrong."""
         try:
             import psycopg
@@ -3429,7 +3416,7 @@ class Postgres(Database):
             ) from None
         super().__init__("postgresql://", psycopg.Error, stopping)
         self.psycopg: Any = psycopg
-        self.url, self.reads_only = url, reads_only
+        self.url = url
         try:
             self.connection = self.connect()
         except psycopg.ProgrammingError:  # its text may hold the password
@@ -3465,8 +3452,6 @@ class Postgres(Database):
             prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
         )
 
-        connection.read_only = self.reads_only or None  # in transactions, not in the session, which a pooler shares
-
         class BinaryDumper(psycopg.types.string.BytesBinaryDumper):  # type: ignore[misc,name-defined]
             """Sends bytes as the binary form of whatever type the statement says."""
 
@@ -3482,25 +3467,9 @@ class Postgres(Database):
     def begin(self) -> Any:
         return self.connection.transaction()
 
-    def with_setting(self, setting: str, action: Callable[[], T]) -> T:
-        """Return what the action returns, in a transaction that begins with a statement which holds as long as it."""
-
-        def both() -> T:
-            self.execute(setting)
-            return action()
-
-        return self.transaction(both)
-
-    def exclusively(self, action: Callable[[], T]) -> T:
-        return self.with_setting(f"SELECT pg_advisory_xact_lock({EXCLUSIVE_LOCK})", action)
-
-    def query(self, sql: str, *parameters: Any) -> list[Any]:
-        run = self.transaction if self.reads_only else self.retry
-        return run(lambda: self.execute(sql, *parameters))
-
     def query_all(self, sql: str) -> list[Any]:
         # An error where a policy would filter.
-        return self.with_setting("SET LOCAL row_security = off", lambda: self.execute(sql))
+        return self.transaction(lambda: self.execute(sql), "SET LOCAL row_security = off")
 
     def text_sql(self, column: str, declared: str) -> str:
         """Return the SQL of a column's value as text, NULL where it is blank."""
@@ -3607,7 +3576,7 @@ class Postgres(Database):
                     SELECT {key} AS key, {stored} AS vector, {distance} AS distance {rows} ORDER BY {order} LIMIT {most}
                 ) AS e ORDER BY round(distance::numeric, 5), key
             """
-            return self.with_setting(setting, lambda: self.execute(sql, json.dumps(unpack(vector))))
+            return self.transaction(lambda: self.execute(sql, json.dumps(unpack(vector))), setting)
 
         is_indexed = any(is_valid for is_valid, _ in self.indexes(coverage.target))
         found = look(distance) if is_indexed else []  # an index gives the order of nothing but the bare distance
@@ -4237,10 +4206,10 @@ class EmbeddingTable:
         if coverage.stored(stale):
             emptied = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
             remove = emptied if target.is_column else f"DELETE FROM {target.vectors_sql}"
-            self.db.delete(f"{remove} WHERE {stale}")
+            self.db.query_all(f"{remove} WHERE {stale}")
         if self.provenance.id_of("whole"):  # there is a table
             with contextlib.suppress(Forbidden):
-                self.db.delete(f"DELETE FROM {self.provenance.table.sql} WHERE id IN {others}")
+                self.db.query_all(f"DELETE FROM {self.provenance.table.sql} WHERE id IN {others}")
 
     def close(self) -> None:
         """Leave the remaining work to other machines."""
@@ -4549,7 +4518,8 @@ class Inspector:
         """Remove the vectors whose row is gone, and return how many; if these are all, only with `all_of_them`."""
         stays = f"SELECT 1 FROM {self.target.vectors_sql} JOIN {self.source.table.sql} AS s ON {self.coverage.join_on}"
         unless = "" if all_of_them else f" AND EXISTS ({stays})"
-        return self.db.delete(f"DELETE FROM {self.target.vectors_sql} WHERE {self.coverage.is_orphan}{unless}")
+        delete = f"DELETE FROM {self.target.vectors_sql} WHERE {self.coverage.is_orphan}{unless}"
+        return int(self.db.query_all(delete)[0][0])
 
 
 class Hit(NamedTuple):
@@ -4568,7 +4538,7 @@ def open_database(settings: Settings, stopping: Callable[[], bool]) -> AnyDataba
     path = settings.database.removeprefix("sqlite:///")
     if path != settings.database:
         return SQLite(path, settings.reads_only, bool(settings.load), stopping)
-    return Postgres(settings.database, settings.reads_only, stopping)
+    return Postgres(settings.database, stopping)
 
 
 # =============================== report ===============================
