@@ -2857,6 +2857,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def cut_name(name: str, ending: str) -> str:
+    """Return a name with an ending, in the 63 bytes that Postgres keeps of a name."""
+    return name.encode()[: 63 - len(ending)].decode("utf-8", "ignore") + ending
+
+
 def literal(text: str) -> str:
     """Return a text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
@@ -2932,6 +2937,8 @@ class Database:
     identity: ClassVar[str]  # type of a key that numbers its rows
     exclusion: ClassVar[str] = ""  # statement by which a transaction excludes those of other runs, if one is needed
     target_columns: ClassVar[str]  # of a new target, after its key; {} is the type of its vectors
+    vector_types: ClassVar[str]  # pattern of types that hold vectors; its groups are the name and the dimensions
+    vectors_are: ClassVar[str]  # these types, for the user
     create_index: Any  # of Postgres alone
     connection: Any = None
 
@@ -3044,6 +3051,15 @@ class Database:
         """Whether a column is declared unique by itself."""
         return (column,) in self.query(self.catalogue.unique, table.schema, table.name)
 
+    def vectors_of(self, declared: str) -> tuple[str, int]:
+        """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
+        if found := re.fullmatch(self.vector_types, declared, re.IGNORECASE):
+            return found[1], int(found[2] or 0)
+        raise UsageError(
+            f"the column for the vectors has the type {declared}, not {self.vectors_are}. "
+            "Give another with --target or --out-column, or change its type."
+        )
+
     def type_name(self, declared: str) -> str:
         """Return the type of a new column that holds values of a declared type."""
         return self.type_names.get(declared.partition("(")[0], declared)
@@ -3119,6 +3135,7 @@ class SQLite(Database):
     errors = SQLITE_ERRORS
     mark = "?"
     identity = "INTEGER PRIMARY KEY"
+    vector_types, vectors_are = "(?!.*(?:INT|CHAR|CLOB|TEXT|REAL|FLOA|DOUB))(.*)()", "BLOB"
     octets = "length(CAST({} AS BLOB))"  # SQL of a text's length in bytes
     # Gives a provenance table of before versions were recorded its new columns, and takes its constraint.
     renewal = f"""CREATE TEMP TABLE embedgen_old AS SELECT * FROM {{0}}; DROP TABLE {{0}};
@@ -3209,12 +3226,6 @@ class SQLite(Database):
         """Return the type of a column for vectors."""
         return "BLOB"
 
-    def vectors_of(self, declared: str) -> tuple[str, int]:
-        """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
-        if re.search("INT|CHAR|CLOB|TEXT|REAL|FLOA|DOUB", declared.upper()):
-            raise UsageError(f"the column for vectors has the type {declared}, not BLOB. Give another.")
-        return "BLOB", 0
-
     def dimensions_sql(self, vector: str) -> str:
         """Return the SQL of a stored vector's dimensions, NULL if the value is no vector."""
         return f"CASE WHEN typeof({vector}) = 'blob' AND length({vector}) % 4 = 0 THEN length({vector}) / 4 END"
@@ -3255,10 +3266,6 @@ class SQLite(Database):
     def check_index(self, target: Target, dimensions: int = 0) -> None:
         """Raise UsageError: only Postgres has an index for vectors."""
         raise UsageError("--index is for Postgres; a search in SQLite is exact and needs none. Leave it out.")
-
-    def claims(self, coverage: Coverage, digest: str) -> Claims | None:
-        """Return None: the run's lock keeps other machines away."""
-        return None
 
     def fill(self, table: str, width: int, rows: Iterable[Sequence[Any]]) -> None:
         """Insert rows of so many values into a table."""
@@ -3321,7 +3328,6 @@ POSTGRES_ERRORS = (
               "Postgres refuses: {text}. Ask its administrator, or give another user in --database.", Forbidden),
     ErrorRule("UndefinedFunction",
               "Postgres says: {text}. If keys do not compare, give another --target NAME or --id COLUMN.", UsageError),
-    ErrorRule("index on partitioned", "Postgres says: {text}. Leave out --index, and run a plain CREATE INDEX."),
     ErrorRule("DiskFull", "Postgres has no room ({text}). Make room, and run again."),
     ErrorRule("LockNotAvailable", "another transaction holds rows for too long ({text}). Run again later."),
     ErrorRule("ReadOnlySql", "Postgres takes no writes ({text}). Give the primary server's address in --database."),
@@ -3396,6 +3402,7 @@ class Postgres(Database):
         "INTEGER": "bigint", "REAL": "numeric", "smallint": "bigint", "integer": "bigint", "character varying": "text",
     }  # fmt: skip
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
+    vector_types, vectors_are = r"(?:.*\.)?(vector|halfvec)(?:\((\d+)\))?", "vector or halfvec"
     exclusion = "SELECT pg_advisory_xact_lock(0x656D6265646765)"  # one lock for all: "embedge" in ASCII
     octets = "octet_length({})"
     renewal = f"""ALTER TABLE {{0}} ADD version text, ADD weights text,
@@ -3405,7 +3412,7 @@ class Postgres(Database):
         "provenance integer"
     )
 
-    def __init__(self, url: str, stopping: Callable[[], bool]) -> None:
+    def __init__(self, url: str, reads_only: bool, stopping: Callable[[], bool]) -> None:
         """Connect; raise Stop where that fails, UsageError where the URL is wrong."""
         try:
             import psycopg
@@ -3416,7 +3423,7 @@ class Postgres(Database):
             ) from None
         super().__init__("postgresql://", psycopg.Error, stopping)
         self.psycopg: Any = psycopg
-        self.url = url
+        self.url, self.reads_only = url, reads_only
         try:
             self.connection = self.connect()
         except psycopg.ProgrammingError:  # its text may hold the password
@@ -3451,6 +3458,8 @@ class Postgres(Database):
             cursor_factory=psycopg.RawCursor,  # parameters are $1, and a % is a %
             prepare_threshold=None,  # statements prepared by name do not survive a pooler such as PgBouncer
         )
+
+        connection.read_only = self.reads_only or None  # in transactions, not in the session, which a pooler shares
 
         class BinaryDumper(psycopg.types.string.BytesBinaryDumper):  # type: ignore[misc,name-defined]
             """Sends bytes as the binary form of whatever type the statement says."""
@@ -3489,16 +3498,6 @@ class Postgres(Database):
             extension = f"CREATE EXTENSION IF NOT EXISTS vector SCHEMA {self.pgvector}"
             self.exclusively(lambda: self.execute(extension))
         return f"{self.pgvector}.vector({dimensions})"
-
-    def vectors_of(self, declared: str) -> tuple[str, int]:
-        """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
-        kind, _, dimensions = declared.rpartition(".")[2].rstrip(")").partition("(")
-        if kind not in MOST_INDEXED:
-            raise UsageError(
-                f"the column for the vectors is of the type {declared}, not vector or halfvec. "
-                "Give --target NAME, or change its type."
-            )
-        return kind, int(dimensions or 0)
 
     def dimensions_sql(self, vector: str) -> str:
         """Return the SQL of a stored vector's dimensions."""
@@ -3619,8 +3618,14 @@ class Postgres(Database):
         return self.query(sql, target.table.sql, target.columns["embedding"])
 
     def check_index(self, target: Target, dimensions: int = 0) -> None:
-        """Raise UsageError if pgvector cannot index a target's vectors; `dimensions` are those of one to be created."""
+        """Raise UsageError if a target's vectors cannot be indexed; `dimensions` are those of one to be created."""
         kind, size = target.vector_kind, target.dimensions if target.exists else dimensions
+        parted = f"SELECT 1 FROM pg_class WHERE oid = to_regclass({literal(target.table.sql)}) AND relkind = 'p'"
+        if self.value(parted):
+            raise UsageError(
+                f'--index: "{target.table.name}" is partitioned, and Postgres indexes no such table while others use '
+                "it. Leave out --index, and run a plain CREATE INDEX."
+            )
         if (target.exists or size) and not 0 < size <= MOST_INDEXED[kind]:
             raise UsageError(
                 f"--index: pgvector takes at most {MOST_INDEXED[kind]:,} declared dimensions of the type {kind}, not "
@@ -3645,8 +3650,7 @@ class Postgres(Database):
             return
         for _, invalid in found:  # of a run that was interrupted
             self.query(f"DROP INDEX CONCURRENTLY {invalid}")
-        # A name has 63 bytes at most.
-        name = f"{target.table.name}_{column}".encode()[:58].decode("utf-8", "ignore") + "_hnsw"
+        name = cut_name(f"{target.table.name}_{column}", "_hnsw")
         create = f"""
             CREATE INDEX CONCURRENTLY IF NOT EXISTS {quoted(name)} ON {table}
             USING hnsw ({quoted(column)} {self.pgvector}.{target.vector_kind}_cosine_ops)
@@ -3658,17 +3662,11 @@ class Postgres(Database):
                     yield self.value(building) or 0.0
                     wait([build], INDEX_LOOK)
                 if build.done():
-                    build.result()
+                    self.retry(build.result)  # which says the same each time
                     yield 1.0
-            except self.driver_error as error:
-                raise self.judge(error)[1] from error
             finally:
                 with contextlib.suppress(self.driver_error):
                     builder.cancel()
-
-    def claims(self, coverage: Coverage, digest: str) -> Claims | None:
-        """Join the other machines that fill the same target; raise Forbidden if there is no place to do so."""
-        return Claims(self, coverage, digest)
 
 
 def vector_array(vectors: Sequence[bytes], element: int) -> bytes:
@@ -4242,8 +4240,7 @@ class Claims:
         self.db, self.coverage = db, coverage
         settings, target, source = coverage.settings, coverage.target, coverage.source
         name = f"{target.table.name}_{target.columns['embedding']}" if target.is_column else target.table.name
-        name = name.encode()[:56].decode("utf-8", "ignore") + "_claims"  # a name has 63 bytes at most
-        self.table = Table(target.table.schema, name, True)
+        self.table = Table(target.table.schema, cut_name(name, "_claims"), True)
         self.key, self.key_type = quoted(target.key), db.type_name(source.key_type)
         self.machine = literal(os.urandom(8).hex())
         work = (settings.model, digest, source, target.columns, settings.dimensions, settings.option, settings.force)
@@ -4538,7 +4535,7 @@ def open_database(settings: Settings, stopping: Callable[[], bool]) -> AnyDataba
     path = settings.database.removeprefix("sqlite:///")
     if path != settings.database:
         return SQLite(path, settings.reads_only, bool(settings.load), stopping)
-    return Postgres(settings.database, stopping)
+    return Postgres(settings.database, settings.reads_only, stopping)
 
 
 # =============================== report ===============================
@@ -5171,13 +5168,15 @@ def open_table(job: Job, engine: Engine) -> EmbeddingTable:
     if settings.index:
         db.check_index(job.target, profile.dimensions)
     job = job._replace(target=create_target(db, job.source, job.target, settings, profile.dimensions))
-    coverage, claims = job.coverage(), None
+    coverage = job.coverage()
     coverage.check(profile.dimensions)
     provenance = Provenance(coverage, profile)
     provenance.check_version()
     check_drift(engine, coverage, provenance)  # before the claims, which nothing renews meanwhile
+    claims = None
     try:
-        claims = db.claims(coverage, profile.digest)
+        if isinstance(db, Postgres):  # a file of SQLite is locked by the run
+            claims = Claims(db, coverage, profile.digest)
     except Forbidden as forbidden:
         job.log.info(f"this run shares the table with no other, since it has no place for claims: {forbidden.message}")
     coverage.check(profile.dimensions)  # again: others may have been at work

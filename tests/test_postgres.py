@@ -727,6 +727,15 @@ class Targets(PostgresCase):
         sql = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'movie_embeddings'"
         return int(self.execute(sql)[0][0])
 
+    def test_no_index_of_a_partitioned_target(self) -> None:
+        self.make_movies(3)
+        columns = f"movie_id bigint PRIMARY KEY, embedding {self.db.vector_type}"
+        self.execute(f"CREATE TABLE movie_embeddings ({columns}) PARTITION BY HASH (movie_id)")
+        self.execute("CREATE TABLE part PARTITION OF movie_embeddings FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+        self.refuse(2, "--index", words=["movie_embeddings", "partitioned", "run a plain CREATE INDEX"])
+        self.assertEqual(self.stored(), {})
+        self.assertEqual(self.succeed().tally, (3, 0, 0))
+
     def test_too_many_dimensions_for_an_index(self) -> None:
         self.make_movies(3)
         self.ollama.configure(models={"nomic-embed-text": {"dimensions": 2500}})
