@@ -4676,7 +4676,7 @@ class Console:
         except (OSError, ValueError) as error:
             self.out = sys.stdout = None  # or Python would flush it at exit, and fail again
             if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
-                self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
+                self.verdict = self.interrupt.code = self.interrupt.code or EXIT_SIGPIPE
             else:
                 self.is_lost = True
                 complain(f"warning: cannot write to standard output ({describe(error)}); going on without it")
@@ -4826,31 +4826,33 @@ def take_log(folder: str, name: str) -> tuple[str, Any]:
     for free in (name, *(f"{name}.{number}" for number in range(2, LOGS_AT_ONCE))):
         with contextlib.suppress(sqlite3.Error):
             return os.path.join(folder, f"{free}.log"), open_sqlite(os.path.join(folder, f".{free}.lock"))
-    return os.path.join(folder, f"{name}.log"), None
+    return os.path.join(folder, f"{name}.log"), contextlib.ExitStack()
 
 
 class Log:
-    """The log of a run; disabled without settings, in a run that only reads, or if it cannot be written."""
+    """The log of a run; there is none in a run that only reads, or if it cannot be written."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.path, self.shown = "", "none"  # the file; its name for people
-        self.logger: Any = None
-        self.lock: Any = None
-        if settings is None or settings.reads_only:
-            return
+    def __init__(self, settings: Settings) -> None:
         import logging.handlers
 
-        folder = os.path.realpath(settings.log_dir or os.path.join(os.path.dirname(__file__), "logs"))
-        self.path = os.path.join(folder, f"{LOG_NAMES[settings.engine]}.log")
-        try:
-            self.path, self.lock = take_log(folder, LOG_NAMES[settings.engine])
-            handler: Any = logging.handlers.RotatingFileHandler(
-                self.path, "a", LOG_BYTES, LOG_FILES, "utf-8", errors="backslashreplace"
-            )
-        except OSError as error:
-            self.give_up(error)
+        self.logger = logging.Logger("embedgen", logging.DEBUG if settings.verbose else logging.INFO)
+        self.debug, self.info = self.logger.debug, self.logger.info
+        self.warn, self.error = self.logger.warning, self.logger.error
+        self.folder = os.path.realpath(settings.log_dir or os.path.join(os.path.dirname(__file__), "logs"))
+        self.shown = "none"  # the file's name for people
+        self.cleanup = contextlib.ExitStack()
+        self.logger.disabled = settings.reads_only
+        if settings.reads_only:
             return
-        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        try:
+            path, lock = take_log(self.folder, LOG_NAMES[settings.engine])
+            self.cleanup.callback(lock.close)
+            handler: Any = logging.handlers.RotatingFileHandler(
+                path, "a", LOG_BYTES, LOG_FILES, "utf-8", errors="backslashreplace"
+            )
+        except OSError:
+            self.give_up()
+            return
 
         def put_aside(log: str, target: str) -> None:
             try:
@@ -4858,29 +4860,22 @@ class Log:
             except OSError:  # on Windows, while another program has it open: the log grows on
                 handler.maxBytes = 0
 
-        handler.rotator = put_aside
-        handler.handleError = lambda record: self.give_up(cast(Exception, sys.exc_info()[1]))
-        self.logger = logging.Logger("embedgen", logging.DEBUG if settings.verbose else logging.INFO)
+        formatter: Any = logging.Formatter(LOG_FORMAT)
+        formatter.formatMessage = lambda record: one_line(LOG_FORMAT % vars(record))
+        handler.setFormatter(formatter)
+        handler.rotator, handler.handleError = put_aside, self.give_up
         self.logger.addHandler(handler)
+        self.cleanup.callback(handler.close)
+        self.shown = path
         with contextlib.suppress(OSError):  # the current folder may have been removed
-            self.shown = self.path
-            self.shown = self.path.removeprefix(os.path.join(os.getcwd(), ""))
+            self.shown = path.removeprefix(os.path.join(os.getcwd(), ""))
 
-    def give_up(self, error: Exception) -> None:
-        """Warn that the log cannot be written, and go on without it."""
+    def give_up(self, record: Any = None) -> None:
+        """Warn that the log cannot be written, because of the error being handled, and go on without it."""
+        reason = describe(cast(Exception, sys.exc_info()[1]))
         self.close()
-        self.shown, reason = "none", describe(error)
-        complain(f"warning: cannot write the log {self.path} ({reason}); going on without it. Give --log-dir DIR.")
-
-    def write(self, level: str, text: str, cause: BaseException | None = None) -> None:
-        """Write one line, followed by the traceback of `cause`, if any."""
-        if self.logger:
-            getattr(self.logger, level)(one_line(text), exc_info=cause)
-
-    debug = functools.partialmethod(write, "debug")  # only with --verbose
-    info = functools.partialmethod(write, "info")
-    warn = functools.partialmethod(write, "warning")
-    error = functools.partialmethod(write, "error")
+        self.logger.disabled, self.shown = True, "none"
+        complain(f"warning: cannot write the log in {self.folder} ({reason}); going on without it. Give --log-dir DIR.")
 
     def alert(self, text: str) -> None:
         """Log a warning that is also for standard error."""
@@ -4889,12 +4884,8 @@ class Log:
 
     def close(self) -> None:
         """Close the file and release its lock."""
-        logger, self.logger = self.logger, None
         with contextlib.suppress(OSError, ValueError):  # of what could not be written
-            if logger:
-                logger.handlers[0].close()
-        if self.lock:
-            self.lock.close()
+            self.cleanup.close()
 
 
 # ============================ actions ============================
@@ -5500,18 +5491,18 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
         return ACTIONS[settings.action](Job(settings, db, source, target, protocols, report, log, interrupt))
 
 
-def fail(error: BaseException, console: Console, log: Log, given: Sequence[str]) -> int:
+def fail(error: BaseException, console: Console, log: Log | None, given: Sequence[str]) -> int:
     """Log and print the error that has ended the run; return the exit code."""
     code, message, interrupt = EXIT_STOPPED, f"{type(error).__name__}: {error}", console.interrupt
+    cause: BaseException | None = error  # whose traceback the log gets: no mistake's of the user
     if stopped := interrupt.forced or isinstance(error, KeyboardInterrupt):  # or an error that it caused
         code, message = interrupt.code or EXIT_SIGINT, "ended at once by a signal; what was generated is saved"
-        log.warn(message)
+        cause = None
     elif isinstance(error, Stop):
-        code, message = error.code, error.message
-        # A traceback helps only if a database or the system has raised the error.
-        log.error(message, None if isinstance(error.__cause__, Stop) else error.__cause__)
-    else:
-        log.error(message, error)
+        code, message, cause = error.code, error.message, error.__cause__
+    if log:
+        log.error(message, exc_info=None if isinstance(cause, Stop) else cause)
+    if cause is error:
         message = message.splitlines()[0].rstrip(".")
         message += ". This is a fault of embedgen itself; the log and --verbose have more."
         if "--verbose" in given:
@@ -5528,8 +5519,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     started = time.monotonic()
     given = sys.argv[1:] if argv is None else argv
-    interrupt, log, code = Interrupt(), Log(), EXIT_STOPPED
-    console = Console(sys.stdout, interrupt)
+    interrupt, code = Interrupt(), EXIT_STOPPED
+    console, log = Console(sys.stdout, interrupt), None
     try:
         try:
             interrupt.catch_signals()
@@ -5542,11 +5533,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             interrupt.ignore_signals()
             kill_workers()
-            log.close()
+            if log:
+                log.close()
     except KeyboardInterrupt:  # a first signal, while another error was being reported
         code = interrupt.code
-    if interrupt.code == EXIT_SIGPIPE:  # nobody has read the verdict
-        return EXIT_SIGPIPE
     return code if console.verdict is None else console.verdict
 
 

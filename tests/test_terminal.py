@@ -80,9 +80,9 @@ class Clock(Case):
     """The bar and the summary count from the same moment, when the program was started."""
 
     def test_one_clock(self) -> None:
-        out, settings = captured(), embedgen.parse_arguments(["--log-dir", str(self.folder)])
+        out, settings = captured(), embedgen.parse_arguments(["--dry-run"])
         console, started = embedgen.Console(out, embedgen.Interrupt()), time.monotonic() - 1000
-        report = embedgen.Report(console, settings, embedgen.Log(), "movies", started, {})
+        report = embedgen.Report(console, settings, embedgen.Log(settings), "movies", started, {})
         report.start(Counts(3, 3, None))
         report.finish(Counts(3, 3, None), 0)
         [bar], [summary] = re.findall(r"\[(\d+:\d\d)<", text_of(out)), re.findall(r"elapsed: (\d+)\.", text_of(out))
