@@ -151,6 +151,7 @@ DATABASE_FORMS = (
     f"{', '.join(SQLITE_ENDINGS)}, or postgresql://..."
 )
 
+# Names of actions, none of which is a part of another's.
 READING = "search similar status dry_run"  # actions that write nothing
 RUN = "generate dry_run"  # the main job and its rehearsal
 ALL = "generate search similar status prune dry_run"
@@ -207,16 +208,13 @@ flag: Any = Flag  # as the default of fields that will hold the flag's value
 
 
 class Settings(NamedTuple):
-    """The settings of a run, from flags, environment and the model's card. Made once, by `parse_arguments`.
+    """The settings of a run, from flags and environment. Made once, by `parse_arguments`.
 
     The fields with a Flag are the command line, in the order of --help: the most common flags first.
     """
 
     action: str  # one of ALL
-    reads_only: bool
     model_is_named: bool  # by a flag or the environment
-    context: int  # tokens of a text that the model takes; 0 if not known
-    given_prefixes: tuple[str | None, str | None]  # the values of --document-prefix and --query-prefix
 
     # fmt: off
     database: str = flag("URL", f"{DATABASE_FORMS} (default: $DATABASE_URL, else sqlite:///movies.db)",
@@ -248,8 +246,8 @@ class Settings(NamedTuple):
     timeout: float = flag("SECONDS", "longest silence of one request (default: 300)", RUN + " search", 300.0)
     on_long: str = flag("cut|split|fail|skip", "texts longer than the model takes: embed their beginning; or the mean "
                         "of their parts; or fail; or skip them (default: cut)", RUN + " search", "cut")
-    document_prefix: str = flag("P", "put before every text; empty for none (default: the model's)")
-    query_prefix: str = flag("P", "put before the text of --search; empty for none (default: the model's)")
+    document_prefix: str | None = flag("P", "put before every text; empty for none (default: the model's)")
+    query_prefix: str | None = flag("P", "put before the text of --search; empty for none (default: the model's)")
     dimensions: int | None = flag("N", "length of the vectors, for models that offer a choice")
     option: tuple[tuple[str, Any], ...] = flag("KEY=VALUE", "model option for the server, such as num_ctx=8192; may be "
                                                "given several times", repeated=True)
@@ -270,20 +268,26 @@ class Settings(NamedTuple):
     # fmt: on
 
     @property
+    def reads_only(self) -> bool:
+        """Whether nothing is written, neither to the database nor to a log."""
+        return self.dry_run or self.action in READING
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text that the model takes, by its card; 0 if not known."""
+        return card_of(self.model).context
+
+    @property
+    def row_prefix(self) -> str:
+        """The prefix of the rows' texts: as given, else by the model's card."""
+        return card_of(self.model).document if self.document_prefix is None else self.document_prefix
+
+    @property
     def prefix(self) -> str:
         """The prefix of the texts that this run embeds."""
-        return self.query_prefix if self.action == "search" else self.document_prefix
-
-    def for_model(self, name: str) -> Settings:
-        """Return these settings for another model; its card gives the values that no flag sets."""
-        model = name.removesuffix(":latest")  # which Ollama adds to names without a tag
-        card, (document, query) = card_of(model), self.given_prefixes
-        return self._replace(
-            model=model,
-            context=card.context,
-            document_prefix=card.document if document is None else document,
-            query_prefix=card.query if query is None else query,
-        )
+        if self.action != "search":
+            return self.row_prefix
+        return card_of(self.model).query if self.query_prefix is None else self.query_prefix
 
 
 FLAGS: dict[str, Flag] = Settings._field_defaults
@@ -358,7 +362,7 @@ def database_url(text: str) -> str:
 def action_of(given: set[str]) -> str:
     """Return the action; raise UsageError for flags that do not go with it, or with each other."""
     action = next((name for name in ALL.split() if name in given), "generate")
-    wrong = [(setting, action) for setting in sorted(given) if action not in FLAGS[setting].actions.split()]
+    wrong = [(setting, action) for setting in sorted(given) if action not in FLAGS[setting].actions]
     for setting, other in wrong + [pair for pair in EXCLUSIVE if given.issuperset(pair)]:
         actions = " or ".join(map(flag_of, FLAGS[setting].actions.split()))
         which = f"goes with {actions}" if other == "generate" else f"does not go with {flag_of(other)}"
@@ -376,26 +380,24 @@ def parse_arguments(given: Sequence[str]) -> Settings:
         tls_context(values["ca_file"])
     host = env.get("OLLAMA_HOST", "").strip(" \t'\"")
     servers = tuple(values["server"] or [host or "http://localhost:11434"])
+    model, dimensions = values["model"], values["dimensions"]
     if "hash:" in servers:
-        others = (servers[1:], values["model"] or HASH_MODEL, values["dimensions"] or HASH_DIMENSIONS)
-        if others != ((), HASH_MODEL, HASH_DIMENSIONS):
+        if servers[1:] or model not in (None, HASH_MODEL) or dimensions not in (None, HASH_DIMENSIONS):
             raise UsageError(
                 f"--server hash: goes with no other --server, no --model but {HASH_MODEL} and no --dimensions but "
                 f"{HASH_DIMENSIONS}. Leave them out."
             )
-        values["model"] = HASH_MODEL
-    model = values["model"] or env.get("EMBEDGEN_MODEL")
+        model = HASH_MODEL
+    model = model or env.get("EMBEDGEN_MODEL")
     values.update(
         action=action,
-        reads_only=action in READING.split() or values["dry_run"],
         database=database_url(values["database"] or env.get("DATABASE_URL") or "sqlite:///movies.db"),
         server=servers,
         option=tuple(values["option"] or ()),
+        model=(model or "nomic-embed-text").removesuffix(":latest"),  # which Ollama adds to names without a tag
         model_is_named=bool(model),
-        context=0,
-        given_prefixes=(values["document_prefix"], values["query_prefix"]),
     )
-    return Settings(**values).for_model(model or "nomic-embed-text")
+    return Settings(**values)
 
 
 # =============================== text ===============================
@@ -3732,7 +3734,7 @@ class Source(NamedTuple):
         names = ", ".join(map(quoted, columns))  # no *, which asks for the right to read all columns
         rows = f"(SELECT {names} FROM {table.sql} WHERE ({settings.where}\n))" if settings.where else table.sql
         is_referable = table.is_table and db.is_unique(table, key)
-        source = cls(table, key, columns[key].type, is_referable, recipe, text, settings.document_prefix, rows)
+        source = cls(table, key, columns[key].type, is_referable, recipe, text, settings.row_prefix, rows)
         if settings.where:
             try:
                 db.query(f"SELECT 1 FROM {rows} AS s LIMIT 0")
@@ -4123,7 +4125,7 @@ class Provenance:
         if "version" not in self.db.columns(self.table):
             for statement in self.db.renewal.format(name).split(";"):
                 self.db.execute(statement)
-        made = (self.target.table.name, settings.model, profile.digest, profile.version, settings.document_prefix, fit)
+        made = (self.target.table.name, settings.model, profile.digest, profile.version, settings.row_prefix, fit)
         names, values = "target, model, digest, version, prefix, fit", ", ".join(map(literal, made))
         same = f"SELECT id FROM {name} WHERE ({names}) = ({values})"
         self.db.execute(f"""INSERT INTO {name} ({names}, weights, accepted)
@@ -4914,8 +4916,8 @@ class Job(NamedTuple):
 
     def for_model(self, model: str) -> Job:
         """Return the same job for another model, unless that is ""."""
-        settings = self.settings.for_model(model) if model else self.settings
-        return self._replace(settings=settings, source=self.source._replace(prefix=settings.document_prefix))
+        settings = self.settings._replace(model=model or self.settings.model)
+        return self._replace(settings=settings, source=self.source._replace(prefix=settings.row_prefix))
 
 
 MOST_CHARACTERS = 1_000_000  # in one request; a single text may be longer
@@ -5098,7 +5100,7 @@ def generate(job: Job) -> int:
         f"{', '.join(protocol.address for protocol in job.protocols)}: {counted(counts.total, 'row')}, "
         f"{counts.skipped} with their embedding"
     )
-    log.info(f"text: {settings.document_prefix}{job.source.recipe}")
+    log.info(f"text: {settings.row_prefix}{job.source.recipe}")
     if not job.source.is_referable:
         log.info(f'the key "{job.source.key}" is not declared unique; without an index, reading by pages is slow')
     target = job.target
@@ -5394,7 +5396,7 @@ def status(job: Job) -> int:
         "table": settings.table, "target": job.target.table.name, "rows": total, "embedded": current,
         "missing": total - found, "stale": None if job.target.is_column else found - current, "orphaned": orphaned,
         **{fit: sum(made["rows"] for made in origins if made["fit"] == fit) for fit in ("cut", "split")},
-        "model": None if is_unknown else settings.model, "prefix": settings.document_prefix,
+        "model": None if is_unknown else settings.model, "prefix": settings.row_prefix,
         "dimensions": dimensions or None, "updated": updated and str(updated), "models": origins,
         "notes": job.target.notes(job.source.key, settings.model) if job.target.is_column else [],
     }  # fmt: skip
