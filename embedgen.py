@@ -1697,9 +1697,9 @@ class Batch(NamedTuple):
     long: bool = False
 
     @property
-    def arguments(self) -> Arguments:
-        """What `embed_batch` needs to know."""
-        return self.server.profile, self.texts, self.movable, self.long
+    def task(self) -> Task:
+        """What a conversation needs to know."""
+        return self.server.index, self.server.profile, self.texts, self.movable, self.long
 
 
 class Scheduler:
@@ -1928,38 +1928,62 @@ def tls_context(ca_file: str) -> Any:
 STREAM_BYTES = 1 << 22  # of an answer that asyncio buffers before it pauses reading; answers are seldom longer
 
 
-class StreamTransport:
+class Connection:
     """A kept connection by asyncio streams, with as much HTTP/1.1 as a client of an API needs (RFC 9112)."""
 
-    def __init__(self, endpoint: Endpoint, halted: Any) -> None:
-        """`halted` is a future of the loop, done when nothing more is to be sent."""
-        self.endpoint, self.halted = endpoint, halted
-        self.connected, self.reader, self.writer = False, cast(Any, None), cast(Any, None)
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.reader, self.writer = cast(Any, None), cast(Any, None)  # None if there is no connection
         # Only addresses of this family are tried, 0 for all: on Windows, one that refuses costs two seconds.
         self.family = 0
 
-    async def open(self, seconds: float) -> None:
-        """Connect within that time."""
+    async def exchange(self, request: Request) -> Response:
+        """Return the outcome of a request; network errors become a Response of status 0.
+
+        A kept connection that the server has closed is replaced, once: embedding is idempotent.
+        """
         import asyncio
 
-        endpoint = self.endpoint
+        started, kept = time.monotonic(), bool(self.writer)
+        while True:
+            step, seconds, is_late = "connection", request.connect_timeout, False
+            try:
+                if not self.writer:
+                    await asyncio.wait_for(self.open(), seconds)
+                step, seconds = "answer", request.timeout
+                response = await asyncio.wait_for(self.send(request), seconds)
+                return response._replace(seconds=time.monotonic() - started, family=self.family)
+            except (TimeoutError, asyncio.TimeoutError):  # which are not related before Python 3.11
+                reason, is_late = f"no {step} within {seconds:g} s", step == "answer"  # it may be busy with the request
+                self.close()
+            except Exception as error:
+                self.close()
+                if kept and isinstance(error, (ConnectionError, EOFError)):
+                    kept = False
+                    continue
+                reason = self.endpoint.hide(describe(error))[:200]
+            return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=is_late)
+
+    async def open(self) -> None:
+        """Connect."""
+        import asyncio
+
+        endpoint, family = self.endpoint, self.family
         context = tls_context(endpoint.ca_file) if endpoint.scheme == "https" else None
-        opening = asyncio.open_connection(
-            endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES, family=self.family
-        )
         self.family = 0  # if it fails, the next try is for all
-        self.reader, self.writer = await asyncio.wait_for(opening, seconds)
-        self.connected, self.family = True, self.writer.get_extra_info("socket").family
+        self.reader, self.writer = await asyncio.open_connection(
+            endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES, family=family
+        )
+        self.family = self.writer.get_extra_info("socket").family
 
     async def send(self, request: Request) -> Response:
         """Return the response to a request.
 
-        Raises ConnectionError or EOFError if no answer began, another OSError if it broke off, a time-out if it took
-        too long.
+        Raises ConnectionError or EOFError if no answer began, another OSError if it broke off.
         """
         import asyncio
 
-        endpoint, body = self.endpoint, request.body
+        endpoint, body, head = self.endpoint, request.body, b""
         headers = {
             "Host": endpoint.shown.split("/")[2],
             "User-Agent": f"embedgen/{__version__}",
@@ -1971,19 +1995,19 @@ class StreamTransport:
         lines = [f"{'POST' if body else 'GET'} {endpoint.path}{request.path} HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in headers.items() if value]
         self.writer.write("\r\n".join([*lines, "\r\n"]).encode("latin-1") + body)
-        return await asyncio.wait_for(self.receive(), request.timeout)
-
-    async def receive(self) -> Response:
-        """Return the next response on the connection."""
-        import asyncio
-
         await self.writer.drain()
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
-        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
-            if head := getattr(error, "partial", b"endless headers"):
-                raise OSError(f"malformed answer: {head!r}") from None
+            return await self.receive(head)
+        except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError) as error:
+            if head:
+                raise OSError("the answer was cut off") from None
+            if began := getattr(error, "partial", b""):
+                raise OSError(f"malformed answer: {began!r}") from None
             raise
+
+    async def receive(self, head: bytes) -> Response:
+        """Return the response that begins with these headers; raise EOFError or ValueError if it is not whole."""
         found = re.match(rb"\s*HTTP/1\.\d (\d{3})\b", head)
         if not found:
             raise OSError(f"malformed answer: {head[:100]!r}")
@@ -1991,16 +2015,12 @@ class StreamTransport:
         headers = {name.strip().lower(): value.strip() for name, _, value in fields}
         size = headers.get("content-length")
         chunked = "chunked" in headers.get("transfer-encoding", "").lower()
-        try:
-            reading = self.chunks() if chunked else self.reader.readexactly(int(size)) if size else self.reader.read()
-            body = await reading
-        except (EOFError, ConnectionError, ValueError, asyncio.LimitOverrunError):
-            raise OSError("the answer was cut off") from None
+        body = await (self.chunks() if chunked else self.reader.readexactly(int(size)) if size else self.reader.read())
         if "close" in headers.get("connection", "").lower() or not (chunked or size):
             self.close()
         after, server, location = (headers.get(name, "") for name in ("retry-after", "server", "location"))
-        # A Retry-After that is a date is ignored: servers send seconds.
-        return Response(int(found[1]), body, 0.0, float(after) if after.isdigit() else 0.0, "", False, server, location)
+        pause = float(after) if after.isdigit() else 0.0  # a date is ignored: servers send seconds
+        return Response(int(found[1]), body, retry_after=pause, server=server, location=location)
 
     async def chunks(self) -> bytes:
         """Return a chunked body; raise EOFError or ValueError if it is not whole."""
@@ -2012,63 +2032,11 @@ class StreamTransport:
             pass  # trailers
         return b"".join(chunks)
 
-    async def sleep(self, seconds: float) -> None:
-        """Let time pass, until nothing more is to be sent."""
-        import asyncio
-
-        await asyncio.wait({self.halted}, timeout=seconds)
-
     def close(self) -> None:
         """Drop the connection, if there is one."""
-        if self.connected:
-            self.connected = False
+        if self.writer:
             self.writer.transport.abort()  # nothing is left to be sent
-
-
-async def exchange(transport: StreamTransport, request: Request) -> Response:
-    """Return the outcome of a request; network errors become a Response of status 0.
-
-    A kept connection that the server has closed is replaced, once: embedding is idempotent.
-    """
-    started, kept = time.monotonic(), transport.connected
-    while True:
-        try:
-            if not transport.connected:
-                await transport.open(request.connect_timeout)
-            response = await transport.send(request)
-            return response._replace(seconds=time.monotonic() - started, family=transport.family)
-        except Exception as error:  # asyncio.TimeoutError is not related to others before Python 3.11
-            connected = transport.connected
-            transport.close()
-            if kept and isinstance(error, (ConnectionError, EOFError)):
-                kept = False
-                continue
-            late = type(error).__name__ in ("TimeoutError", "timeout")  # socket's and asyncio's own in older Pythons
-            reason = transport.endpoint.hide(describe(error))[:200]
-            if late:  # only a server that was reached may be busy with the request
-                reason = f"no connection within {request.connect_timeout:g} s"
-                if connected:
-                    reason = f"no answer within {request.timeout:g} s"
-            return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=late and connected)
-
-
-async def converse(transport: StreamTransport, conversation: Steps[T], report: Callable[[Any], None]) -> T:
-    """Carry out a conversation's steps and return its result; raise Abandoned if the engine has been halted."""
-    response: Response | None = None
-    try:
-        while True:
-            step = conversation.send(response)
-            response = None
-            if not isinstance(step, (Request, Wait)):
-                report(step)
-            elif transport.halted.done() and getattr(step, "body", True):  # but a question about an answer may be asked
-                raise Abandoned
-            elif isinstance(step, Wait):
-                await transport.sleep(step.seconds)
-            else:
-                response = await exchange(transport, step)
-    except StopIteration as end:
-        return cast(T, end.value)
+            self.writer = None
 
 
 # ---- the two engines ----
@@ -2076,63 +2044,84 @@ async def converse(transport: StreamTransport, conversation: Steps[T], report: C
 # An event of a batch: any number of the first three; then its answers, a handshake's profile, or an exception.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 Events = list[tuple["Batch", Event]]
-Arguments = tuple[ServerProfile, Union[list[str], None], bool, bool]  # of embed_batch for a batch
+# A server's index, and what embed_batch needs to know for a batch.
+Task = tuple[int, ServerProfile, Union[list[str], None], bool, bool]
 
 
-class AsyncEngine:
-    """Conversations as tasks of one event loop, which runs whenever something is waited for."""
+class Conversations:
+    """Conversations with servers, as tasks of an event loop."""
 
-    def __init__(self, scheduler: Scheduler, interrupt: Interrupt) -> None:
+    def __init__(self, protocols: Sequence[Protocol]) -> None:
         import asyncio
 
-        self.scheduler, self.interrupt, self.loop = scheduler, interrupt, asyncio.new_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: None)  # of tasks that a second signal breaks off
+        self.protocols, self.loop = protocols, asyncio.new_event_loop()
+        # It would print what nobody waits for: tasks that a second signal breaks off, connections reset on Windows.
+        self.loop.set_exception_handler(lambda loop, context: None)
+        self.halted: Any = self.loop.create_future()  # done when nothing more is to be sent
+        self.idle: list[list[Connection]] = [[] for _ in protocols]
+
+    async def converse(self, task: Task, report: Callable[[Event], None]) -> None:
+        """Carry out a task over a connection of its own, and report its events; the last is Abandoned after a halt."""
+        import asyncio
+        import traceback
+
+        index, profile, texts, movable, long = task
+        protocol, idle = self.protocols[index], self.idle[index]
+        connection = idle.pop() if idle else Connection(protocol.endpoint)
+        connection.family = profile.family
+        conversation: Steps[Any] = embed_batch(protocol, profile, texts, movable, long)
+        response: Response | None = None
+        try:
+            while True:
+                step = conversation.send(response)
+                response = None
+                if not isinstance(step, (Request, Wait)):
+                    report(step)
+                elif self.halted.done() and getattr(step, "body", True):  # but a question about an answer may be asked
+                    raise Abandoned
+                elif isinstance(step, Wait):
+                    await asyncio.wait({self.halted}, timeout=step.seconds)
+                else:
+                    response = await connection.exchange(step)
+        except StopIteration as end:
+            report(end.value)
+        except (Stop, Abandoned) as end:
+            report(end)
+        except Exception as error:  # in a form that a pipe can carry
+            report(RuntimeError(f"{error!r} in a conversation with a server\n{traceback.format_exc()}"))
+        finally:
+            idle.append(connection)
+
+
+class AsyncEngine(Conversations):
+    """Conversations in this process, which go on whenever something is waited for."""
+
+    def __init__(self, scheduler: Scheduler, interrupt: Interrupt) -> None:
+        super().__init__([server.protocol for server in scheduler.servers])
+        self.scheduler, self.interrupt = scheduler, interrupt
         signal.set_wakeup_fd(-1)  # the loop of Windows sets one, and says so if it cannot be written
         # The loop's clock stops while the run reads or saves, so that an answer that arrives meanwhile is not late.
         self.stopped, self.stood_still = time.monotonic(), 0.0  # since when, and for how long in all
         cast(Any, self.loop).time = lambda: time.monotonic() - self.stood_still
-        self.idle: list[list[StreamTransport]] = [[] for _ in scheduler.servers]
         self.events: Events = []
-        self.halted: Any = self.loop.create_future()
-        self.happened: Any = self.loop.create_future()  # done when there is an event
-        interrupt.wake = functools.partial(self.loop.call_soon_threadsafe, self.wake)
-
-    def wake(self) -> None:
-        """End the wait."""
-        if not self.happened.done():
-            self.happened.set_result(None)
+        interrupt.wake = functools.partial(self.loop.call_soon_threadsafe, self.loop.stop)
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
-        self.loop.create_task(self.embed(batch, embed_batch(batch.server.protocol, *batch.arguments)))
-
-    async def embed(self, batch: Batch, conversation: Steps[Any]) -> None:
-        """Carry out a batch's conversation over a connection of its own, and report its events."""
-        protocol, idle = batch.server.protocol, self.idle[batch.server.index]
-        transport = idle.pop() if idle else StreamTransport(protocol.endpoint, self.halted)
-        transport.family = batch.server.profile.family
 
         def report(event: Event) -> None:
             self.events.append((batch, event))
-            self.wake()
+            self.loop.stop()
 
-        try:
-            report(await converse(transport, conversation, report))
-        except Exception as error:
-            transport.close()  # an answer to this batch may still arrive over it
-            report(error)
-        finally:
-            idle.append(transport)
+        self.loop.create_task(self.converse(batch.task, report))
 
     def wait(self, seconds: float) -> Events:
         """Return the events since the last call; none after `seconds` or a signal."""
-        import asyncio
-
-        if not self.events:
-            self.happened = self.loop.create_future()
-            self.stood_still += time.monotonic() - self.stopped
-            self.loop.run_until_complete(asyncio.wait({self.happened}, timeout=min(seconds, LONGEST_SLEEP)))
-            self.stopped = time.monotonic()
+        self.stood_still += time.monotonic() - self.stopped
+        timer = self.loop.call_later(min(seconds, LONGEST_SLEEP), self.loop.stop)
+        self.loop.run_forever()
+        timer.cancel()
+        self.stopped = time.monotonic()
         events, self.events = self.events, []
         return events
 
@@ -2145,14 +2134,20 @@ class AsyncEngine:
         import asyncio
 
         tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self.loop.run_until_complete(asyncio.wait(tasks))
-        for transport in itertools.chain(*self.idle):
-            transport.close()
-        self.loop.run_until_complete(asyncio.sleep(0))  # runs the callbacks of the closed transports
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            self.turn()
+            tasks = asyncio.all_tasks(self.loop)
+        for connection in itertools.chain(*self.idle):
+            connection.close()
+        self.turn()
         self.loop.close()
+
+    def turn(self) -> None:
+        """Run the callbacks that are due."""
+        self.loop.stop()
+        self.loop.run_forever()
 
 
 # Forked workers share the parent's memory, which makes ten of them cost little; where forking
@@ -2161,36 +2156,19 @@ START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
 DEATHS_IN_A_ROW = 20  # workers that die without one batch done between, after which the run is given up
 
 
-class Worker:
-    """A worker process, the parent's end of its pipe, and its present batch."""
+def start_worker(protocols: list[Protocol]) -> Any:
+    """Return the parent's end of a pipe to a new worker process."""
+    import multiprocessing
 
-    def __init__(self, protocols: list[Protocol], others: list[Worker]) -> None:
-        """`others` are the existing workers."""
-        import multiprocessing
-
-        context: Any = multiprocessing.get_context(START_METHOD)
-        self.pipe, child = context.Pipe()
-        # A forked child inherits the parent's ends of all pipes. As long as one copy is open, no worker would see that
-        # the parent has died.
-        inherited = [worker.pipe for worker in [*others, self]] if START_METHOD == "fork" else []
-        self.process = context.Process(target=work, args=(child, protocols, inherited), daemon=True)
-        with signals_held_back():
-            self.process.start()
-        child.close()
-        self.batch: Batch | None = None
-
-    def send(self, task: tuple[int, Arguments] | None) -> None:
-        """Send a task, or None to halt. A dead worker is noticed when it is waited for."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(task)
-
-    def end(self) -> None:
-        """End it by closing its pipe; if that takes longer than a second, kill it."""
-        self.pipe.close()
-        self.process.join(1.0)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+    context: Any = multiprocessing.get_context(START_METHOD)
+    pipe, child = context.Pipe()
+    # A forked child inherits the parent's end. As long as it is open there, the worker would not see that the parent
+    # has died. Workers that are forked later have it too; they end before this one.
+    inherited = pipe if START_METHOD == "fork" else None
+    with signals_held_back():
+        context.Process(target=work, args=(child, protocols, inherited), daemon=True).start()
+    child.close()
+    return pipe
 
 
 def signals_held_back() -> contextlib.ExitStack:
@@ -2212,47 +2190,25 @@ def signals_held_back() -> contextlib.ExitStack:
     return release
 
 
-def work(pipe: Any, protocols: list[Protocol], inherited: list[Any]) -> None:
-    """Run a worker process: carry out the tasks from the pipe and send their events, until it is closed."""
-    import asyncio
-    import queue
-    import traceback
-
+def work(pipe: Any, protocols: list[Protocol], inherited: Any) -> None:
+    """Run a worker process: carry out the tasks from the pipe, or halt at None, and send their events back."""
     # Ctrl-C in a terminal, and systemd, signal the whole group; the parent alone decides what ends.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    for other in inherited:
-        other.close()
-    inbox: queue.SimpleQueue[tuple[int, Arguments]] = queue.SimpleQueue()
-    loop = asyncio.new_event_loop()
-    halted = loop.create_future()
-
-    def listen() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                task = pipe.recv()
-                if task is None:
-                    loop.call_soon_threadsafe(halted.set_result, None)
-                else:
-                    inbox.put(task)
-        os._exit(0)  # the parent has closed the pipe, or died: at once, even in the middle of a request
-
-    threading.Thread(target=listen, daemon=True).start()
-    transports = [StreamTransport(protocol.endpoint, halted) for protocol in protocols]
-    while True:
-        index, arguments = inbox.get()
-        try:
-            transports[index].family = arguments[0].family
-            conversation = embed_batch(protocols[index], *arguments)
-            event: Event = loop.run_until_complete(converse(transports[index], conversation, pipe.send))
-        except (Stop, Abandoned) as end:
-            event = end
-        except Exception:  # in a form that a pipe can carry
-            event = RuntimeError(f"a worker process failed\n{traceback.format_exc()}")
-        try:
-            pipe.send(event)
-        except OSError:
-            os._exit(0)
+    if inherited:
+        inherited.close()
+    conversations = Conversations(protocols)
+    loop, halted = conversations.loop, conversations.halted
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            task = pipe.recv()
+            if task:
+                conversation = conversations.converse(task, pipe.send)
+                loop.call_soon_threadsafe(loop.create_task, conversation)
+            else:
+                loop.call_soon_threadsafe(halted.set_result, None)
+    os._exit(0)  # the parent has closed the pipe, or died: at once, even in the middle of a request
 
 
 class ProcessEngine:
@@ -2263,44 +2219,47 @@ class ProcessEngine:
         import multiprocessing.connection
 
         self.scheduler, self.interrupt, self.wait_for = scheduler, interrupt, multiprocessing.connection.wait
-        self.workers: list[Worker] = []
+        self.workers: dict[Any, Batch | None] = {}  # each worker's pipe, and the batch that it has
         self.deaths = 0
         self.signalled, signaller = multiprocessing.Pipe(duplex=False)
         interrupt.wake = functools.partial(signaller.send, None)
 
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
-        worker = next((worker for worker in self.workers if worker.batch is None), None)
-        if worker is None:
+        pipe = next((pipe for pipe, its_batch in self.workers.items() if its_batch is None), None)
+        if pipe is None:
             try:
-                worker = Worker([server.protocol for server in self.scheduler.servers], self.workers)
+                pipe = start_worker([server.protocol for server in self.scheduler.servers])
             except OSError as error:
                 raise Stop(f"no worker process can be started ({describe(error)}). Give fewer --workers.") from error
-            self.workers.append(worker)
-        worker.batch = batch
-        worker.send((batch.server.index, batch.arguments))
+        self.workers[pipe] = batch
+        self.send(pipe, batch.task)
+
+    def send(self, pipe: Any, task: Task | None) -> None:
+        """Send a worker a task, or None to halt. If it is dead, that is noticed when it is waited for."""
+        with contextlib.suppress(OSError):
+            pipe.send(task)
 
     def wait(self, seconds: float) -> Events:
         """Return the events since the last call; none after `seconds` or a signal."""
         events: Events = []
-        busy = {worker.pipe: worker for worker in self.workers if worker.batch}
+        busy = [pipe for pipe, batch in self.workers.items() if batch]
         with contextlib.suppress(InterruptedError):  # of Windows, after the handler has run
             for ready in self.wait_for([*busy, self.signalled], max(min(seconds, LONGEST_SLEEP), 0.0)):
                 if ready is self.signalled:
                     self.signalled.recv()
                 else:
-                    events += self.receive(busy[cast(Any, ready)])
+                    events += self.receive(ready)
         return events
 
-    def receive(self, worker: Worker) -> Events:
+    def receive(self, pipe: Any) -> Events:
         """Return the next event of a worker; if it has died, another gets its batch."""
-        batch = worker.batch
+        batch = self.workers[pipe]
         assert batch
         try:
-            event: Event = worker.pipe.recv()
+            event: Event = pipe.recv()
         except (EOFError, OSError):
-            worker.end()
-            self.workers.remove(worker)
+            del self.workers[pipe]
             self.deaths += 1
             if self.interrupt.code:
                 return [(batch, Abandoned())]
@@ -2309,33 +2268,28 @@ class ProcessEngine:
             self.submit(batch)
             return []
         if not isinstance(event, (Exchange, Learned, str)):
-            worker.batch, self.deaths = None, 0
+            self.workers[pipe], self.deaths = None, 0
         return [(batch, event)]
 
     def halt(self) -> None:
         """See to it that conversations send nothing more."""
-        for worker in self.workers:
-            worker.send(None)
+        for pipe in self.workers:
+            self.send(pipe, None)
 
     def close(self) -> None:
         """End all workers, whatever they do."""
-        for worker in self.workers:
-            worker.pipe.close()  # all first, so that they end side by side
-        for worker in self.workers:
-            worker.end()
-
-
-Engine = Union[AsyncEngine, ProcessEngine]
+        kill_workers()
 
 
 def kill_workers() -> None:
-    """Kill the worker processes that remain if a second signal has broken off ProcessEngine.close.
-
-    Python waits for them at its exit, and they ignore its signals.
-    """
+    """Kill the worker processes: Python waits for them at its exit, and they ignore its signals."""
     multiprocessing: Any = sys.modules.get("multiprocessing")
     for worker in multiprocessing.active_children() if multiprocessing else []:
         worker.kill()
+        worker.join()
+
+
+Engine = Union[AsyncEngine, ProcessEngine]
 
 
 ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngine}

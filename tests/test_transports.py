@@ -28,9 +28,9 @@ def exchange(
     request = Request("/y", body, timeout, connect)
 
     async def streams() -> list[Response]:
-        transport = embedgen.StreamTransport(endpoint, asyncio.get_running_loop().create_future())
-        responses = [await embedgen.exchange(transport, request) for _ in range(count)]
-        transport.close()
+        connection = embedgen.Connection(endpoint)
+        responses = [await connection.exchange(request) for _ in range(count)]
+        connection.close()
         return responses
 
     return asyncio.run(streams())
