@@ -2426,13 +2426,10 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
 
 # =============================== files to load ===============================
 # Cells are texts, "" for empty ones, until their column's type is known to hold them exactly. A file is read twice: for
-# the types of its columns, and to stage its rows in a temporary table, where they are checked.
+# its columns, and to stage its rows in a temporary table, where the database finds types and checks cells.
 
 STAGED = "embedgen_load"  # the temporary table, called f in statements
 Cells = Iterator[tuple[int, dict[str, Any]]]  # each row's line, in a .json file its number, and its cells by column
-INTEGER, FRACTION, WHOLE, TEXT = 1, 2, 4, 8  # what a cell looks like: 6, 6.5, 6.0, or anything else
-# The type of a new column by all that its cells look like, if each of them then reads back as it is written.
-EXACT_TYPES = {1: "INTEGER", 2: "REAL", 4: "REAL", 6: "REAL", 3: "NUMERIC"}
 UNSTORABLE = (  # characters that no database takes
     ("\0", "it has a NUL character"),
     ("[\udc80-\udcff]", "it is not UTF-8. Save the file as UTF-8"),  # Python's sign for a byte that is no UTF-8
@@ -2444,17 +2441,17 @@ class Written(str):
     """A cell that may be a number, exactly as it is written in the file; other cells are texts."""
 
 
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
 
 class DataFile:
-    """A file to load; its name tells which of READERS reads it."""
+    """A file to load; the ending of its name tells how it is read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.ending = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-        if self.ending not in READERS:
-            raise UsageError(f"--load {path}: only {listed(READERS)} files can be loaded, and each as .gz. Convert it.")
+        if self.ending not in ENDINGS:
+            raise UsageError(f"--load {path}: only {listed(ENDINGS)} files can be loaded, and each as .gz. Convert it.")
         self.unit = "object" if self.ending == ".json" else "line"  # json.load tells no line numbers
 
     def error(self, number: int, problem: str) -> UsageError:
@@ -2474,7 +2471,7 @@ class DataFile:
                 raise UsageError(f"{self.path} is {kind}. Save it as CSV in UTF-8.")
             opened: Any = gzip.open if start.startswith(b"\x1f\x8b") else open
             with opened(self.path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-                for number, row in getattr(self, f"read_{READERS[self.ending]}")(text):
+                for number, row in (self.read_json if "js" in self.ending else self.read_csv)(text):
                     yield number, {self.cell(number, name, name): self.cell(number, name, row[name]) for name in row}
         except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"--load {self.path}: {getattr(error, 'strerror', None) or error}. Check it.") from None
@@ -2543,29 +2540,24 @@ class DataFile:
                 raise self.error(line, f"column {index + 1} of the header, {name!r}, {problem}: {fields}{hint}")
         return names
 
-    def read_jsonl(self, text: TextIO) -> Cells:
-        """Yield the objects of a file with one to a line."""
-        for number, line in enumerate(text, 1):
-            if line.strip():
-                yield number, self.record(number, self.parse(line, number))
-
     def read_json(self, text: TextIO) -> Cells:
-        """Yield the objects of an array, or of an object's only array of objects, such as GeoJSON's features."""
-        data = self.parse(text.read(), 1)
-        lists = data.values() if isinstance(data, dict) else [data]
-        arrays = [one for one in lists if isinstance(one, list) and one and isinstance(one[0], dict)]
-        if len(arrays) != 1:
-            raise UsageError(f"{self.path}, line 1: there are no rows. The file must hold one array of objects.")
-        for number, value in enumerate(arrays[0], 1):
-            yield number, self.record(number, value)
-
-    def record(self, number: int, value: Any) -> dict[str, Any]:
-        """Return an object that is to be a row; that of a GeoJSON feature are its properties, id and geometry."""
-        if not isinstance(value, dict) or "" in value:
-            raise self.error(number, "an object with a name for every value was expected")
-        if value.get("type") == "Feature" and isinstance(value.get("properties"), dict):
-            value.update(value.pop("properties"))
-        return value
+        """Yield objects: one to a line; or those of an array, or of an object's only array, as GeoJSON's features."""
+        found: Iterable[tuple[int, Any]] = (
+            (line, self.parse(value, line)) for line, value in enumerate(text, 1) if value.strip()
+        )
+        if self.ending == ".json":
+            data = self.parse(text.read(), 1)
+            lists = data.values() if isinstance(data, dict) else [data]
+            arrays = [one for one in lists if isinstance(one, list) and one and isinstance(one[0], dict)]
+            if len(arrays) != 1:
+                raise UsageError(f"{self.path}, line 1: there are no rows. The file must hold one array of objects.")
+            found = enumerate(arrays[0], 1)
+        for number, value in found:
+            if not isinstance(value, dict) or "" in value:
+                raise self.error(number, "an object with a name for every value was expected")
+            if value.get("type") == "Feature" and isinstance(value.get("properties"), dict):
+                value.update(value.pop("properties"))  # of GeoJSON, beside id and geometry
+            yield number, value
 
     def parse(self, text: str, line: int) -> Any:
         """Return the value of JSON that begins on a line; its numbers are Written, but NaN and Infinity float."""
@@ -2600,26 +2592,15 @@ def json_text(value: Any) -> str:
     return value if isinstance(value, Written) else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def look_of(cell: str) -> int:
-    """Return INTEGER, FRACTION or WHOLE for a number that reads back as it is written, else TEXT."""
-    if re.fullmatch(r"0|-?[1-9]\d{0,18}", cell, re.ASCII) and int(cell).bit_length() < 64:
-        return INTEGER
-    # SQLite shows 15 digits of a number, and no sign of -0.0.
-    if re.fullmatch(r"(?!-0\.0$|.{17})-?\d+\.\d+", cell, re.ASCII) and repr(float(cell)) == cell:
-        return WHOLE if cell.endswith(".0") else FRACTION
-    return TEXT
-
-
-def column_types(file: DataFile) -> dict[str, str]:
-    """Return a file's columns with the type for each in a new table; reads the whole file."""
-    looks: dict[str, int] = {}
+def numeric_columns(file: DataFile) -> dict[str, bool]:
+    """Return a file's columns, and whether each may be one of numbers; reads the whole file."""
+    found: dict[str, bool] = {}
     for _, row in file.rows():
         for column, cell in row.items():
-            look = look_of(cell) if isinstance(cell, Written) else TEXT
-            looks[column] = looks.get(column, 0) | (look if cell else 0)
-    if not looks:
+            found[column] = found.get(column, True) and (not cell or isinstance(cell, Written))
+    if not found:
         raise UsageError(f"--load {file.path}: the file is empty, it has no rows. Check how it was made.")
-    return {column: EXACT_TYPES.get(seen, "TEXT") for column, seen in looks.items()}
+    return found
 
 
 def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
@@ -2629,10 +2610,10 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
     replaced, how many of the table had other values before, and sentences about these and what was made up.
     """
     file = DataFile(path)
-    kinds = column_types(file)
+    numeric = numeric_columns(file)
 
     try:
-        return db.transaction(lambda: StagedFile(db, settings, file, kinds).insert())
+        return db.transaction(lambda: StagedFile(db, settings, file, numeric).insert())
     except RowsRefused as error:
         raise UsageError(f"--load {path}: {error.message}") from None
 
@@ -2640,45 +2621,56 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
 class StagedFile:
     """A file's rows in a temporary table, and the table they go to, created if need be; within a transaction."""
 
-    def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile, kinds: dict[str, str]) -> None:
+    def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile, numeric: dict[str, bool]) -> None:
         self.db, self.file, self.settings = db, file, settings
         self.notes: list[str] = []
-        unnamed = ("row" if match("id", kinds) else "id") if "" in kinds else ""
+        unnamed = ("row" if match("id", numeric) else "id") if "" in numeric else ""
         if unnamed:
             self.notes.append(f'the first column of {file.path} has no name and is taken for the key, as "{unnamed}"')
-        names = [name or unnamed for name in kinds]
+        names = [name or unnamed for name in numeric]
+        cells = [f"f.c{index}" for index in range(1, len(names) + 1)]
+        texts = ", ".join(f"c{index} text" for index in range(len(names) + 1))
+        db.execute(f"CREATE TEMP TABLE {STAGED} (line bigint, {texts})")
+        rows = ([line, str(n), *map(row.get, numeric)] for n, (line, row) in enumerate(file.rows(), 1))
+        db.fill(STAGED, len(names) + 2, rows)
         found = db.find_table(settings.table)
-        self.table = found or self.create(settings.table, settings.id or unnamed, dict(zip(names, kinds.values())))
+        types = {} if found else dict(zip(names, map(self.type_of, cells, numeric.values())))
+        self.table = found or self.create(settings.id or unnamed, types)
         self.described = db.columns(self.table)
         columns = list(self.described)[-len(names) :]  # of a new table, which may have cut names
         if found:
             columns = [column_of(name, list(self.described), found.name) for name in names]
-        rows = ([line, str(n), *map(row.get, kinds)] for n, (line, row) in enumerate(file.rows(), 1))
-        texts = "".join(f", c{index} text" for index in range(len(names) + 1))
-        db.execute(f"CREATE TEMP TABLE {STAGED} (line bigint{texts})")
-        db.fill(STAGED, len(names) + 2, rows)
-        self.cells = {column: f"f.c{index}" for index, column in enumerate(columns, 1)}
+        self.cells = dict(zip(columns, cells))
         if len(self.cells) < len(names):
             raise UsageError(f'{file.path}: columns are one in "{self.table.name}": {listed(columns)}. Rename one.')
-        self.key = key_column(settings.id if found else None, self.described, self.table.name)
+        self.key = key_column(settings.id, self.described, self.table.name)
         if self.key not in columns:
             self.number_rows(is_new=not found)
-        # The SQL of each cell's value in its column: NULL if the cell is empty, or the column cannot hold it exactly.
-        self.values = {c: db.exact_sql(f"NULLIF({cell}, '')", self.described[c].type) for c, cell in self.cells.items()}
-        self.check_cells()
+        self.values = {column: self.value_of(column, cell) for column, cell in self.cells.items()}
 
-    def create(self, name: str, key: str, kinds: dict[str, str]) -> Table:
+    def type_of(self, cell: str, is_numeric: bool) -> str:
+        """Return the first type for a new column in which all its cells read back as they are written."""
+        for kind in ("INTEGER", "REAL", "NUMERIC") if is_numeric else ():
+            value = self.db.exact_sql(cell, self.db.type_name(kind))
+            # A number without letters, unlike NaN.
+            is_exact = f"CAST({value} AS text) = {cell} AND lower({cell}) = upper({cell})"
+            sql = f"SELECT min(CASE WHEN {is_exact} THEN 1 ELSE 0 END) FROM {STAGED} AS f WHERE {cell} <> ''"
+            if self.db.execute(sql) == [(1,)]:
+                return kind
+        return "TEXT"
+
+    def create(self, key: str, types: dict[str, str]) -> Table:
         """Create a table for the columns of the file, with the key given, or id, which is made if it is missing."""
-        table = self.db.place_table(name)
-        key = column_of(key, list(kinds), self.file.path) if key else match("id", kinds) or "id"
-        if key not in kinds:
-            kinds = {key: "INTEGER", **kinds}
-        if kinds[key] != "INTEGER":
-            kinds[key] = "TEXT"  # never a floating-point number
-        types = (
-            f"{quoted(c)} {self.db.type_name(kind)}" + " PRIMARY KEY NOT NULL" * (c == key) for c, kind in kinds.items()
+        table = self.db.place_table(self.settings.table)
+        key = column_of(key, list(types), self.file.path) if key else match("id", types) or "id"
+        if key not in types:
+            types = {key: "INTEGER", **types}
+        if types[key] != "INTEGER":
+            types[key] = "TEXT"  # never a floating-point number
+        columns = (
+            f"{quoted(c)} {self.db.type_name(kind)}" + " PRIMARY KEY NOT NULL" * (c == key) for c, kind in types.items()
         )
-        self.db.execute(f"CREATE TABLE {table.sql} ({', '.join(types)})")
+        self.db.execute(f"CREATE TABLE {table.sql} ({', '.join(columns)})")
         return table
 
     def number_rows(self, is_new: bool) -> None:
@@ -2699,15 +2691,19 @@ class StagedFile:
         self.cells[key] = "f.c0"
         self.notes.append(f'{path} has no key: its rows are numbered from 1, in the column "{key}"')
 
-    def check_cells(self) -> None:
-        """Raise UsageError for a row without a key, and for a cell that its column cannot hold exactly."""
-        for column, cell in self.cells.items():
-            wrong = f"{self.values[column]} IS NULL" + ("" if column == self.key else f" AND {cell} <> ''")
-            sql = f"SELECT line, {cell} FROM {STAGED} AS f WHERE {wrong} ORDER BY line LIMIT 1"
-            for line, text in self.db.execute(sql):
-                kind = self.described[column].type
-                problem = f"{text!r} cannot be stored exactly as {kind}. Change it, or the column's type"
-                raise self.file.error(line, f'column "{column}": {problem if text else "the key has no value"}')
+    def value_of(self, column: str, cell: str) -> str:
+        """Return the SQL of a cell's value in its column, NULL if the cell is empty.
+
+        Raise UsageError for a row without a key, and for a cell that its column cannot hold exactly.
+        """
+        kind = self.described[column].type
+        value = self.db.exact_sql(f"NULLIF({cell}, '')", kind)
+        wrong = f"{value} IS NULL" + ("" if column == self.key else f" AND {cell} <> ''")
+        sql = f"SELECT line, {cell} FROM {STAGED} AS f WHERE {wrong} ORDER BY line LIMIT 1"
+        for line, text in self.db.execute(sql):
+            problem = f"{text!r} cannot be stored exactly as {kind}. Change it, or the column's type"
+            raise self.file.error(line, f'column "{column}": {problem if text else "the key has no value"}')
+        return value
 
     def count_repeated(self, rows: int) -> int:
         """Return how many of the rows have a later one of the same key; UsageError if most have."""
@@ -2786,10 +2782,11 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column: its type as declared, and its position in the primary key, 0 if it is not part of it."""
+    """A column: its type as declared, its position in the primary key or 0, and whether it is unique by itself."""
 
     type: str
     pk_position: int
+    is_unique: bool
     model: str | None = None  # of its vectors, by a comment `embedgen: MODEL`; "" without one, None where none can be
 
 
@@ -2833,11 +2830,10 @@ def insert_sql(coverage: Coverage, rows: str, vector: str, digest: str, now: str
     """Return the statement that stores vectors in a target table; `rows` is the FROM clause, with the source as s."""
     target, model = coverage.target, literal(coverage.settings.model)
     values = dict(zip(OWN_COLUMNS, (vector, model, digest, now, provenance)))
-    stored = {quoted(theirs): values[ours] for ours, theirs in target.columns.items()}
     return f"""
-        INSERT INTO {target.table.sql} ({quoted(target.key)}, {", ".join(stored)})
-        SELECT {coverage.source.key_sql}, {", ".join(stored.values())} {rows}
-        {upsert(target.key, target.columns.values())}
+        INSERT INTO {target.table.sql} ({quoted(target.key)}, {", ".join(target.columns)})
+        SELECT {coverage.source.key_sql}, {", ".join(values[name] for name in target.columns)} {rows}
+        {upsert(target.key, target.columns)}
     """
 
 
@@ -2868,8 +2864,7 @@ class Catalogue(NamedTuple):
     table_names: str  # names of the tables and views that can be read
     find_table: str  # parameters: name as given, and the only schema to look in or ""; schema, name, is it a table
     place_table: str  # parameters: name as given, and the default schema; result as of find_table
-    columns: str  # the readable columns: name, type, position in the primary key or 0, and model as in Column
-    unique: str  # columns that are unique by themselves
+    columns: str  # the readable columns: name, and the fields of Column
     references: str  # parameters: schema, name, column; table and column that its foreign key refers to
     may_refer: str  # parameters: schema, name, column; true if this user may create foreign keys to it
 
@@ -3003,10 +2998,6 @@ class Database:
             return columns
         raise Stop(f'"{table.name}" has no columns that may be read. Have SELECT on it granted.')
 
-    def is_unique(self, table: Table, column: str) -> bool:
-        """Whether a column is declared unique by itself."""
-        return (column,) in self.query(self.catalogue.unique, table.schema, table.name)
-
     def vectors_of(self, declared: str) -> tuple[str, int]:
         """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
         if found := re.fullmatch(self.vector_types, declared, re.IGNORECASE):
@@ -3072,12 +3063,13 @@ class SQLite(Database):
             AND name COLLATE NOCASE IN (?1, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) END)
         """,
         place_table="SELECT ?2, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) ELSE ?1 END, 1",
-        columns="SELECT name, type, pk FROM pragma_table_xinfo(?2) WHERE hidden <> 1",
-        # Columns with an index of their own, and the INTEGER PRIMARY KEY, which needs none.
-        unique="""
-            SELECT max(c.name) FROM pragma_index_list(?2) AS i JOIN pragma_index_info(i.name) AS c
-            WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1
-            UNION ALL SELECT max(name) FROM pragma_table_xinfo(?2) WHERE pk GROUP BY '' HAVING count(*) = 1
+        # Unique are columns with an index of their own, and the INTEGER PRIMARY KEY, which needs none.
+        columns="""
+            SELECT t.name, t.type, t.pk, t.name IN (
+                SELECT max(c.name) FROM pragma_index_list(?2) AS i JOIN pragma_index_info(i.name) AS c
+                WHERE i."unique" AND NOT i.partial GROUP BY i.name HAVING count(*) = 1
+                UNION ALL SELECT max(name) FROM pragma_table_xinfo(?2) WHERE pk GROUP BY '' HAVING count(*) = 1
+            ) FROM pragma_table_xinfo(?2) AS t WHERE t.hidden <> 1
         """,
         references="""
             SELECT t.name, c.name FROM pragma_foreign_key_list(?2) AS f
@@ -3110,13 +3102,7 @@ class SQLite(Database):
         self.hash_error: BaseException | None = None
         self.is_new = not os.path.exists(path)
         if self.is_new and not may_create:
-            folder = os.path.dirname(path) or "."
-            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            databases = listed(name for name in names if name.endswith(SQLITE_ENDINGS))
-            raise Stop(
-                f"there is no database {path} (databases in {folder}: {databases}). "
-                "Give --database URL, or --load FILE to make one."
-            )
+            raise Stop(f"there is no database {path}. Give --database URL, or --load FILE to make one.")
         real, mode = os.path.realpath(path), "ro" if reads_only else "rwc"
         # An empty database beside the file, locked so that a second run is refused: SQLite's own lock works on every
         # system, ends with the process, and is not inherited by forked workers.
@@ -3228,11 +3214,19 @@ class SQLite(Database):
         self.connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * width)})", rows)
 
     def exact_sql(self, cell: str, declared: str) -> str:
-        """Return the SQL of a staged cell as a column of this type stores it, NULL if it would be another value."""
-        if re.search("CHAR|CLOB|TEXT|BLOB|^$", declared.upper()) and "INT" not in declared.upper():
-            return cell
-        self.connection.create_function("embedgen_exact", 2, exact_value, deterministic=True)
-        return f"CASE WHEN {cell} IS NOT NULL THEN embedgen_exact({cell}, {literal(declared)}) END"
+        """Return the SQL of a staged cell as a column of this type stores it, NULL if it would be another value.
+
+        https://sqlite.org/datatype3.html#determination_of_column_affinity; a type such as DATE takes any text.
+        """
+        self.connection.create_function("embedgen_number", 1, exact_number, deterministic=True)
+        whole = f"CASE WHEN CAST(CAST({cell} AS INTEGER) AS TEXT) = {cell} THEN CAST({cell} AS INTEGER) END"
+        number = f"embedgen_number(COALESCE({cell}, ''))"
+        text = f"CASE WHEN {cell} <> CAST({cell} AS NUMERIC) THEN {cell} END"  # if it does not look like a number
+        values = {
+            "INT": whole, "CHAR|CLOB|TEXT|BLOB|^$": cell, "REAL|FLOA|DOUB": f"CAST({number} AS REAL)",
+            "": f"COALESCE({whole}, {number}, {text})",
+        }  # fmt: skip
+        return next(value for types, value in values.items() if re.search(types, declared.upper()))
 
 
 NO_TEXT = "\ufdd0\uffff"  # stands in a row's text for a BLOB that is not UTF-8; characters for internal use only
@@ -3247,22 +3241,19 @@ def text_of_blob(raw: bytes) -> str:
         return NO_TEXT
 
 
-def exact_value(text: str, declared: str) -> int | float | str | None:
-    """Return a text as a column of a declared type stores it, None if it would be another number.
+def exact_number(text: str) -> float | None:
+    """Return the number that a text is, an integer if it is whole; None if it is none, or another in double precision.
 
-    https://sqlite.org/datatype3.html#determination_of_column_affinity; a type such as DATE takes any other text.
+    SQLite's own conversion may be off in the last digit.
     """
     from decimal import Decimal
 
-    is_whole, is_real = "INT" in declared.upper(), re.search("REAL|FLOA|DOUB", declared.upper())
-    if look_of(text) == INTEGER and (is_whole or not is_real):
-        return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        return None if is_whole or is_real else text
-    is_plain = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,3})?", text, re.ASCII)
-    return number if is_plain and not is_whole and Decimal(repr(number)) == Decimal(text) else None
+    if not re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d{1,3})?", text, re.ASCII):
+        return None
+    number = float(text)
+    if Decimal(repr(number)) != Decimal(text):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 RECONNECT_PATIENCE = 120.0  # seconds to wait for a Postgres that has gone away
@@ -3325,6 +3316,10 @@ POSTGRES_CATALOGUE = Catalogue(
     columns="""
         SELECT a.attname, format_type(a.atttypid, a.atttypmod),
             COALESCE(array_position(i.indkey::smallint[], a.attnum) + 1, 0),
+            EXISTS (
+                SELECT 1 FROM pg_index u WHERE u.indrelid = a.attrelid AND u.indkey[0] = a.attnum AND u.indnkeyatts = 1
+                AND u.indisunique AND u.indisvalid AND u.indimmediate AND u.indpred IS NULL
+            ),
             regexp_replace(
                 COALESCE(substring(col_description(a.attrelid, a.attnum), 'embedgen: ([^[:space:],;]+)'), ''),
                 ':latest$', ''
@@ -3332,11 +3327,6 @@ POSTGRES_CATALOGUE = Catalogue(
         FROM pg_attribute a LEFT JOIN pg_index i ON i.indrelid = a.attrelid AND i.indisprimary
         WHERE a.attrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND a.attnum > 0
         AND NOT a.attisdropped AND has_column_privilege(a.attrelid, a.attnum, 'SELECT') ORDER BY a.attnum
-    """,
-    unique="""
-        SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-        WHERE i.indrelid = to_regclass(quote_ident($1) || '.' || quote_ident($2)) AND i.indnkeyatts = 1
-        AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
     """,
     references="""
         SELECT c.relname, t.attname FROM pg_constraint f JOIN pg_class c ON c.oid = f.confrelid
@@ -3687,7 +3677,7 @@ class Source(NamedTuple):
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         names = ", ".join(map(quoted, columns))  # no *, which asks for the right to read all columns
         rows = f"(SELECT {names} FROM {table.sql} WHERE ({settings.where}\n))" if settings.where else table.sql
-        is_referable = table.is_table and db.is_unique(table, key)
+        is_referable = table.is_table and bool(columns[key].is_unique)
         source = cls(table, key, columns[key].type, is_referable, recipe, text, settings.row_prefix, rows)
         if settings.where:
             try:
@@ -3813,7 +3803,7 @@ class Target(NamedTuple):
         others, primary = [column for column in described if column not in columns], primary_key(described)
         # A column with the usual name is the key, even if the primary key is another one.
         keys = [self.key] if self.key in others else primary if len(primary) == 1 else others
-        if "embedding" not in columns or len(keys) != 1 or not db.is_unique(self.table, keys[0]):
+        if "embedding" not in columns or len(keys) != 1 or not described[keys[0]].is_unique:
             raise UsageError(
                 f'"{name}" needs a column "embedding", and one column with a primary key or unique index to store '
                 f"vectors under. It has: {listed(described)}. Give --target NAME."

@@ -28,6 +28,7 @@ class SQLite:
     any_vector = "BLOB"  # of any length
     integer, serial, vector_type = "INTEGER", "INTEGER PRIMARY KEY AUTOINCREMENT", "BLOB"
     loaded = "INTEGER", "TEXT", "REAL"  # types of a loaded file's columns
+    exact_numbers = False  # whether the last of them reads back each number as it is written
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
         "movie_id": ("INTEGER", False), "embedding": ("BLOB", True), "model": ("TEXT", True),
         "text_sha256": ("BLOB", True), "updated_at": ("TEXT", True), "provenance": ("INTEGER", False),
@@ -87,6 +88,7 @@ class Postgres:
     any_vector = "vector"  # of any length
     integer, serial, vector_type = "BIGINT", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector(8)"
     loaded = "bigint", "text", "numeric"  # types of a loaded file's columns
+    exact_numbers = True
     target_types: ClassVar[dict[str, tuple[str, bool]]] = {
         "movie_id": ("bigint", True), "embedding": ("vector(8)", True), "model": ("text", True),
         "text_sha256": ("bytea", True), "updated_at": ("timestamp with time zone", True),

@@ -78,8 +78,9 @@ class Values(Load):
         lines = [f"{key},t,{','.join(row)}" for key, row in enumerate(rows, 1)]
         found = self.table("a.csv", "\n".join([f"id,title,{','.join(cells)}", *lines]))
         self.assertEqual(found, [(str(key), "t", *(cell or None for cell in row)) for key, row in enumerate(rows, 1)])
+        kept = {"big", "version", "third", "tiny", "sixes"} if self.db.exact_numbers else set()
         for column, (kind, _) in list(self.db.types("movies").items())[2:]:
-            self.assertEqual(kind, self.db.loaded[1], column)
+            self.assertEqual(kind, self.db.loaded[2 if column in kept else 1], column)
 
     def test_numbers(self) -> None:
         content = "id,lat,r,n,title\n1,18.443384,12345678901234567,6,a\n2,2.5,2.5,-6.5,b\n3,-8.0,1,0,c\n"
