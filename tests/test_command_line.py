@@ -81,7 +81,7 @@ class Usage(Case):
         self.refuse(3, words=["movies.db", "--database", "--load"])
         self.assertFalse(self.database.exists())
         self.make_movies(1)
-        self.refuse(3, "--database", "other.db", words=["other.db", "movies.db"])
+        self.refuse(3, "--database", "other.db", words=["other.db", "--database", "--load"])
         self.refuse(2, "--table", "films", words=["films", "movies"])
         self.refuse(2, "--id", "key", words=["key", "id, title, overview"])
         self.refuse(2, "--where", "yaer > 1", words=["yaer"])
