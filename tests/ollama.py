@@ -85,7 +85,7 @@ DEFAULTS: dict[str, Any] = {
     "refuse": [],     # {"contains": substring, "status": number, "error": words}
     "crash": [],      # substrings that kill the runner
     "hang": [],       # substrings whose requests are never answered
-    "hold": [],       # substrings whose requests wait until they stand here no more
+    "hold": [],       # substrings whose requests, unless they are refused, wait until they stand here no more
     "flaky": {},      # path -> statuses, used up one for each request there
     # Faults, by the names in FAULTS.
     "faults": {},     # name -> probability, drawn for each embed request
@@ -739,6 +739,7 @@ class Server:
         entry.update(body=body, texts=texts, fault=fault)
         await self.sleep(self.settings["network"])
         while any(part in text for part in self.settings["hold"] for text in texts):
+            self.question(path, given, body)  # what is refused is not held
             await self.changed.wait()
         if fault in ERRORS:
             raise Refusal(*ERRORS[fault])

@@ -53,6 +53,9 @@ START_METHOD = os.environ.get("EMBEDGEN_TEST_START_METHOD", "")
 if START_METHOD:
     embedgen.START_METHOD = START_METHOD
 
+# Seconds for which a run in the tests' own process waits before it tries again.
+SHORT_WAITS = {"FIRST_WAIT": 0.02, "RETRY_SECONDS": 0.02}
+
 # What may be skipped on Windows, by the words of the skip: all else that is skipped there counts as a failure.
 SKIPPED_ON_WINDOWS = {
     "the package psycopg is not installed; it is needed for Postgres only": "its server does not run under Wine",
@@ -258,7 +261,7 @@ class Case(unittest.TestCase):
         *given: object,
         env: Mapping[str, str] | None = None,
         real: bool = False,
-        timeout: float = 120,
+        timeout: float = 300,
         **more: Any,
     ) -> Finished:
         """Run the program to its end: in this process, which is quick, or a `real` one of its own."""
@@ -286,9 +289,10 @@ class Case(unittest.TestCase):
         arguments = self.arguments(*given)
         here, out, err = os.getcwd(), captured(watch), captured()
         handlers = {number: signal.getsignal(number) for number in embedgen.SIGNALS}
+        waits = {name: min(getattr(embedgen, name), most) for name, most in SHORT_WAITS.items()}
         os.chdir(self.folder)
         try:
-            with mock.patch.dict(os.environ, environment(env), clear=True):
+            with mock.patch.dict(os.environ, environment(env), clear=True), mock.patch.multiple(embedgen, **waits):
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                     # The threads are the double's; the program's own process has none when it forks.
                     warnings.filterwarnings("ignore", ".*multi-threaded")
@@ -316,7 +320,7 @@ class Case(unittest.TestCase):
         self.addCleanup(self.end, process)
         return process
 
-    def ended(self, process: subprocess.Popen[bytes], seconds: float = 120) -> Finished:
+    def ended(self, process: subprocess.Popen[bytes], seconds: float = 300) -> Finished:
         """Return how a program has ended; the time only bounds a test that fails."""
         try:
             out, err = process.communicate(timeout=seconds)
@@ -393,7 +397,7 @@ class Case(unittest.TestCase):
         self.assertEqual(wrong, [])
         self.assertEqual(self.db.check(), "ok")
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
         """Wait until something is the case; the time only bounds a test that fails."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

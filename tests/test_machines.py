@@ -220,9 +220,9 @@ class Asleep(Case):
         return int(fields[11]) + int(fields[12])
 
     def is_asleep(self, pid: int) -> bool:
-        """Whether a process sleeps for a second."""
+        """Whether a process sleeps for a while."""
         before = self.wake_ups(pid), self.cpu(pid)
-        time.sleep(1.0)
+        time.sleep(0.5)
         return self.wake_ups(pid) - before[0] <= 2 and self.cpu(pid) - before[1] <= 1
 
     def test_an_idle_parent_sleeps_and_hears_signals(self) -> None:
@@ -234,7 +234,7 @@ class Asleep(Case):
                 process = self.start_program("--engine", engine, "--workers", 2, "--batch-size", 2, GRACE=0.1)
                 self.wait_for(lambda: len(self.asked()) >= 4, "both workers' requests")
                 # Without a terminal to draw on, and with nothing to save, there is nothing to wake up for.
-                self.wait_for(lambda pid=process.pid: self.is_asleep(pid), "a second of sleep")
+                self.wait_for(lambda pid=process.pid: self.is_asleep(pid), "a while of sleep")
                 process.send_signal(signal.SIGTERM)
                 self.assertEqual(self.ended(process).code, 143)
 

@@ -342,8 +342,8 @@ class SeveralVersionsOnPostgres(OnPostgres, SeveralVersions):
 class Detection(Case):
     """How often a change of the tokenizer is found that gives 5 % of all texts other vectors."""
 
-    SEEDS = range(100 if FULL else 20)
-    ROWS = 400
+    SEEDS = range(100 if FULL else 10)
+    ROWS = 400 if FULL else 200
 
     def test_it_is_found(self) -> None:
         for share in (0.05, 0.16, 0.5):  # of all texts have a letter outside ASCII; of the sample films 0.16
