@@ -44,7 +44,7 @@ class SQLite:
 
     def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
         """Execute a statement, once or for each of `parameters`, and return its rows."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(self.path, timeout=300)) as connection, connection:
             if parameters is not None:
                 connection.executemany(sql, parameters)
                 return []

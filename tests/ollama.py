@@ -409,7 +409,7 @@ class Connection(asyncio.Protocol):
         request.body = bytes(self.buffer[:length])
         del self.buffer[:length]
         self.entry = self.server.begin(request, self.number)
-        self.task = asyncio.create_task(self.serve(request, self.entry))
+        self.task = self.server.spawn(self.serve(request, self.entry))
 
     @staticmethod
     def head(text: str) -> Request:
@@ -507,7 +507,6 @@ class Server:
         self.timer: asyncio.TimerHandle | None = None
         self.connections: set[Connection] = set()
         self.numbers = itertools.count(1)  # of connections
-        self.in_flight = 0
         self.slots: Slots | None = None
         self.changed = asyncio.Event()  # set when settings change, and then replaced
         self.tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
@@ -518,6 +517,7 @@ class Server:
         """Begin anew with the defaults and these settings."""
         self.settings = copy.deepcopy(DEFAULTS)
         self.entries: list[Entry] = []
+        self.open: set[int] = set()  # ids of the entries that are not ended
         self.led: dict[int, int] = {}  # connection -> which of the deployments it is led to
         self.started = time.monotonic()
         self.loaded: Any = None
@@ -571,9 +571,18 @@ class Server:
             loop = asyncio.get_running_loop()
             self.timer = loop.call_later(seconds, lambda: self.spawn(self.back()))
 
+    async def forget_clients(self) -> None:
+        """Read what clients had sent before they ended, so that no later log has it; drop the connections, and end all
+        work for them."""
+        for _ in range(5):  # turns of the loop: to accept, to read, and to answer
+            await asyncio.sleep(0)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        for task in self.tasks - {asyncio.current_task()}:
+            task.cancel()
+
     def begin(self, request: Request, connection: int) -> Entry:
         """Log a request that has arrived."""
-        self.in_flight += 1
         entry: Entry = {
             "method": request.method,
             "path": request.path,
@@ -585,26 +594,28 @@ class Server:
             "hung_up": False,  # the connection ended before the answer
             "loaded": False,  # it made the server load the model
             "connection": connection,
-            "in_flight": self.in_flight,  # with this one
+            "in_flight": len(self.open) + 1,  # with this one
             "start": time.monotonic(),
             "end": None,
         }
         self.entries.append(entry)
+        self.open.add(id(entry))
         return entry
 
     def end(self, entry: Entry) -> None:
         """A request is answered, or its client has gone; the first of both counts."""
         if entry["end"] is None:
             entry["end"] = time.monotonic()
-            self.in_flight -= 1
+            self.open.discard(id(entry))
 
     # Orders from the test.
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> asyncio.Task[None]:
         """Run a coroutine to its end."""
-        task = asyncio.get_running_loop().create_task(work)
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     def obey(self, line: bytes) -> None:
         """Begin to carry out one order."""
@@ -618,6 +629,7 @@ class Server:
                 self.configure(argument)
             elif order == "reset":
                 await self.back()
+                await self.forget_clients()
                 self.reset(argument)
             elif order == "log":
                 answer = self.entries

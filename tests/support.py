@@ -75,12 +75,15 @@ py_compile.compile(str(PROGRAM), quiet=2)
 
 
 def command(*arguments: object, **constants: object) -> list[str]:
-    """Return the command line that runs the program, with other values for some of its constants."""
+    """Return the command line that runs the program, with other values for some of its constants.
+
+    Without the packages that are installed, which only Postgres needs, Python starts sooner.
+    """
     if START_METHOD:
         constants.setdefault("START_METHOD", START_METHOD)
     changes = "".join(f"embedgen.{name} = {value!r}; " for name, value in constants.items())
     code = f"import sys; sys.path[0] = {str(ROOT)!r}; import embedgen; {changes}sys.exit(embedgen.main())"
-    return [sys.executable, "-c", code, *map(str, arguments)]
+    return [sys.executable, "-S", "-c", code, *map(str, arguments)]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -253,8 +256,7 @@ class Case(unittest.TestCase):
             flags += ["--engine", self.engine]
         flags += [] if "--database" in given else self.db.flags
         line = command("--log-dir", self.folder / "logs", *flags, *given, **constants)
-        # Without the packages that are installed, which only Postgres needs, Python starts sooner.
-        return [line[0], "-S", *line[1:]] if isinstance(self.db, SQLite) else line
+        return line if isinstance(self.db, SQLite) else [word for word in line if word != "-S"]
 
     def run_program(
         self,
@@ -287,6 +289,15 @@ class Case(unittest.TestCase):
     ) -> Finished:
         """Run the program in this process; `watch` is shown its standard output as it grows."""
         arguments = self.arguments(*given)
+        return self.call(arguments[arguments.index("--log-dir") :], env, watch)
+
+    def call(
+        self,
+        flags: list[str],
+        env: Mapping[str, str] | None = None,
+        watch: Callable[[str], object] | None = None,
+    ) -> Finished:
+        """Run the program in this process with these flags and no more."""
         here, out, err = os.getcwd(), captured(watch), captured()
         handlers = {number: signal.getsignal(number) for number in embedgen.SIGNALS}
         waits = {name: min(getattr(embedgen, name), most) for name, most in SHORT_WAITS.items()}
@@ -296,7 +307,7 @@ class Case(unittest.TestCase):
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                     # The threads are the double's; the program's own process has none when it forks.
                     warnings.filterwarnings("ignore", ".*multi-threaded")
-                    code = embedgen.main(arguments[arguments.index("--log-dir") :])
+                    code = embedgen.main(flags)
         finally:
             os.chdir(here)
             for number, handler in handlers.items():

@@ -61,7 +61,7 @@ class Usage(Case):
                 self.refuse(2, *flags, words=words)
 
     def test_help(self) -> None:
-        script = [sys.executable, str(PROGRAM), "--help"]
+        script = [sys.executable, "-S", str(PROGRAM), "--help"]
         shown = decoded(subprocess.run(script, stdout=subprocess.PIPE, check=True).stdout)
         readme = (PROGRAM.parent / "README.md").read_text("utf-8")
         for flag in re.findall(r"^\| `(--[a-z-]+)", readme, re.MULTILINE):
@@ -356,8 +356,8 @@ class Output(Case):
         here = self.folder / "copied"
         here.mkdir()
         shutil.copy(PROGRAM, here)
-        done = subprocess.run([sys.executable, str(here / "embedgen.py"), "--load", str(MOVIES), "--server", "hash:"],
-                              cwd=here, env=environment(), stdout=subprocess.PIPE, check=True)  # fmt: skip
+        line = [sys.executable, "-S", str(here / "embedgen.py"), "--load", str(MOVIES), "--server", "hash:"]
+        done = subprocess.run(line, cwd=here, env=environment(), stdout=subprocess.PIPE, check=True)
         self.assertIn(
             "📝 Detailed logs: logs/generate_embeddings_async.log\n".replace("/", os.sep), decoded(done.stdout)
         )
@@ -368,7 +368,7 @@ class Output(Case):
         self.make_movies(5)
         (self.folder / "gone").mkdir()
         flags = ["--database", str(self.database), "--log-dir", str(self.folder / "logs"), "--server", self.ollama.url]
-        script = f"cd gone && rmdir ../gone && exec {shlex.join([sys.executable, str(PROGRAM), *flags])}"
+        script = f"cd gone && rmdir ../gone && exec {shlex.join([sys.executable, '-S', str(PROGRAM), *flags])}"
         done = subprocess.run(
             ["sh", "-c", script], cwd=self.folder, env=environment(), capture_output=True, check=False
         )
@@ -387,7 +387,9 @@ class Output(Case):
 class StartUp(unittest.TestCase):
     def test_help_imports_little(self) -> None:
         code = "import sys, embedgen\ntry: embedgen.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
-        shown = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, stdout=subprocess.PIPE, check=True)
+        shown = subprocess.run(
+            [sys.executable, "-S", "-c", code], cwd=PROGRAM.parent, stdout=subprocess.PIPE, check=True
+        )
         loaded = set(decoded(shown.stdout).splitlines()[-1].split())
         dear = {"asyncio", "multiprocessing", "http.client", "logging", "sqlite3", "ssl"}
         self.assertEqual(loaded & dear, set())
@@ -398,7 +400,7 @@ class StartUp(unittest.TestCase):
             subprocess.run(command(*flags, "--load", MOVIES), cwd=folder, check=True)
             code = f"import sys, embedgen\nembedgen.main({flags!r})\nprint(*sys.modules)"
             env = environment({"PYTHONPATH": str(PROGRAM.parent)})
-            arguments = [sys.executable, "-c", code]
+            arguments = [sys.executable, "-S", "-c", code]
             shown = subprocess.run(arguments, cwd=folder, env=env, stdout=subprocess.PIPE, check=True)
         dear = {"asyncio", "multiprocessing", "http.client", "ssl"}
         self.assertEqual(set(shown.stdout.decode().split()) & dear, set())

@@ -249,7 +249,7 @@ class Signals(Ending):
             "sys.exit(embedgen.main())"
         )
         flags = ["--log-dir", str(self.folder / "logs"), "--engine", "process", "--server", self.ollama.url]
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=self.folder, env=environment(),
+        done = subprocess.run([sys.executable, "-S", "-c", code, *flags], cwd=self.folder, env=environment(),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         self.assertEqual(done.returncode, 3)
         self.assertRegex(done.stderr.decode(), r"\Aerror: worker processes keep dying.*Left to do: 20 movies\.\n\Z")

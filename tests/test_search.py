@@ -376,7 +376,7 @@ class OnlySQLite(SearchCase):
         self.succeed()
         flags = self.arguments("--search", "x", "--quiet")
         code = "import sys, embedgen; print(embedgen.main(), 'multiprocessing' in sys.modules)"
-        arguments = [sys.executable, "-c", code, *flags[flags.index("--log-dir") :]]
+        arguments = [sys.executable, "-S", "-c", code, *flags[flags.index("--log-dir") :]]
         env = environment({"PYTHONPATH": str(ROOT)})
         done = subprocess.run(arguments, cwd=self.folder, env=env, stdout=subprocess.PIPE, check=True)
         self.assertEqual(done.stdout.decode().splitlines()[-1], "0 False")

@@ -156,8 +156,9 @@ class Secrets(Case):
     def start(self, env: dict[str, str], *flags: str, **constants: object) -> subprocess.Popen[bytes]:
         """Start the program in a process group of its own, with these flags alone."""
         flags = ("--log-dir", str(self.folder / "logs"), "--force", "--verbose", *flags)
+        line = [word for word in command(*flags, **constants) if word != "-S"]  # but with psycopg
         process = subprocess.Popen(
-            command(*flags, **constants), cwd=self.folder, env=environment(env), stdin=subprocess.DEVNULL,
+            line, cwd=self.folder, env=environment(env), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self.addCleanup(self.end, process)

@@ -17,7 +17,7 @@ from unittest import mock
 import embedgen
 from tests.databases import Postgres
 from tests.ollama import blob
-from tests.support import Case, OnPostgres
+from tests.support import Case, OnPostgres, environment
 
 LOOKING = (
     ("--search", "Film"),
@@ -135,10 +135,12 @@ class Status(Case):
 
     def test_a_reader_that_has_gone(self) -> None:
         self.make_movies(3)
-        process = self.start_program("--status")
-        assert process.stdout
-        process.stdout.close()
-        self.assertEqual(process.wait(), embedgen.EXIT_SIGPIPE)
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(self.arguments("--status"), cwd=self.folder, env=environment(), stdin=subprocess.DEVNULL,
+                              stdout=writer, stderr=subprocess.PIPE)  # fmt: skip
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (embedgen.EXIT_SIGPIPE, b""))
 
     def test_several_models(self) -> None:
         self.make_movies(4)
@@ -464,7 +466,7 @@ class TracesInSQLite(Case):
     def write(self, code: str, wait: bool = True) -> subprocess.Popen[bytes]:
         """Have another process write to the database, as `c`, and kill itself or wait."""
         code = f"import os, sqlite3, sys; c = sqlite3.connect({str(self.database)!r}, isolation_level=None); {code}"
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin and process.stdout
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
