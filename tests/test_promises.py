@@ -76,7 +76,7 @@ class UnderWayOnPostgres(OnPostgres, UnderWay):
 
     def test_locks_are_not_in_the_way_of_a_new_column(self) -> None:
         with self.db.psycopg.connect(self.db.url) as other:
-            other.execute("SET lock_timeout = '5s'")
+            other.execute("SET lock_timeout = '60s'")
             other.execute("ALTER TABLE movies ADD COLUMN added integer")
         self.finish()
         self.assert_complete()

@@ -134,7 +134,7 @@ class AfterTheVerdictOnPostgres(OnPostgres, AfterTheVerdict):
         blocker = self.db.psycopg.connect(self.db.url)
         self.addCleanup(blocker.close)
         tables = ", ".join(self.db.tables())
-        blocker.execute(f"SET lock_timeout = '5s'; LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE")
+        blocker.execute(f"SET lock_timeout = '60s'; LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE")
 
     def break_connections(self) -> None:
         """End all connections to the database, and let nobody in for now."""
