@@ -632,34 +632,26 @@ LATER = Failure("it is too long", "later")  # it is to be asked for again, on it
 
 
 class Request(NamedTuple):
-    """One HTTP request, a GET if it has no body; `timeout` is the longest silence, both times are in seconds.
+    """One HTTP request, a GET if it has no body; `timeout` is the longest silence, in seconds.
 
-    `encoding` is how vectors are asked for: base64, decimals, or "" where none are. `longest` is the most tokens that
-    one of the texts may have.
+    `longest` is the most tokens that one of the texts may have if vectors are asked for as base64, else 0.
     """
 
     path: str
     body: bytes
     timeout: float
-    connect_timeout: float = 10.0
-    encoding: str = ""
     longest: int = 0
 
 
 class Response(NamedTuple):
-    """The outcome of a Request; without a complete answer, status 0 and a reason in words.
-
-    `server` and `location` are the headers of these names.
-    """
+    """The outcome of a Request; without a complete answer, status 0 and a reason in words."""
 
     status: int
     body: bytes = b""
     seconds: float = 0.0
-    retry_after: float = 0.0
+    headers: dict[str, str] = {}  # by their names in lower case
     reason: str = ""
     timed_out: bool = False
-    server: str = ""
-    location: str = ""
     family: int = 0  # of the address that has answered, as socket.AF_INET
 
 
@@ -994,13 +986,9 @@ class Protocol:
         common = {"model": self.model, "dimensions": settings.dimensions, "options": dict(settings.option)}
         self.common = {name: value for name, value in common.items() if value}
 
-    def compute(self, texts: list[str]) -> list[Answer] | None:
-        """Return the answers for `texts`, or None if a server is needed for them."""
-        return None
-
-    def look_up(self) -> Steps[ServerProfile]:
-        """Return the profile by what the server reports about itself and the model."""
-        return ServerProfile(base64_tokens=sys.maxsize)
+    def look_up(self) -> Steps[dict[str, Any]]:
+        """Return what the server reports about itself and the model, as fields of its ServerProfile."""
+        return {"base64_tokens": sys.maxsize}
         yield  # makes it a generator
 
     def loaded_context(self) -> Steps[int]:
@@ -1012,14 +1000,14 @@ class Protocol:
         """Return the request for the vectors of `texts`; with `truncate` the server may cut them, if it can."""
         texts = [self.prefix + text for text in texts]
         asked = {**self.common, "input": texts[0] if profile.most_texts == 1 else texts}
-        path, encoding = self.path, "decimals"
+        path, base64_tokens = self.path, 0
         forms = (form for text in texts for form in (text, unicodedata.normalize("NFKC", text)))
         longest = CONTEXT_MARGIN + max(map(len, map(str.encode, forms)))
         if longest <= profile.base64_tokens:
-            path, encoding, asked["encoding_format"] = self.base64_path, "base64", "base64"
+            path, base64_tokens, asked["encoding_format"] = self.base64_path, longest, "base64"
         elif self.truncates:
             asked["truncate"] = truncate
-        return Request(path, json.dumps(asked).encode(), timeout, encoding=encoding, longest=longest)
+        return Request(path, json.dumps(asked).encode(), timeout, base64_tokens)
 
     def check(self, request: Request, response: Response, texts: int = 1) -> None:
         """Raise the error in the answer to a request with `texts` texts, unless its status is 200."""
@@ -1037,15 +1025,17 @@ class Protocol:
             raise Trouble("changed", words, most_texts=texts // 2)
         if kind == "one_string" and b'"input": [' in request.body:
             raise Trouble("changed", words, most_texts=1)
-        if kind in ("no_base64", "no_path") and request.encoding == "base64":
+        if kind in ("no_base64", "no_path") and request.longest:
             raise Trouble("changed", words, base64_tokens=0)
         if kind == "no_model" and status != 404 and KNOWN_GOOD.encode() not in request.body:
             kind = "refused"  # the words may be about the text: the known-good one will show
         if kind in STOPS:
-            location = self.endpoint.hide(response.location or "the final address")
+            location = self.endpoint.hide(response.headers.get("location") or "the final address")
             raise Stop(STOPS[kind].format(p=self, said=said, path=request.path, location=location))
         kind = kind if kind in POLICIES else "refused"
-        raise Trouble(kind, said if POLICIES[kind].fault == "server" else words or said, response.retry_after)
+        after = response.headers.get("retry-after", "")  # a date is ignored: servers send seconds
+        words = said if POLICIES[kind].fault == "server" else words or said
+        raise Trouble(kind, words, float(after) if after.isdecimal() else 0.0)
 
     def said(self, body: bytes) -> str:
         """Return the message in an answer's body, short and without secrets."""
@@ -1108,36 +1098,29 @@ class Ollama(Protocol):
         super().__init__(endpoint, settings)
         self.get_model = f'Fetch it with "ollama pull {self.model}".'
 
-    def look_up(self) -> Steps[ServerProfile]:
+    def look_up(self) -> Steps[dict[str, Any]]:
         card = yield from self.fetch("/api/show", json.dumps({"model": self.model}).encode())
         tags = yield from self.fetch("/api/tags")
         version = (yield from self.fetch("/api/version")).get("version")
-        weights = "".join(re.findall(r"(?m)^(?:FROM|ADAPTER) .*sha256-(\w+)", str(card.get("modelfile"))))
-        weights += str(card.get("template") or "")
+        weights = re.findall(r"(?m)^(?:FROM|ADAPTER) .*sha256-(\w+)", str(card.get("modelfile")))
+        trained = re.findall(r'\.context_length": (\d+)', json.dumps(card))
         # A model may come with a shorter context set than it could have (all-minilm does).
-        contexts = [int(n) for n in re.findall(r"(?m)^num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))]
-        figures = card.get("model_info") or {}
-        trained = [int(n) for key, n in figures.items() if key.endswith(".context_length") and n]
-        known = trained and "options" not in self.common
-        most = min(*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST) if known else 0
-        digest = str(self.entry(tags).get("digest") or "")
-        return ServerProfile(b"", digest, weights, str(version or ""), most)
+        contexts = re.findall(r"num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))
+        most = min(map(int, [*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST]))
+        return {
+            "digest": str(self.entry(tags).get("digest") or ""),
+            "weights": "".join([*weights, str(card.get("template") or "")]),
+            "version": str(version or ""),
+            "base64_tokens": most if trained and "options" not in self.common else 0,
+        }
 
     def fetch(self, path: str, body: bytes = b"") -> Steps[dict[str, Any]]:
-        """Return the JSON object that the server has under a path, {} if it tells none.
-
-        Other faults of the server show in the first request for a vector; only an unreachable server raises here.
-        """
-        # Two seconds and a half allow for one lost packet; whoever waits here may be a person at a prompt.
-        request, response = Request(path, body, min(self.timeout, 30.0), 2.5), Response(0)
-        for wait in (0.0, FIRST_WAIT, 2 * FIRST_WAIT):  # a moment's trouble must not hide that versions differ
-            if wait:
-                yield Wait(wait)
-            response = yield request
-            if response.status == 0 and not response.timed_out:
-                raise self.unreachable(response.reason)
+        """Return the JSON object that the server has under a path, {} if it tells none."""
+        for _ in range(3):  # a moment's trouble must not hide that versions differ
+            response: Response = yield Request(path, body, min(self.timeout, 30.0))
             if 0 < response.status < 429:
                 break
+            yield Wait(FIRST_WAIT)
         return json_object(response)
 
     def entry(self, answer: dict[str, Any]) -> dict[str, Any]:
@@ -1149,8 +1132,7 @@ class Ollama(Protocol):
 
     def loaded_context(self) -> Steps[int]:
         # The context that the model was loaded with may be smaller than its own (OLLAMA_CONTEXT_LENGTH).
-        response = yield Request("/api/ps", b"", min(self.timeout, 30.0), 2.5)
-        context = self.entry(json_object(response)).get("context_length")
+        context = self.entry((yield from self.fetch("/api/ps"))).get("context_length")
         return context if isinstance(context, int) else 0
 
 
@@ -1174,13 +1156,10 @@ class FeatureHashing(Protocol):
         super().__init__(Endpoint("hash", "", 0, ""), settings)
         self.address, self.model = "hash:", HASH_MODEL
 
-    def compute(self, texts: list[str]) -> list[Answer] | None:
-        vectors = [self.hash(text) for text in texts]
-        return [Embedding(vector) if vector else Failure("no words in the text") for vector in vectors]
-
-    def look_up(self) -> Steps[ServerProfile]:
-        return ServerProfile(sample=self.hash(KNOWN_GOOD))
-        yield  # makes it a generator
+    def embed(self, text: str) -> Answer:
+        """Return the answer for a text."""
+        vector = self.hash(text)
+        return Embedding(vector) if vector else Failure("no words in the text")
 
     def hash(self, text: str) -> bytes:
         """Return the vector of a text, or nothing for one without words."""
@@ -1246,12 +1225,12 @@ def embed_batch(
     `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: the only text
     is known to be too long.
     """
+    if isinstance(protocol, FeatureHashing):  # no server at all
+        return ServerProfile(protocol.hash(KNOWN_GOOD)) if texts is None else [protocol.embed(text) for text in texts]
     if texts is None:
         return (yield from handshake(protocol, movable))
-    batch, answers = BatchRequest(protocol, profile, movable), protocol.compute(texts)
-    if long:
-        return [(yield from batch.embed_long(texts[0]))]
-    return (yield from batch.embed(texts)) if answers is None else answers
+    batch = BatchRequest(protocol, profile, movable)
+    return [(yield from batch.embed_long(texts[0]))] if long else (yield from batch.embed(texts))
 
 
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
@@ -1260,10 +1239,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     A server that cannot be reached, or whose answer holds no embedding, fails at once; a busy one is waited for, as in
     a batch.
     """
-    profile = yield from protocol.look_up()
-    if profile.sample:  # no server at all
-        return profile
-    batch = BatchRequest(protocol, profile._replace(base64_tokens=0), movable)
+    batch = BatchRequest(protocol, ServerProfile(), movable)
     try:
         sample, _ = yield from batch.wait_until_healthy()
     except Stop as stop:
@@ -1272,25 +1248,25 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
         listing: Response = yield Request(protocol.list_path, b"", 10.0)
         names = re.findall(r'"(?:name|id)": ?"([^"]+?)(?::latest)?"', listing.body.decode("utf-8", "replace"))
         raise Stop(stop.message + suggestion(protocol.model, names)) from None
-    good = batch.last
-    named, model = str(json.loads(good.body).get("model") or ""), protocol.model
-    note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
-    if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
-        note = ""
-    if profile.base64_tokens:
-        batch.profile = batch.profile._replace(base64_tokens=profile.base64_tokens)
-        base64_sample = b""
+    good, facts = batch.last, (yield from protocol.look_up())
+    batch.profile, base64_sample = batch.profile._replace(**facts), b""
+    if batch.profile.base64_tokens:
         with contextlib.suppress(Trouble, Stop):  # as a proxy that lets only /api through
             [base64_sample] = yield from batch.ask([KNOWN_GOOD], probe=True)
-        if len(sample) != len(base64_sample) or not cosine(sample, base64_sample) >= ALIKE:
-            batch.profile = batch.profile._replace(base64_tokens=0)  # refused, or mangled on the way
+    if len(sample) != len(base64_sample) or not cosine(sample, base64_sample) >= ALIKE:
+        batch.profile = batch.profile._replace(base64_tokens=0)  # refused, or mangled on the way
     asked = protocol.common.get("dimensions", len(sample) // 4)
     if asked != len(sample) // 4:
         raise Stop(
             f"{protocol.address} does not give what was asked for: vectors of {len(sample) // 4} dimensions came "
             f"instead of {asked}. Leave out --dimensions, or give another --model."
         )
-    version = profile.version or str(json_object(good).get("system_fingerprint") or good.server)
+    answer = json.loads(good.body)
+    version = batch.profile.version or str(answer.get("system_fingerprint") or good.headers.get("server", ""))
+    named, model = str(answer.get("model") or ""), protocol.model
+    note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
+    if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
+        note = ""
     return batch.profile._replace(sample=sample, version=version, note=note, family=good.family)
 
 
@@ -1441,7 +1417,7 @@ class BatchRequest:
             protocol.check(request, response, len(texts))
             numbers = protocol.read(response)
             vectors = validate_vectors(numbers, texts)
-            if request.encoding == "base64":
+            if request.longest:  # in base64
                 # The context is asked for afterwards: the server may have reloaded the model for this request.
                 most = yield from protocol.loaded_context()
                 useful = most if isinstance(numbers[0], bytes) else 0  # this server does not send base64
@@ -1461,7 +1437,7 @@ class BatchRequest:
             raise
         self.trying = self.waits = 0
         if not probe:
-            encoding = f"{request.encoding} over {protocol.endpoint.path}{request.path}"
+            encoding = f"{'base64' if request.longest else 'decimals'} over {protocol.endpoint.path}{request.path}"
             yield Exchange(count, response.seconds, "ok", encoding=encoding)
         return vectors
 
@@ -1925,6 +1901,7 @@ def tls_context(ca_file: str) -> Any:
         ) from None
 
 
+CONNECT_SECONDS = 5.0  # allow for two lost packets; whoever waits may be a person at a prompt
 STREAM_BYTES = 1 << 22  # of an answer that asyncio buffers before it pauses reading; answers are seldom longer
 
 
@@ -1946,7 +1923,7 @@ class Connection:
 
         started, kept = time.monotonic(), bool(self.writer)
         while True:
-            step, seconds, is_late = "connection", request.connect_timeout, False
+            step, seconds, is_late = "connection", CONNECT_SECONDS, False
             try:
                 if not self.writer:
                     await asyncio.wait_for(self.open(), seconds)
@@ -2018,9 +1995,7 @@ class Connection:
         body = await (self.chunks() if chunked else self.reader.readexactly(int(size)) if size else self.reader.read())
         if "close" in headers.get("connection", "").lower() or not (chunked or size):
             self.close()
-        after, server, location = (headers.get(name, "") for name in ("retry-after", "server", "location"))
-        pause = float(after) if after.isdigit() else 0.0  # a date is ignored: servers send seconds
-        return Response(int(found[1]), body, retry_after=pause, server=server, location=location)
+        return Response(int(found[1]), body, headers=headers)
 
     async def chunks(self) -> bytes:
         """Return a chunked body; raise EOFError or ValueError if it is not whole."""
