@@ -734,10 +734,18 @@ class Endpoint(NamedTuple):
         if kind == "Basic":
             userinfo = base64.b64decode(secret).decode()
             secrets += [userinfo, userinfo.partition(":")[2]]
-        for form in {form for one in secrets if one for form in (one, html.escape(one), json.dumps(one)[1:-1])}:
+        for form in (form for one in filter(None, secrets) for form in (one, html.escape(one), json.dumps(one)[1:-1])):
             # A short secret may be part of a word.
             text = re.sub(re.escape(form) if len(form) >= 8 else rf"(?<!\w){re.escape(form)}(?!\w)", "***", text)
         return text
+
+
+# What --server and OLLAMA_HOST may say; without brackets, two colons make an IPv6 address.
+ADDRESS = (
+    r"(?ai)(?!hash(?::\w*)?\Z)(?:(https?)://)?(?:([^/]*)@)?"  # scheme, user and password
+    r"(?:\[([^]/]*)\]|((?:[^][/\s?#\\@,]*:){2}[^][/\s?#\\@,]*|[^][/:\s?#\\@,]*))"  # IPv6 in brackets or not, or a name
+    r"(?::(\d{1,5}))?(/[^\s?#\\@,]*)?"  # port and path
+)
 
 
 def parse_endpoint(text: str, ca_file: str = "") -> Endpoint:
@@ -746,23 +754,17 @@ def parse_endpoint(text: str, ca_file: str = "") -> Endpoint:
     As in Ollama's envconfig, the port is 11434 unless a scheme is given, which brings its own; an address that means
     "all interfaces" is this machine to a client.
     """
-    scheme, given, rest = text.strip().rpartition("://")
-    scheme = scheme.lower() or "http"
-    netloc, slash, path = rest.partition("/")
-    userinfo, _, hostport = netloc.rpartition("@")
-    # In brackets, or with several colons, it is an IPv6 address.
-    found = re.fullmatch(r"(?:\[([^]]*)\]|(.*:.*:.*|[^:]*))(?::(\d{1,5}))?", hostport, re.ASCII)
-    wrong = re.fullmatch(r"hash(:\w+)?", text) or re.search(r"[\s?#\\@,]", hostport + path)
-    if wrong or scheme not in ("http", "https") or not found or int(found[3] or 0) > 65535:
+    found = re.fullmatch(ADDRESS, text.strip())
+    if not found or int(found[5] or 0) > 65535:
         raise UsageError(
             f"--server {hide_password(text)} is not an address. Give http(s)://HOST:PORT, each server in a flag of "
             'its own; the built-in embedder is called "hash:".'
         )
-    host = found[1] or found[2] or ""
+    given, userinfo, bracketed, host, port, path = found.groups("")
+    scheme, path, host = given.lower() or "http", path.rstrip("/"), bracketed or host
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    port = int(found[3] or (11434 if not given else 443 if scheme == "https" else 80))
-    path = (slash + path).rstrip("/")
-    return Endpoint(scheme, host, port, path, authorization_for(userinfo, path), ca_file)
+    usual = 11434 if not given else 443 if scheme == "https" else 80
+    return Endpoint(scheme, host, int(port or usual), path, authorization_for(userinfo, path), ca_file)
 
 
 def authorization_for(userinfo: str, path: str) -> str:
@@ -813,7 +815,7 @@ ALIKE = 0.99
 
 
 def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
-    """Return vectors, given as lists of numbers or packed, as they are stored; raise Trouble unless all are valid.
+    """Return vectors, given as lists of numbers or base64, as they are stored; raise Trouble unless all are valid.
 
     A status of 200 proves nothing: servers have sent it with too few vectors, all zeros, NaN as null, and one vector
     for every text. No loop looks at single numbers: that would take longer than all other work on them.
@@ -821,8 +823,8 @@ def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
     if len(vectors) != len(texts):
         raise Trouble("garbled", f"{len(vectors)} vectors came for {len(texts)} texts")
     try:
-        packed = [vector if isinstance(vector, bytes) else pack(vector) for vector in vectors]
-    except (TypeError, OverflowError, struct.error):
+        packed = [Array("f", binascii.a2b_base64(v)).tobytes() if isinstance(v, str) else pack(v) for v in vectors]
+    except (TypeError, ValueError, OverflowError, struct.error):
         raise Trouble("garbled", "a vector holds something that is no number") from None
     for vector in packed:
         if not any(vector):
@@ -832,10 +834,9 @@ def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
             raise Trouble("garbled", "a vector holds NaN or infinity")
     # Different beginnings tell vectors apart nearly always, and sooner. Texts that differ by case and punctuation alone
     # may share a vector, and so may those with the same beginning, of which a server cuts the rest.
-    if len({vector[:64] for vector in packed}) < len(packed):
-        different = {re.sub(r"\W+", "", text[:1000].casefold()) for text in texts}
-        if len(set(packed)) < len(different):
-            raise Trouble("garbled", "different texts were given one vector")
+    is_odd = len({vector[:64] for vector in packed}) < len(packed)
+    if is_odd and len(set(packed)) < len({re.sub(r"\W+", "", text[:1000].casefold()) for text in texts}):
+        raise Trouble("garbled", "different texts were given one vector")
     return packed
 
 
@@ -981,20 +982,11 @@ class Protocol:
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint, self.address, self.prefix = endpoint, endpoint.shown, settings.prefix
         self.model, self.timeout, self.on_long = settings.model, settings.timeout, settings.on_long
+        self.get_model = self.get_model.format(self.model)
         self.context = settings.context  # tokens, by the model's card; 0 if not known
         # In every request for vectors. Ollama reloads the model where the options differ.
         common = {"model": self.model, "dimensions": settings.dimensions, "options": dict(settings.option)}
         self.common = {name: value for name, value in common.items() if value}
-
-    def look_up(self) -> Steps[dict[str, Any]]:
-        """Return what the server reports about itself and the model, as fields of its ServerProfile."""
-        return {"base64_tokens": sys.maxsize}
-        yield  # makes it a generator
-
-    def loaded_context(self) -> Steps[int]:
-        """Return how many tokens of a text the model takes as it is loaded now; 0 if that is not told."""
-        return sys.maxsize
-        yield  # makes it a generator
 
     def build(self, profile: ServerProfile, texts: list[str], timeout: float, truncate: bool = False) -> Request:
         """Return the request for the vectors of `texts`; with `truncate` the server may cut them, if it can."""
@@ -1043,41 +1035,24 @@ class Protocol:
         return text if len(text) <= 300 else text[:300] + "..."
 
     def read(self, response: Response) -> list[Any]:
-        """Return the vectors in a good answer, packed or as lists of numbers, or raise Trouble."""
+        """Return the vectors in a good answer, as base64 or lists of numbers, or raise Trouble."""
         try:
             answer = json.loads(response.body)
-            return list(answer["embeddings"]) if "embeddings" in answer else in_order(answer["data"])
+            if "embeddings" in answer:
+                return list(answer["embeddings"])
+            found = {item.get("index", position): item["embedding"] for position, item in enumerate(answer["data"])}
+            return [found[index] for index in range(len(found))]
         except MALFORMED:
             raise Trouble("garbled", f"the answer holds no embeddings: {self.said(response.body)[:100]!r}") from None
 
     def unreachable(self, reason: str) -> ServerAway:
         """Return the error for a server that cannot be reached at the start."""
         advice = "" if re.search("TLS|certificate", reason) else f" {self.get_server}"
-        if self.endpoint.scheme == "http" and re.search(r"without an answer|\\x15\\x03", reason):  # a TLS alert
-            advice = " If it speaks TLS, give --server https://..."
-        if self.endpoint.scheme == "https" and "no connection" in reason:
-            advice = " If it does not speak TLS, give --server http://..."
+        # A server that speaks TLS hangs up or sends an alert, and one that does not waits for more.
+        words = f"{self.endpoint.scheme}: {reason}"
+        if re.search(r"^http:.*(without an answer|\\x15\\x03)|^https:.*no connection", words):
+            advice = " Give --server https://... if it speaks TLS, http://... if not."
         return ServerAway(f"cannot reach {self.product} at {self.address} ({reason}).{advice}", reason)
-
-
-def json_object(response: Response) -> dict[str, Any]:
-    """Return the JSON object in an answer, {} if there is none."""
-    with contextlib.suppress(*MALFORMED):
-        return dict(json.loads(response.body)) if response.status == 200 else {}
-    return {}
-
-
-def in_order(items: list[Any]) -> list[Any]:
-    """Return the vectors of an OpenAI answer's `data` by their index, packed where they come as base64."""
-    vectors: list[Any] = [None] * len(items)
-    for position, item in enumerate(items):
-        vector = item["embedding"]
-        if isinstance(vector, str):
-            vector = binascii.a2b_base64(vector)
-            if not vector or len(vector) % 4:
-                raise ValueError("not a number of floats")
-        vectors[item.get("index", position)] = vector
-    return vectors
 
 
 class Ollama(Protocol):
@@ -1091,16 +1066,14 @@ class Ollama(Protocol):
     truncates = True
     tokens = "OLLAMA_API_KEY"
     get_server = 'Start it with "ollama serve", or give --server URL.'
+    get_model = 'Fetch it with "ollama pull {}".'
     get_answer = "Is it Ollama? For a server that speaks the OpenAI protocol, add /v1 to the address."
     get_path = "Upgrade it if it is older than 0.2.6 (June 2024). " + get_answer
 
-    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        super().__init__(endpoint, settings)
-        self.get_model = f'Fetch it with "ollama pull {self.model}".'
-
     def look_up(self) -> Steps[dict[str, Any]]:
+        """Return what the server reports about itself and the model, as fields of its ServerProfile."""
         card = yield from self.fetch("/api/show", json.dumps({"model": self.model}).encode())
-        tags = yield from self.fetch("/api/tags")
+        entry = yield from self.entry("/api/tags")
         version = (yield from self.fetch("/api/version")).get("version")
         weights = re.findall(r"(?m)^(?:FROM|ADAPTER) .*sha256-(\w+)", str(card.get("modelfile")))
         trained = re.findall(r'\.context_length": (\d+)', json.dumps(card))
@@ -1108,7 +1081,7 @@ class Ollama(Protocol):
         contexts = re.findall(r"num_(?:ctx|batch) +(\d+)", str(card.get("parameters")))
         most = min(map(int, [*trained, *contexts, self.context or CONTEXT_MOST, CONTEXT_MOST]))
         return {
-            "digest": str(self.entry(tags).get("digest") or ""),
+            "digest": str(entry.get("digest") or ""),
             "weights": "".join([*weights, str(card.get("template") or "")]),
             "version": str(version or ""),
             "base64_tokens": most if trained and "options" not in self.common else 0,
@@ -1121,18 +1094,22 @@ class Ollama(Protocol):
             if 0 < response.status < 429:
                 break
             yield Wait(FIRST_WAIT)
-        return json_object(response)
+        with contextlib.suppress(*MALFORMED):
+            return dict(json.loads(response.body)) if response.status == 200 else {}
+        return {}
 
-    def entry(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's entry in a list of models, {} if there is none."""
+    def entry(self, path: str) -> Steps[dict[str, Any]]:
+        """Return the model's entry in the list that the server has under a path, {} if there is none."""
+        answer = yield from self.fetch(path)
         with contextlib.suppress(*MALFORMED):
             models = {model["name"]: model for model in answer["models"]}
             return dict(models.get(self.model) or models[f"{self.model}:latest"])
         return {}
 
     def loaded_context(self) -> Steps[int]:
-        # The context that the model was loaded with may be smaller than its own (OLLAMA_CONTEXT_LENGTH).
-        context = self.entry((yield from self.fetch("/api/ps"))).get("context_length")
+        """Return how many tokens of a text the model takes as it is loaded now; 0 if that is not told."""
+        # These may be fewer than its own (OLLAMA_CONTEXT_LENGTH).
+        context = (yield from self.entry("/api/ps")).get("context_length")
         return context if isinstance(context, int) else 0
 
 
@@ -1248,26 +1225,29 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
         listing: Response = yield Request(protocol.list_path, b"", 10.0)
         names = re.findall(r'"(?:name|id)": ?"([^"]+?)(?::latest)?"', listing.body.decode("utf-8", "replace"))
         raise Stop(stop.message + suggestion(protocol.model, names)) from None
-    good, facts = batch.last, (yield from protocol.look_up())
-    batch.profile, base64_sample = batch.profile._replace(**facts), b""
+    good, size = batch.last, len(sample) // 4
+    asked = protocol.common.get("dimensions", size)
+    if asked != size:
+        raise Stop(
+            f"{protocol.address} does not give what was asked for: vectors of {size} dimensions came instead of "
+            f"{asked}. Leave out --dimensions, or give another --model."
+        )
+    # Only Ollama tells more than vectors; and only Ollama cuts a long text without a word.
+    facts = (yield from protocol.look_up()) if isinstance(protocol, Ollama) else {"base64_tokens": sys.maxsize}
+    batch.profile = batch.profile._replace(sample=sample, **facts)
+    base64_sample = b""
     if batch.profile.base64_tokens:
         with contextlib.suppress(Trouble, Stop):  # as a proxy that lets only /api through
-            [base64_sample] = yield from batch.ask([KNOWN_GOOD], probe=True)
-    if len(sample) != len(base64_sample) or not cosine(sample, base64_sample) >= ALIKE:
+            [base64_sample] = yield from batch.ask([KNOWN_GOOD])
+    if not cosine(sample, base64_sample) >= ALIKE:
         batch.profile = batch.profile._replace(base64_tokens=0)  # refused, or mangled on the way
-    asked = protocol.common.get("dimensions", len(sample) // 4)
-    if asked != len(sample) // 4:
-        raise Stop(
-            f"{protocol.address} does not give what was asked for: vectors of {len(sample) // 4} dimensions came "
-            f"instead of {asked}. Leave out --dimensions, or give another --model."
-        )
     answer = json.loads(good.body)
     version = batch.profile.version or str(answer.get("system_fingerprint") or good.headers.get("server", ""))
     named, model = str(answer.get("model") or ""), protocol.model
     note = f"{protocol.address} answers as the model {protocol.endpoint.hide(named)!r}, not as {model!r}"
     if named.lower() in model.lower() or model.lower() in named.lower():  # as with a tag, or its author before it
         note = ""
-    return batch.profile._replace(sample=sample, version=version, note=note, family=good.family)
+    return batch.profile._replace(version=version, note=note, family=good.family)
 
 
 class BatchRequest:
@@ -1323,7 +1303,7 @@ class BatchRequest:
         tries, longest = Counter[str](), max(map(len, texts))
         while len(vectors) < len(texts):
             try:
-                vectors += yield from self.ask(texts[len(vectors) :][: self.profile.most_texts], truncate=truncate)
+                vectors += yield from self.ask(texts[len(vectors) :][: self.profile.most_texts], truncate)
             except Trouble as trouble:
                 tries[trouble.kind] += 1
                 if tries["dimensions"] == ODD_ANSWERS:
@@ -1407,9 +1387,10 @@ class BatchRequest:
             raise Trouble("garbled", "the vectors of its parts cancel each other out")
         return Embedding(vector, "split")
 
-    def ask(self, texts: list[str], probe: bool = False, truncate: bool = False) -> Steps[list[bytes]]:
-        """Return the vectors of `texts` from one request, or raise Trouble. `probe`: it is of no row."""
-        protocol, known, count = self.protocol, self.profile.dimensions, 0 if probe else len(texts)
+    def ask(self, texts: list[str], truncate: bool = False) -> Steps[list[bytes]]:
+        """Return the vectors of `texts` from one request, or raise Trouble."""
+        protocol, known, probe = self.protocol, self.profile.dimensions, texts == [KNOWN_GOOD]
+        count = 0 if probe else len(texts)
         request = protocol.build(self.profile, texts, self.timeout, truncate)
         response: Response = yield request
         self.last = response
@@ -1419,8 +1400,8 @@ class BatchRequest:
             vectors = validate_vectors(numbers, texts)
             if request.longest:  # in base64
                 # The context is asked for afterwards: the server may have reloaded the model for this request.
-                most = yield from protocol.loaded_context()
-                useful = most if isinstance(numbers[0], bytes) else 0  # this server does not send base64
+                most = (yield from protocol.loaded_context()) if isinstance(protocol, Ollama) else sys.maxsize
+                useful = most if isinstance(numbers[0], str) else 0  # this server does not send base64
                 if useful < self.profile.base64_tokens:
                     yield from self.learn(base64_tokens=useful)
                 if most < request.longest:
@@ -1452,7 +1433,7 @@ class BatchRequest:
         at_once = True
         while True:
             try:
-                [vector] = yield from self.ask([KNOWN_GOOD], probe=True)
+                [vector] = yield from self.ask([KNOWN_GOOD])
                 return vector, at_once
             except Trouble as trouble:
                 at_once = False
