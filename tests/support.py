@@ -56,6 +56,10 @@ if START_METHOD:
 # Seconds for which a run in the tests' own process waits before it tries again.
 SHORT_WAITS = {"FIRST_WAIT": 0.02, "RETRY_SECONDS": 0.02}
 
+# For databases, whose commits need not wait for a disk there; what is to be executed belongs elsewhere.
+SHM = Path("/dev/shm")
+IN_MEMORY = SHM if os.name == "posix" and SHM.is_dir() and shutil.disk_usage(SHM).free > 2 << 30 else None
+
 # What may be skipped on Windows, by the words of the skip: all else that is skipped there counts as a failure.
 SKIPPED_ON_WINDOWS = {
     "the package psycopg is not installed; it is needed for Postgres only": "its server does not run under Wine",
@@ -86,10 +90,33 @@ def command(*arguments: object, **constants: object) -> list[str]:
     return [sys.executable, "-S", "-c", code, *map(str, arguments)]
 
 
+OURS = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")  # what the program reads
+
+
+@contextlib.contextmanager
+def changed_environment(extra: Mapping[str, str] | None) -> Iterator[None]:
+    """Have this process's environment as environment() has it, within the block."""
+    changes = {name: None for name in os.environ if name.startswith(OURS)}
+    wanted: dict[str, str | None] = {**changes, **(extra or {})}
+    before = {name: os.environ.get(name) for name in wanted}
+
+    def change(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    change(wanted)
+    try:
+        yield
+    finally:
+        change(before)
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment without what the program would read, and with `extra`."""
-    ours = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     if os.name == "nt":  # where redirected output is in the code page, cp1252, whatever the console has
         kept["PYTHONUTF8"] = "1"
     return {**kept, **(extra or {})}
@@ -232,7 +259,7 @@ class Case(unittest.TestCase):
 
     def setUp(self) -> None:
         self.ollama.reset()
-        self.folder = Path(tempfile.mkdtemp(prefix="embedgen-test-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="embedgen-test-", dir=IN_MEMORY))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.database = self.folder / "movies.db"
         self.open_database()
@@ -303,7 +330,7 @@ class Case(unittest.TestCase):
         waits = {name: min(getattr(embedgen, name), most) for name, most in SHORT_WAITS.items()}
         os.chdir(self.folder)
         try:
-            with mock.patch.dict(os.environ, environment(env), clear=True), mock.patch.multiple(embedgen, **waits):
+            with changed_environment(env), mock.patch.multiple(embedgen, **waits):
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
                     # The threads are the double's; the program's own process has none when it forks.
                     warnings.filterwarnings("ignore", ".*multi-threaded")

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 from pathlib import Path
@@ -151,11 +152,11 @@ class Signals(Ending):
         self.assertEqual(embedgen.GRACE, 10.0)
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
-                process = self.start_held(engine, GRACE=0.3)
+                process = self.start_held(engine, GRACE=0.1)
                 began = time.monotonic()
                 os.kill(process.pid, signal.SIGTERM)
                 done = self.finish(process)
-                self.assertGreaterEqual(time.monotonic() - began, 0.3)
+                self.assertGreaterEqual(time.monotonic() - began, 0.1)
                 self.assertEqual((done.code, done.tally, len(self.stored())), (143, (84, 0, 0), 84))
 
     def interrupt_twice(self, process: subprocess.Popen[bytes]) -> None:
@@ -299,7 +300,7 @@ class Signals(Ending):
                 self.database.unlink(missing_ok=True)
                 self.ollama.reset()
                 self.make_movies(60)
-                with mock.patch.multiple(embedgen, PATIENCE=0.2, FIRST_WAIT=0.05):
+                with mock.patch.multiple(embedgen, PATIENCE=0.1, FIRST_WAIT=0.02):
                     self.ollama.configure(next=["ok"] * 7, faults={"503": 1.0})
                     done = self.run_program("--engine", engine, "--concurrent", 1, "--batch-size", 4)
                 self.assertEqual((done.code, done.tally), (3, (20, 0, 0)))
@@ -369,7 +370,9 @@ class Databases(Ending):
     def test_a_disk_without_locks(self) -> None:
         self.make_movies(1)
         self.succeed()
-        source, library = self.folder / "locks.c", self.folder / "locks.so"
+        folder = Path(tempfile.mkdtemp(prefix="embedgen-test-"))
+        self.addCleanup(shutil.rmtree, folder)
+        source, library = folder / "locks.c", folder / "locks.so"
         source.write_text(WITHOUT_LOCKS)
         subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         for code in (errno.EIO, errno.EOPNOTSUPP, errno.ENOLCK):

@@ -18,9 +18,11 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -255,9 +257,10 @@ class TestCommands(Case):
         shutil.copy(MOVIES, self.folder / "tests" / "data")
         with contextlib.closing(sqlite3.connect(self.folder / "shop.db")) as shop:
             shop.executescript(SHOP)
-        (self.folder / "bin").mkdir()
+        self.bin = Path(tempfile.mkdtemp(prefix="embedgen-test-"))
+        self.addCleanup(shutil.rmtree, self.bin)
         for name, script in STAND_INS.items():
-            path = self.folder / "bin" / name
+            path = self.bin / name
             python = shlex.quote(sys.executable) + " -S" * isinstance(self.db, SQLite)
             path.write_text("#!/bin/sh\n" + script.format(python=python) + "\n")
             path.chmod(0o755)
@@ -290,7 +293,7 @@ class TestCommands(Case):
                 all_done = [self.call(shlex.split(line, comments=True)[2:], env) for line in script.splitlines()]
             codes, outs, errs = zip(*all_done)
             return Finished(max(codes), "".join(outs), "".join(errs))
-        env["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        env["PATH"] = f"{self.bin}:{os.environ['PATH']}"
         done = subprocess.run(
             ["sh", "-e", "-c", script], cwd=self.folder, env=environment(env), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=600,

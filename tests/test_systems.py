@@ -77,7 +77,7 @@ class Limits(Case):
 
     def check(self, engine: str, asked: int, allowed: int, **more: Any) -> None:
         """Run with that many requests in flight, of which the system allows fewer."""
-        self.make_movies(300)
+        self.make_movies(200)
         flags = ("--engine", engine, "--workers", asked, "--batch-size", 1)
         done = self.run_program(*flags, real=True, **more)
         said = f"the system allows {allowed} requests in flight, not {asked}; going on with {allowed}"
@@ -154,7 +154,7 @@ else:
             self.check("process", 90, (64 - embedgen.SPARE_FILES) // 3, preexec_fn=self.limited)
 
         def test_more_connections_than_there_may_be_open_files(self) -> None:
-            self.ollama.configure(network=0.05)
+            self.ollama.configure(network=0.02)
             self.check("async", 90, 64 - embedgen.SPARE_FILES, preexec_fn=self.limited)
 
 
@@ -166,7 +166,7 @@ class ControlC(Case):
                     self.database.unlink(missing_ok=True)
                     self.ollama.reset()
                     self.make_movies(1000)
-                    self.ollama.configure(seconds_per_text=0.02, slots=1)
+                    self.ollama.configure(seconds_per_text=0.01, slots=1)
                     flags = ("--engine", engine, "--workers", 3, "--batch-size", 4)
                     process = self.start_program(*flags, UNSAVED_SECONDS=0.1)
                     self.wait_for(lambda: "movie_embeddings" in self.db.tables() and self.stored(), "the first rows")
