@@ -481,6 +481,11 @@ class Recipe(NamedTuple):
         fields = (before + " or ".join(f"{{{column}}}" for column in columns) for before, columns in self.parts)
         return (" | " if self.labelled else "").join(fields)
 
+    @property
+    def columns(self) -> list[str]:
+        """All columns of the text."""
+        return [column for _, columns in self.parts for column in columns]
+
     def sql(self, value: Callable[[str], str], literal: Callable[[str], str]) -> str:
         """Return the SQL expression of the text; '' for a row whose columns are all blank.
 
@@ -488,17 +493,15 @@ class Recipe(NamedTuple):
         `literal(text)` that of a string. The database builds the text, so that it can hash
         and compare texts without moving them.
         """
-        pieces, present = [], []
-        for before, columns in self.parts:
-            one = f"COALESCE({', '.join(map(value, columns))}, NULL)"
-            if columns:
-                present.append(f"{one} IS NOT NULL")
-            if self.labelled:
-                pieces.append(f"COALESCE({literal(' | ' + before)} || {one}, '')")
-            else:
-                pieces.append(f"{literal(before)} || COALESCE({one}, '')" if columns else literal(before))
-        text = " || ".join(pieces)
-        return f"ltrim({text}, ' |')" if self.labelled else f"CASE WHEN {' OR '.join(present)} THEN {text} ELSE '' END"
+
+        def first(columns: Iterable[str]) -> str:
+            return f"COALESCE({', '.join([*map(value, columns), 'NULL', 'NULL'])})"  # of two values at least
+
+        if self.labelled:
+            pieces = [f"COALESCE({literal(' | ' + label)} || {first(columns)}, '')" for label, columns in self.parts]
+            return f"ltrim({' || '.join(pieces)}, ' |')"
+        pieces = [f"{literal(before)} || COALESCE({first(columns)}, '')" for before, columns in self.parts]
+        return f"CASE WHEN {first(self.columns)} IS NULL THEN '' ELSE {' || '.join(pieces)} END"
 
 
 # White space and characters of zero width: a text of nothing else counts as blank.
@@ -507,9 +510,8 @@ BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) 
 
 def match(name: str, names: Iterable[str]) -> str | None:
     """Return the equal one of `names`, or else the only one that differs in case alone."""
-    names = list(names)
     alike = [other for other in names if other.casefold() == name.casefold()]
-    return name if name in names else alike[0] if len(alike) == 1 else None
+    return name if name in alike else alike[0] if len(alike) == 1 else None
 
 
 def listed(names: Iterable[str], most: int = 30) -> str:
@@ -528,14 +530,16 @@ def column_of(name: str, columns: Sequence[str], table: str) -> str:
 
 def default_recipe(columns: Sequence[str], table: str) -> Recipe:
     """Return the recipe for a table with the well-known columns."""
-    found = ((label, tuple(filter(None, (match(name, columns) for name in names)))) for label, names in LABELS.items())
-    parts = tuple((label, names) for label, names in found if names)
+    parts = []
+    for label, names in LABELS.items():
+        if found := tuple(filter(None, (match(name, columns) for name in names))):
+            parts.append((label, found))
     if not REQUIRED_LABELS & dict(parts).keys():
         raise UsageError(
             f'"{table}" has no column such as title or description to make a text of. It has: {listed(columns)}. '
             f'Say which to use, with --columns A,B or --text "{{A}}: {{B}}".'
         )
-    return Recipe(parts, labelled=True)
+    return Recipe(tuple(parts), labelled=True)
 
 
 def columns_recipe(given: str, columns: Sequence[str], table: str) -> Recipe:
@@ -554,12 +558,13 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UsageError(f"--text {template!r} is no template: {error}. Write {{{{ or }}}} for a brace.") from None
-    if any(form or conversion or name == "" for _, name, form, conversion in fields):
+    if any(form or conversion for _, _, form, conversion in fields):
         raise UsageError(f"--text {template!r} has an odd field. Give plain {{column}} fields: a name, no : and no !.")
     parts = [(text, () if name is None else (column_of(name, columns, table),)) for text, name, _, _ in fields]
-    if not any(found for _, found in parts):
+    recipe = Recipe(tuple(parts), labelled=False)
+    if not recipe.columns:
         raise UsageError(f"--text {template!r} names no column. Put one in braces, such as {{{columns[0]}}}.")
-    return Recipe(tuple(parts), labelled=False)
+    return recipe
 
 
 # Nouns in -ie. Other plurals in -ies are taken for nouns in -y (stories, story).
@@ -573,7 +578,7 @@ def singular(word: str) -> str:
         return word
     if re.search(r"(?s)..ies$", low) and not re.search(IE_NOUNS, low):
         return word[:-3] + ("Y" if word.isupper() else "y")
-    if re.search(r"(ss|x|ch|sh|zz|tus|bus|virus)es$", low) and not low.endswith("caches"):
+    if re.search(r"(ss|x|(?<!ca)ch|sh|zz|tus|bus|virus)es$", low):
         return word[:-2]
     return word[:-1]
 
@@ -3788,7 +3793,7 @@ class Target(NamedTuple):
             )
         described = db.readable_columns(source.table)
         column = match(name, described)
-        if column in [source.key, *(of_text for _, names in source.recipe.parts for of_text in names)]:
+        if column in [source.key, *source.recipe.columns]:
             raise UsageError(f'--out-column "{column}" is the key or part of the text. Give a column for the vectors.')
         key, names = f"{singular(source.table.name)}_id", {"embedding": column or name}
         if column is None:
@@ -4397,7 +4402,7 @@ class Inspector:
 
     def columns_of(self, key: Any) -> dict[str, Any]:
         """Return the values of the columns in a row's text, by name; none if the row is gone."""
-        names = dict.fromkeys(column for _, columns in self.source.recipe.parts for column in columns)
+        names = dict.fromkeys(self.source.recipe.columns)
         of_row = f"{self.source.from_sql} AS s WHERE {self.source.key_sql} = {self.db.mark}1"
         found = self.db.query(f"SELECT {', '.join(map(quoted, names))} FROM {of_row}", key)
         return dict(zip(names, found[0])) if found else {}
