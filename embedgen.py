@@ -75,10 +75,7 @@ class Stop(Exception):
     """The run cannot start or cannot go on: one sentence for the user, and the exit code."""
 
     code = EXIT_STOPPED
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    message = property(str)
 
 
 class UsageError(Stop):
@@ -4657,22 +4654,23 @@ class Report:
             self.screen.redraw(f"Stopping within {GRACE:.0f} s. Ctrl-C again ends at once.")
             self.screen.lines()
         if self.due() <= 0:
-            self.show(counts, time.monotonic() - self.started)
+            self.show(counts)
 
     def due(self) -> float:
         """Return the seconds until the next progress line."""
         return self.shown + (REDRAW_SECONDS if self.screen.columns else PIPE_SECONDS) - time.monotonic()
 
-    def show(self, counts: Counts, elapsed: float) -> None:
-        """Print the progress line."""
+    def show(self, counts: Counts) -> float:
+        """Print the progress line; return the seconds since the program's start."""
         self.shown = time.monotonic()
+        elapsed = round(self.shown - self.started, 2)
         self.screen.redraw(progress_line(counts, elapsed, self.screen.columns, self.start_up))
+        return elapsed
 
     def end(self, counts: Counts) -> float:
         """Return the run's seconds until its last row; print the final progress line when first called."""
         if self.elapsed is None:
-            self.elapsed = round(time.monotonic() - self.started, 2)
-            self.show(counts, self.elapsed)
+            self.elapsed = self.show(counts)
             self.screen.lines("", "💾 Saving embeddings to database...")
         return self.elapsed
 
@@ -4796,7 +4794,7 @@ class Log:
 
 
 # ============================ actions ============================
-# Each action is a function that does what the command line asks for, prints the result, and returns the exit code.
+# Each action is a function that does what the command line asks for, and prints the result with the exit code.
 
 
 class Job(NamedTuple):
@@ -4996,8 +4994,8 @@ def survey(job: Job) -> tuple[Coverage, Counts]:
     return coverage, Counts(*coverage.count(), job.settings.limit)
 
 
-def generate(job: Job) -> int:
-    """Do the main job and return the exit code."""
+def generate(job: Job) -> None:
+    """Do the main job."""
     settings, log, interrupt, report = job.settings, job.log, job.interrupt, job.report
     _, counts = survey(job)
     log.info(
@@ -5025,7 +5023,6 @@ def generate(job: Job) -> int:
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
     report.finish(counts, code)
     log.info(f"{counts.generated} generated, {counts.skipped} skipped, {counts.failed} failed; exit code {code}")
-    return code
 
 
 def embed(job: Job, counts: Counts) -> Target:
@@ -5118,7 +5115,7 @@ TIMED_TEXTS = (4, 32)  # embedded by --dry-run to measure the speed: first a few
 QUICK_SECONDS = 0.5
 
 
-def dry_run(job: Job) -> int:
+def dry_run(job: Job) -> None:
     """Print what a run would do, with an estimate of its time from a few texts; write nothing."""
     report = job.report
     coverage, counts = survey(job)
@@ -5145,7 +5142,6 @@ def dry_run(job: Job) -> int:
         RULE,
     ]
     report.give(facts, lines)
-    return EXIT_DONE
 
 
 @contextlib.contextmanager
@@ -5190,7 +5186,7 @@ def measure_speed(job: Job, coverage: Coverage) -> float:
     return speed
 
 
-def search(job: Job) -> int:
+def search(job: Job) -> None:
     """List the rows nearest to a text."""
     job.inspector().check_searchable()
     query = str(job.settings.search)
@@ -5209,10 +5205,9 @@ def search(job: Job) -> int:
     inspector.check_searchable(len(answer.vector) // 4)
     inspector.provenance.check_version()
     show_hits(job, inspector, {"query": query}, f'"{query}"', answer.vector, job.settings.model)
-    return EXIT_DONE
 
 
-def similar(job: Job) -> int:
+def similar(job: Job) -> None:
     """List the rows nearest to one of them, by its stored vector."""
     given = str(job.settings.similar)
     key, vector, model = job.inspector().row_named(given)
@@ -5226,7 +5221,6 @@ def similar(job: Job) -> int:
         )
     job = job.for_model(model)
     show_hits(job, job.inspector(), {"similar_to": key}, row, vector, model, but=key)
-    return EXIT_DONE
 
 
 def show_hits(
@@ -5285,7 +5279,7 @@ def truncate_to_width(text: str, cells: int) -> str:
     return text + "…"
 
 
-def status(job: Job) -> int:
+def status(job: Job) -> None:
     """Print how many rows are embedded, missing or stale, and by which models."""
     origins = job.inspector().origins()
     models = {made["model"] for made in origins}
@@ -5306,7 +5300,6 @@ def status(job: Job) -> int:
         "notes": job.target.notes(job.source.key, settings.model) if job.target.is_column else [],
     }  # fmt: skip
     job.report.give(facts, status_lines(facts, job.report, job.db.shown))
-    return EXIT_DONE
 
 
 def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[str]:
@@ -5338,7 +5331,7 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     return [*lines, *facts["notes"], RULE]
 
 
-def prune(job: Job) -> int:
+def prune(job: Job) -> None:
     """Remove the embeddings whose row is gone."""
     settings, target, source = job.settings, job.target, job.source.table.name
     name = f'"{target.table.name}"'
@@ -5365,10 +5358,9 @@ def prune(job: Job) -> int:
     line = f"🧹 {what} {removed} of {total} embeddings, {why}."
     facts = {did: removed, "left": total - removed, "dry_run": settings.dry_run}
     job.report.give(facts, [line] if removed or not settings.quiet else [])
-    return EXIT_DONE
 
 
-ACTIONS: dict[str, Callable[[Job], int]] = {
+ACTIONS: dict[str, Callable[[Job], None]] = {
     "generate": generate,
     "dry_run": dry_run,
     "search": search,
@@ -5381,8 +5373,8 @@ ACTIONS: dict[str, Callable[[Job], int]] = {
 # =============================== main ===============================
 
 
-def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log: Log, started: float) -> int:
-    """Carry out the settings' action and return the exit code; raise Stop if it cannot be done."""
+def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log: Log, started: float) -> None:
+    """Carry out the settings' action; raise Stop if it cannot be done."""
     interrupt, most = console.interrupt, most_in_flight(settings.engine)
     if settings.concurrent and settings.concurrent > most:
         log.alert(f"the system allows {most} requests in flight, not {settings.concurrent}; going on with {most}")
@@ -5395,7 +5387,7 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
         source = Source.resolve(db, settings)
         target = Target.resolve(db, source, settings)
         report = Report(console, settings, log, source.table.name, started, loaded)
-        return ACTIONS[settings.action](Job(settings, db, source, target, protocols, report, log, interrupt))
+        ACTIONS[settings.action](Job(settings, db, source, target, protocols, report, log, interrupt))
 
 
 def fail(error: BaseException, console: Console, log: Log | None, given: Sequence[str]) -> int:
@@ -5434,7 +5426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = parse_arguments(given)
             protocols = protocols_for(settings)
             log = Log(settings)
-            code = run(settings, protocols, console, log, started)
+            run(settings, protocols, console, log, started)
         except (Exception, KeyboardInterrupt) as error:
             code = fail(error, console, log, given)
         finally:
