@@ -555,7 +555,7 @@ def template_recipe(template: str, columns: Sequence[str], table: str) -> Recipe
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UsageError(f"--text {template!r} is no template: {error}. Write {{{{ or }}}} for a brace.") from None
-    if any(form or conversion for _, _, form, conversion in fields):
+    if any(form or conversion or name == "" for _, name, form, conversion in fields):
         raise UsageError(f"--text {template!r} has an odd field. Give plain {{column}} fields: a name, no : and no !.")
     parts = [(text, () if name is None else (column_of(name, columns, table),)) for text, name, _, _ in fields]
     recipe = Recipe(tuple(parts), labelled=False)
@@ -4557,7 +4557,7 @@ class Console:
 
     def __init__(self, out: TextIO | None, interrupt: Interrupt) -> None:
         self.out, self.interrupt = out, interrupt
-        self.verdict: int | None = None  # the exit code, once it has been printed: nothing later changes it
+        self.verdict: int | None = None  # the exit code, once it is settled: nothing later changes it
         self.is_lost = False  # whether output was lost
         self.drawn = 0  # length of the line that can be redrawn in place
         encoding = getattr(out, "encoding", None) or "utf-8"
@@ -5390,8 +5390,8 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
         ACTIONS[settings.action](Job(settings, db, source, target, protocols, report, log, interrupt))
 
 
-def fail(error: BaseException, console: Console, log: Log | None, given: Sequence[str]) -> int:
-    """Log and print the error that has ended the run; return the exit code."""
+def fail(error: BaseException, console: Console, log: Log | None, given: Sequence[str]) -> None:
+    """Log and print the error that has ended the run; without a verdict so far, its exit code is that."""
     code, message, interrupt = EXIT_STOPPED, f"{type(error).__name__}: {error}", console.interrupt
     cause: BaseException | None = error  # whose traceback the log gets: no mistake's of the user
     if stopped := interrupt.forced or isinstance(error, KeyboardInterrupt):  # or an error that it caused
@@ -5406,21 +5406,23 @@ def fail(error: BaseException, console: Console, log: Log | None, given: Sequenc
         message += ". This is a fault of embedgen itself; the log and --verbose have more."
         if "--verbose" in given:
             sys.excepthook(type(error), error, error.__traceback__)
+    level = "warning" if console.verdict in (EXIT_DONE, EXIT_FAILED_ROWS) else "error"
     console.lines()
-    if "--json" in given and console.verdict is None:
-        console.lines(json.dumps({"exit_code": code, "error": message}))
+    if console.verdict is None:
+        console.verdict = code
+        if "--json" in given:
+            console.lines(json.dumps({"exit_code": code, "error": message}))
     if not stopped:
-        complain(("warning: " if console.verdict in (EXIT_DONE, EXIT_FAILED_ROWS) else "error: ") + one_line(message))
-    return code
+        complain(f"{level}: {one_line(message)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     started = time.monotonic()
     given = sys.argv[1:] if argv is None else argv
-    interrupt, code = Interrupt(), EXIT_STOPPED
+    interrupt = Interrupt()
     console, log = Console(sys.stdout, interrupt), None
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # of a first signal, while another error is being reported
         try:
             interrupt.catch_signals()
             settings = parse_arguments(given)
@@ -5428,15 +5430,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             log = Log(settings)
             run(settings, protocols, console, log, started)
         except (Exception, KeyboardInterrupt) as error:
-            code = fail(error, console, log, given)
+            fail(error, console, log, given)
         finally:
             interrupt.ignore_signals()
             kill_workers()
             if log:
                 log.close()
-    except KeyboardInterrupt:  # a first signal, while another error was being reported
-        code = interrupt.code
-    return code if console.verdict is None else console.verdict
+    return interrupt.code if console.verdict is None else console.verdict
 
 
 if __name__ == "__main__":
