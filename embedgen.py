@@ -848,8 +848,9 @@ def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
 class Policy(NamedTuple):
     """The treatment of one kind of trouble.
 
-    `together` and `alone`: after so many tries, a batch of several texts, or a single text, is suspected; None: never.
-    `fault`: who seems to be at fault; if it is the server, a known-good text is tried before a text is blamed.
+    `together` and `alone`: so many failures are enough to blame one of several texts, or a single text; None: never.
+    Before a single text is tried again that can be blamed, the server must embed a known-good text.
+    `fault`: who seems to be at fault, the server or the texts.
     `outcome`: what the pace is told.
     """
 
@@ -865,14 +866,12 @@ POLICIES = {
     "busy": Policy(None, None, "server", "overloaded"),
     "late": Policy(2, None, "server", "overloaded"),  # what stands before the server has lost patience
     "unavailable": Policy(4, None, "server", "overloaded"),
-    # Servers also crash by themselves: several texts get some seconds in all, a single one, which would fail, most of a
-    # minute.
-    "crashed": Policy(4, 8, "server", "overloaded"),
+    "crashed": Policy(4, 5, "server", "overloaded"),  # which servers do by themselves, too
     "timeout": Policy(1, 3, "server", "timeout"),
     "dimensions": Policy(None, None, "server", "failed"),  # vectors of another length; see BatchRequest.insist
     "garbled": Policy(2, 2, "texts", "failed"),  # an answer that must not be stored
     "too_long": Policy(1, 1, "texts", "failed"),
-    "refused": Policy(1, 1, "texts", "failed"),
+    "refused": Policy(1, 2, "texts", "failed"),
 }
 
 
@@ -1003,7 +1002,7 @@ class Protocol:
             asked["truncate"] = truncate
         return Request(path, json.dumps(asked).encode(), timeout, base64_tokens)
 
-    def check(self, request: Request, response: Response, texts: int = 1) -> None:
+    def check(self, request: Request, response: Response, texts: int) -> None:
         """Raise the error in the answer to a request with `texts` texts, unless its status is 200."""
         status = response.status
         if status == 200:
@@ -1220,7 +1219,7 @@ def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]
     """
     batch = BatchRequest(protocol, ServerProfile(), movable)
     try:
-        sample, _ = yield from batch.wait_until_healthy()
+        sample = yield from batch.wait_until_healthy()
     except Stop as stop:
         if protocol.get_model not in stop.message:
             raise
@@ -1298,8 +1297,7 @@ class BatchRequest:
     def insist(self, texts: list[str], last: bool = True, truncate: bool = False) -> Steps[list[bytes]]:
         """Return the vectors of `texts`, after as many tries as it takes; raise Trouble if a text is at fault.
 
-        `last`: they will not be tried in smaller groups. Then one is blamed only if the server embeds a known-good text
-        right afterwards, or at the second suspicion.
+        `last`: they will not be tried in smaller groups.
         """
         vectors: list[bytes] = []
         tries, longest = Counter[str](), max(map(len, texts))
@@ -1313,18 +1311,16 @@ class BatchRequest:
                         f"{self.protocol.address} does not keep to one model: {trouble}. Are there several servers "
                         "behind that address? Give each a --server of its own, or one alone."
                     ) from None
-                policy, healthy = trouble.policy, False
-                enough = (policy.alone if last else policy.together) or sys.maxsize
-                suspected = tries[trouble.kind] >= enough
+                policy = trouble.policy
+                suspected = tries[trouble.kind] >= ((policy.alone if last else policy.together) or sys.maxsize)
                 if trouble.kind == "too_long" and last:
                     yield from self.learn(long_from=min(longest, self.profile.long_from))
-                elif trouble.kind == "timeout" or (suspected and (last or policy.fault == "server")):
-                    # A server that is down proves nothing. After a time-out it may still be computing the lost answer:
-                    # another request would only lengthen its queue, until it has time for a short text.
-                    _, healthy = yield from self.wait_until_healthy()
-                elif not suspected:
-                    yield from self.pause(trouble)
-                if suspected and (healthy or not last or trouble.kind == "too_long" or tries[trouble.kind] > enough):
+                if suspected and (last or policy.fault == "texts"):
+                    raise
+                # A server that is down proves nothing. After a time-out it may still be computing the lost answer:
+                # another request would only lengthen its queue, until it has time for a short text.
+                yield from self.wait_until_healthy() if suspected or (last and policy.alone) else self.pause(trouble)
+                if suspected:
                     raise
         if longest >= self.profile.long_from and not truncate:
             yield from self.learn(long_from=longest + 1)
@@ -1430,15 +1426,13 @@ class BatchRequest:
             self.profile = self.profile._replace(**cast(Any, changes))
             yield Learned(changes)
 
-    def wait_until_healthy(self) -> Steps[tuple[bytes, bool]]:
-        """Wait until the server embeds a known-good text; return its vector, and whether the first try succeeded."""
-        at_once = True
+    def wait_until_healthy(self) -> Steps[bytes]:
+        """Wait until the server embeds a known-good text; return its vector."""
         while True:
             try:
                 [vector] = yield from self.ask([KNOWN_GOOD])
-                return vector, at_once
+                return vector
             except Trouble as trouble:
-                at_once = False
                 yield from self.pause(trouble, known_good=True)
 
     def pause(self, trouble: Trouble, known_good: bool = False) -> Steps[None]:
