@@ -2579,25 +2579,23 @@ class StagedFile:
         unnamed = ("row" if match("id", numeric) else "id") if "" in numeric else ""
         if unnamed:
             self.notes.append(f'the first column of {file.path} has no name and is taken for the key, as "{unnamed}"')
-        names = [name or unnamed for name in numeric]
+        names = [db.cut(name or unnamed) for name in numeric]
         cells = [f"f.c{index}" for index in range(1, len(names) + 1)]
         texts = ", ".join(f"c{index} text" for index in range(len(names) + 1))
         db.execute(f"CREATE TEMP TABLE {STAGED} (line bigint, {texts})")
         rows = ([line, str(n), *map(row.get, numeric)] for n, (line, row) in enumerate(file.rows(), 1))
         db.fill(STAGED, len(names) + 2, rows)
-        found = db.find_table(settings.table)
-        types = {} if found else dict(zip(names, map(self.type_of, cells, numeric.values())))
-        self.table = found or self.create(settings.id or unnamed, types)
+        self.table = db.find_table(settings.table)
+        if not self.table.exists:
+            self.create(settings.id or unnamed, dict(zip(names, map(self.type_of, cells, numeric.values()))))
         self.described = db.columns(self.table)
-        columns = list(self.described)[-len(names) :]  # of a new table, which may have cut names
-        if found:
-            columns = [column_of(name, list(self.described), found.name) for name in names]
+        columns = [column_of(name, list(self.described), self.table.name) for name in names]
         self.cells = dict(zip(columns, cells))
         if len(self.cells) < len(names):
             raise UsageError(f'{file.path}: columns are one in "{self.table.name}": {listed(columns)}. Rename one.')
         self.key = key_column(settings.id, self.described, self.table.name)
         if self.key not in columns:
-            self.number_rows(is_new=not found)
+            self.number_rows()
         self.values = {column: self.value_of(column, cell) for column, cell in self.cells.items()}
 
     def type_of(self, cell: str, is_numeric: bool) -> str:
@@ -2611,24 +2609,20 @@ class StagedFile:
                 return kind
         return "TEXT"
 
-    def create(self, key: str, types: dict[str, str]) -> Table:
-        """Create a table for the columns of the file, with the key given, or id, which is made if it is missing."""
-        table = self.db.place_table(self.settings.table)
+    def create(self, key: str, types: dict[str, str]) -> None:
+        """Create the table for the columns of the file, with the key given, or id, which is made if it is missing."""
         key = column_of(key, list(types), self.file.path) if key else match("id", types) or "id"
         if key not in types:
             types = {key: "INTEGER", **types}
         if types[key] != "INTEGER":
-            types[key] = "TEXT"  # never a floating-point number
-        columns = (
-            f"{quoted(c)} {self.db.type_name(kind)}" + " PRIMARY KEY NOT NULL" * (c == key) for c, kind in types.items()
-        )
-        self.db.execute(f"CREATE TABLE {table.sql} ({', '.join(columns)})")
-        return table
+            types[key] = "TEXT NOT NULL"  # never a floating-point number
+        columns = ", ".join(f"{quoted(name)} {self.db.type_name(kind)}" for name, kind in types.items())
+        self.db.execute(f"CREATE TABLE {self.table.sql} ({columns}, PRIMARY KEY ({quoted(key)}))")
 
-    def number_rows(self, is_new: bool) -> None:
+    def number_rows(self) -> None:
         """Make the number of each row its key; UsageError if a column could be the key."""
         path, key = self.file.path, self.key
-        if is_new:
+        if not self.table.exists:
             sql = "SELECT count(*) = count(DISTINCT NULLIF({}, '')) FROM {} AS f".format
             unique = [column for column, cell in self.cells.items() if self.db.execute(sql(cell, STAGED))[0][0]]
             if unique:
@@ -2721,11 +2715,12 @@ STOPPING_PATIENCE = 5.0  # seconds for which a run that has been interrupted sti
 
 
 class Table(NamedTuple):
-    """A table or view; SQLite has no schemas."""
+    """A table or view, or the place of one to be created; SQLite has no schemas."""
 
     schema: str
     name: str
-    is_table: bool
+    is_table: bool = True
+    exists: bool = True
 
     @property
     def sql(self) -> str:
@@ -2760,11 +2755,6 @@ class RowsRefused(Stop):
 def quoted(name: str) -> str:
     """Return a name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def cut_name(name: str, ending: str) -> str:
-    """Return a name with an ending, in the 63 bytes that Postgres keeps of a name."""
-    return name.encode()[: 63 - len(ending)].decode("utf-8", "ignore") + ending
 
 
 def literal(text: str) -> str:
@@ -2814,8 +2804,7 @@ class Catalogue(NamedTuple):
     """Queries about tables and columns; the parameters of most are a table's schema and name."""
 
     table_names: str  # names of the tables and views that can be read
-    find_table: str  # parameters: name as given, and the only schema to look in or ""; schema, name, is it a table
-    place_table: str  # parameters: name as given, and the default schema; result as of find_table
+    find_table: str  # parameters and result as of Database.find_table
     columns: str  # the readable columns: name, and the fields of Column
     references: str  # parameters: schema, name, column; table and column that its foreign key refers to
     may_refer: str  # parameters: schema, name, column; true if this user may create foreign keys to it
@@ -2842,6 +2831,7 @@ class Database:
     target_columns: ClassVar[str]  # of a new target, after its key; {} is the type of its vectors
     vector_types: ClassVar[str]  # pattern of types that hold vectors; its groups are the name and the dimensions
     vectors_are: ClassVar[str]  # these types, for the user
+    name_bytes: ClassVar[int] = sys.maxsize  # of a name are kept
     create_index: Any  # of Postgres alone
     connection: Any = None
 
@@ -2926,13 +2916,12 @@ class Database:
         """Return the first column of a query's first row, or None without rows."""
         return next((row[0] for row in self.query(f"{sql} LIMIT 1", *parameters)), None)
 
-    def find_table(self, name: str, schema: str = "") -> Table | None:
-        """Return the table or view called name or schema.name; with `schema`, only one of exactly that name in it."""
-        return next((Table(*row) for row in self.query(self.catalogue.find_table, name, schema)), None)
+    def find_table(self, name: str, schema: str = "", anywhere: bool = True) -> Table:
+        """Return the table or view called name or schema.name, or else the one to create.
 
-    def place_table(self, name: str, schema: str = "") -> Table:
-        """Return the table to create for a name or schema.name; the default schema is `schema`."""
-        return Table(*self.query(self.catalogue.place_table, name, schema)[0])
+        `schema` is where it would be created, and looked for at last; if not `anywhere`, only there.
+        """
+        return Table(*self.query(self.catalogue.find_table, name, schema, anywhere)[0])
 
     def create_table(self, table: Table, columns: str) -> None:
         """Create a table unless it exists; within a transaction."""
@@ -2958,6 +2947,10 @@ class Database:
             f"the column for the vectors has the type {declared}, not {self.vectors_are}. "
             "Give another with --target or --out-column, or change its type."
         )
+
+    def cut(self, name: str, ending: str = "") -> str:
+        """Return a name with an ending, in as many bytes as the database keeps of a name."""
+        return name.encode()[: self.name_bytes - len(ending)].decode("utf-8", "ignore") + ending
 
     def type_name(self, declared: str) -> str:
         """Return the type of a new column that holds values of a declared type."""
@@ -3011,10 +3004,10 @@ class SQLite(Database):
     catalogue = Catalogue(
         table_names="SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'",
         find_table="""
-            SELECT ?2, name, type = 'table' FROM sqlite_master WHERE type IN ('table', 'view')
+            SELECT ?2, name, type = 'table', ?3 IS NOT NULL FROM sqlite_master WHERE type IN ('table', 'view')
             AND name COLLATE NOCASE IN (?1, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) END)
+            UNION ALL SELECT ?2, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) ELSE ?1 END, 1, 0 LIMIT 1
         """,
-        place_table="SELECT ?2, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) ELSE ?1 END, 1",
         # Unique are columns with an index of their own, and the INTEGER PRIMARY KEY, which needs none.
         columns="""
             SELECT t.name, t.type, t.pk, t.name IN (
@@ -3037,6 +3030,7 @@ class SQLite(Database):
     identity = "INTEGER PRIMARY KEY"
     vector_types, vectors_are = "(?!.*(?:INT|CHAR|CLOB|TEXT|REAL|FLOA|DOUB))(.*)()", "BLOB"
     octets = "length(CAST({} AS BLOB))"  # SQL of a text's length in bytes
+    sha256 = "embedgen_sha256(CAST({} AS BLOB))"  # bytes, because a text may hold NUL or invalid bytes
     # Gives a provenance table of before versions were recorded its new columns, and takes its constraint.
     renewal = f"""CREATE TEMP TABLE embedgen_old AS SELECT * FROM {{0}}; DROP TABLE {{0}};
         CREATE TABLE {{0}} ({PROVENANCE_COLUMNS.format(identity)});
@@ -3068,7 +3062,7 @@ class SQLite(Database):
             opened.pop_all()
         self.query(f"PRAGMA cache_size = -{CACHE_KIB}")
         self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-        self.connection.create_function("embedgen_sha256", 1, self.sha256, deterministic=True)
+        self.connection.create_function("embedgen_sha256", 1, self.hash_text, deterministic=True)
         self.connection.create_function("embedgen_text", 1, text_of_blob, deterministic=True)
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
@@ -3088,7 +3082,7 @@ class SQLite(Database):
         if self.run_lock:
             self.run_lock.close()
 
-    def sha256(self, raw: bytes) -> bytes:
+    def hash_text(self, raw: bytes) -> bytes:
         """Return the SHA-256 of a text in the database's encoding; invalid bytes count as U+FFFD, as they are sent."""
         try:
             return digest_of(raw.decode(self.encoding, "replace"))
@@ -3112,10 +3106,6 @@ class SQLite(Database):
         text = f"CASE typeof({name}) WHEN 'blob' THEN embedgen_text({name}) ELSE CAST({name} AS TEXT) END"
         return f"CASE WHEN {visible} THEN {text} END"
 
-    def sha256_sql(self, text: str) -> str:
-        """Return the SQL of a text's SHA-256; it is passed as bytes, because a text may hold NUL or invalid bytes."""
-        return f"embedgen_sha256(CAST({text} AS BLOB))"
-
     def vector_type(self, dimensions: int) -> str:
         """Return the type of a column for vectors."""
         return "BLOB"
@@ -3134,7 +3124,7 @@ class SQLite(Database):
         if target.is_column:
             sql = f"""
                 UPDATE {source.table.sql} AS s SET {quoted(target.columns["embedding"])} = :vector
-                WHERE {source.key_sql} = :key AND {self.sha256_sql(source.whole_text_sql)} = :digest
+                WHERE {source.key_sql} = :key AND {self.sha256.format(source.whole_text_sql)} = :digest
             """
         else:
             rows = f"FROM {source.rows_sql} AS s WHERE {source.key_sql} = :key"
@@ -3254,16 +3244,19 @@ POSTGRES_CATALOGUE = Catalogue(
         WITH given AS (
             SELECT quote_ident($1) AS one, quote_ident($2) || '.' || quote_ident($1) AS exact,
             quote_ident(split_part($1, '.', 1)) || '.' || quote_ident(substr($1, strpos($1, '.') + 1)) AS two
+        ), found AS (
+            SELECT COALESCE(
+                CASE WHEN $3 THEN COALESCE(
+                    to_regclass(one), to_regclass(two), to_regclass(lower(one)), to_regclass(lower(two))
+                ) END, CASE WHEN $2 <> '' THEN to_regclass(exact) END
+            ) AS oid FROM given
         )
-        SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f')
-        FROM given, pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm') AND c.oid = CASE WHEN $2 <> '' THEN to_regclass(exact) ELSE
-            COALESCE(to_regclass(one), to_regclass(two), to_regclass(lower(one)), to_regclass(lower(two))) END
-    """,
-    place_table="""
-        SELECT nspname, substr($1, strpos($1, '.') + 1), true FROM pg_namespace
+        SELECT n.nspname, c.relname, c.relkind IN ('r', 'p', 'f'), true
+        FROM found JOIN pg_class c ON c.oid = found.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm')
+        UNION ALL SELECT nspname, substr($1, strpos($1, '.') + 1), true, false FROM pg_namespace
         WHERE $1 LIKE '%.%' AND nspname = split_part($1, '.', 1)
-        UNION ALL SELECT COALESCE(NULLIF($2, ''), current_schema(), 'public'), $1, true
+        UNION ALL SELECT COALESCE(NULLIF($2, ''), current_schema(), 'public'), $1, true, false LIMIT 1
     """,
     columns="""
         SELECT a.attname, format_type(a.atttypid, a.atttypmod),
@@ -3301,8 +3294,10 @@ class Postgres(Database):
     }  # fmt: skip
     identity = "integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
     vector_types, vectors_are = r"(?:.*\.)?(vector|halfvec)(?:\((\d+)\))?", "vector or halfvec"
+    name_bytes = 63
     exclusion = "SELECT pg_advisory_xact_lock(0x656D6265646765)"  # one lock for all: "embedge" in ASCII
     octets = "octet_length({})"
+    sha256 = "sha256(convert_to({}, 'UTF8'))"
     renewal = f"""ALTER TABLE {{0}} ADD version text, ADD weights text,
         DROP CONSTRAINT {PROVENANCE_TABLE}_target_model_digest_prefix_fit_key"""
     target_columns = (
@@ -3386,10 +3381,6 @@ class Postgres(Database):
         value = f"array_to_string({name}, ', ')" if declared.endswith("[]") else f"{name}::text"
         return f"CASE WHEN btrim({value}, {self.blanks}) <> '' THEN {value} END"
 
-    def sha256_sql(self, text: str) -> str:
-        """Return the SQL of a text's SHA-256."""
-        return f"sha256(convert_to({text}, 'UTF8'))"
-
     def vector_type(self, dimensions: int) -> str:
         """Return the type of a column for vectors; create pgvector if need be."""
         if not self.value("SELECT 1 FROM pg_extension WHERE extname = 'vector'"):
@@ -3416,7 +3407,7 @@ class Postgres(Database):
         digest, vectors = "substr($3::bytea, 32 * b.position::int - 31, 32)", f"$2::{self.pgvector}.vector[]"
         rows, same_key = f"{source.rows_sql} AS s", f"{key} = b.key::{source.key_type}"
         if target.is_column:
-            same = f"{same_key} AND {digest} = {self.sha256_sql(source.whole_text_sql)}"
+            same = f"{same_key} AND {digest} = {self.sha256.format(source.whole_text_sql)}"
             batch = "unnest($1::text[]) WITH ORDINALITY AS b(key, position)"
             # IS TRUE keeps Postgres from joining by the digests, for which it would compute those of all rows.
             write = f"""
@@ -3548,7 +3539,7 @@ class Postgres(Database):
             return
         for _, invalid in found:  # of a run that was interrupted
             self.query(f"DROP INDEX CONCURRENTLY {invalid}")
-        name = cut_name(f"{target.table.name}_{column}", "_hnsw")
+        name = self.cut(f"{target.table.name}_{column}", "_hnsw")
         create = f"""
             CREATE INDEX CONCURRENTLY IF NOT EXISTS {quoted(name)} ON {table}
             USING hnsw ({quoted(column)} {self.pgvector}.{target.vector_kind}_cosine_ops)
@@ -3619,7 +3610,7 @@ class Source(NamedTuple):
     def resolve(cls, db: AnyDatabase, settings: Settings) -> Source:
         """Return the source of the settings; raise UsageError if table, key, columns or condition are wrong."""
         table = db.find_table(settings.table)
-        if table is None:
+        if not table.exists:
             tables = listed(name for (name,) in db.query(db.catalogue.table_names))
             raise UsageError(f'the database has no table "{settings.table}". It has: {tables}. Give --table NAME.')
         columns = db.readable_columns(table)
@@ -3737,14 +3728,13 @@ class Target(NamedTuple):
         if settings.out_column:
             return cls.in_source(db, source, settings.out_column)
         noun, given, schema = singular(source.table.name), settings.target, source.table.schema
-        wanted = db.place_table(given or f"{noun}_embeddings", schema)
-        found = (db.find_table(given) if given else None) or db.find_table(wanted.name, wanted.schema)
-        is_usual = (found or wanted)[:2] == (schema, f"{noun}_embeddings")
+        table = db.find_table(given or f"{noun}_embeddings", schema, anywhere=bool(given))
+        if table == source.table or not table.is_table:
+            raise UsageError(f'--target "{table.name}" is the table to read, or a view. Give another name.')
+        is_usual = table[:2] == (schema, f"{noun}_embeddings")
         columns = {name: name for name in OWN_COLUMNS}
-        new = cls(found or wanted, f"{noun}_id", columns, False, "vector", 0, is_usual, False)
-        if found and (found == source.table or not found.is_table):
-            raise UsageError(f'--target "{found.name}" is the table to read, or a view. Give another name.')
-        return new.as_found(db, source) if found else new
+        new = cls(table, f"{noun}_id", columns, False, "vector", 0, is_usual, False)
+        return new.as_found(db, source) if table.exists else new
 
     def as_found(self, db: AnyDatabase, source: Source) -> Target:
         """Return this target with the columns and the key that its existing table has."""
@@ -3828,7 +3818,7 @@ class Coverage:
         self.is_by = f"COALESCE({stored('model')}, {model}) = {model}"  # the vector is by this model or an unknown one
         current = f"{target.has_vector_sql} AND {self.is_by}"
         if target.has("text_sha256"):
-            current += f" AND COALESCE({stored('text_sha256')} = {db.sha256_sql(source.whole_text_sql)}, 1 = 0)"
+            current += f" AND COALESCE({stored('text_sha256')} = {db.sha256.format(source.whole_text_sql)}, 1 = 0)"
         self.current_sql = current  # the condition that the row's present text has an embedding
         # With --force no embedding counts as existing. But if it changes the model, those by the new model do: an
         # interrupted run with --force has made them.
@@ -3930,7 +3920,7 @@ class Provenance:
     def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
         """`profile` is the profile of this run's servers, empty if it embeds nothing."""
         self.db, self.target, self.coverage, self.profile = coverage.db, coverage.target, coverage, profile
-        self.table = Table(self.target.table.schema, PROVENANCE_TABLE, True)
+        self.table = Table(self.target.table.schema, PROVENANCE_TABLE)
         columns = self.db.columns(self.table) if self.target.has("provenance") else {}
         self.ids: dict[str, int | None] = {}  # of this run's own rows, by fit
         self.is_compared = False  # whether this run has compared its vectors with stored ones of another version
@@ -4138,7 +4128,7 @@ class Claims:
         self.db, self.coverage = db, coverage
         settings, target, source = coverage.settings, coverage.target, coverage.source
         name = f"{target.table.name}_{target.columns['embedding']}" if target.is_column else target.table.name
-        self.table = Table(target.table.schema, cut_name(name, "_claims"), True)
+        self.table = Table(target.table.schema, db.cut(name, "_claims"))
         self.key, self.key_type = quoted(target.key), db.type_name(source.key_type)
         self.machine = literal(os.urandom(8).hex())
         work = (settings.model, digest, source, target.columns, settings.dimensions, settings.option, settings.force)

@@ -406,8 +406,9 @@ class ValuesOnPostgres(OnPostgres, Values):
     def test_a_name_that_postgres_cuts(self) -> None:
         long = "a_question_of_a_survey_that_has_more_than_the_sixty_three_bytes_of_a_name"
         self.write("a.csv", f"id,title,{long}\n1,One,yes\n2,Two,no\n")
-        self.succeed("--load", "a.csv", "--columns", "title")
-        self.assertEqual(self.execute(f'SELECT id, "{long[:63]}" FROM movies ORDER BY id'), [(1, "yes"), (2, "no")])
+        for _ in range(2):  # into a new table, and into the one that is there then
+            self.succeed("--load", "a.csv", "--columns", "title")
+            self.assertEqual(self.execute(f'SELECT id, "{long[:63]}" FROM movies ORDER BY id'), [(1, "yes"), (2, "no")])
 
 
 class TabsOnPostgres(OnPostgres, Tabs):
