@@ -2834,6 +2834,7 @@ class Database:
     name_bytes: ClassVar[int] = sys.maxsize  # of a name are kept
     create_index: Any  # of Postgres alone
     connection: Any = None
+    function_error: BaseException | None = None  # raised in a function that a statement called
 
     def __init__(self, shown: str, driver_error: type[Exception], stopping: Callable[[], bool]) -> None:
         """`shown` is the address without secrets, `driver_error` the base of the driver's exceptions.
@@ -2877,7 +2878,7 @@ class Database:
                 now = time.monotonic()
                 deadline = min(deadline, now + (min(patience, STOPPING_PATIENCE) if self.stopping() else patience))
                 if now >= deadline:
-                    raise stop from error
+                    raise self.function_error or stop from error
             time.sleep(RETRY_SECONDS)
 
     def transaction(self, action: Callable[[], T], first: str = "") -> T:
@@ -3045,7 +3046,6 @@ class SQLite(Database):
         import sqlite3
 
         super().__init__(path, sqlite3.Error, stopping)
-        self.hash_error: BaseException | None = None
         self.is_new = not os.path.exists(path)
         if self.is_new and not may_create:
             raise Stop(f"there is no database {path}. Give --database URL, or --load FILE to make one.")
@@ -3087,11 +3087,8 @@ class SQLite(Database):
         try:
             return digest_of(raw.decode(self.encoding, "replace"))
         except BaseException as error:  # which sqlite3 replaces by words of its own
-            self.hash_error = error
+            self.function_error = error
             raise
-
-    def judge(self, error: Exception) -> tuple[float, BaseException]:
-        return (0.0, self.hash_error) if self.hash_error else super().judge(error)
 
     def begin(self) -> Any:
         self.connection.rollback()  # of a commit that failed, which Python before 3.9.8 leaves open
@@ -3315,7 +3312,6 @@ class Postgres(Database):
                 f'Postgres needs psycopg, 3.2 or newer ({error}). Run: pip install "psycopg[binary]" --upgrade'
             ) from None
         super().__init__("postgresql://", psycopg.Error, stopping)
-        self.psycopg: Any = psycopg
         self.url, self.reads_only = url, reads_only
         try:
             self.connection = self.connect()
@@ -3335,10 +3331,11 @@ class Postgres(Database):
 
     def connect(self) -> Any:
         """Return a new connection."""
-        psycopg = self.psycopg
+        import psycopg
+
         for name in ("PGTZ", "PGDATESTYLE"):  # a text must not depend on the machine that embeds it
             os.environ.pop(name, None)
-        settings = {
+        settings: Any = {
             "connect_timeout": 10,  # seconds; libpq would wait without end
             "tcp_user_timeout": 30_000,  # milliseconds, likewise for a host that dies later
             "fallback_application_name": "embedgen",
@@ -3354,7 +3351,7 @@ class Postgres(Database):
 
         connection.read_only = self.reads_only or None  # in transactions, not in the session, which a pooler shares
 
-        class BinaryDumper(psycopg.types.string.BytesBinaryDumper):  # type: ignore[misc,name-defined]
+        class BinaryDumper(psycopg.types.string.BytesBinaryDumper):
             """Sends bytes as the binary form of whatever type the statement says."""
 
             oid = 0
