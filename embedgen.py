@@ -3050,16 +3050,18 @@ class SQLite(Database):
         if self.is_new and not may_create:
             raise Stop(f"there is no database {path}. Give --database URL, or --load FILE to make one.")
         real, mode = os.path.realpath(path), "ro" if reads_only else "rwc"
-        # An empty database beside the file, locked so that a second run is refused: SQLite's own lock works on every
-        # system, ends with the process, and is not inherited by forked workers.
-        self.run_lock = None if reads_only else self.connect(f"{real}.embedgen-lock")
         with contextlib.ExitStack() as opened:
-            if self.run_lock:
-                opened.callback(self.run_lock.close)
-            # Waiting longer for a lock is done in `retry`, which sees signals.
-            self.connection = opened.enter_context(contextlib.closing(self.connect(real, mode, 0.5, "")))
+            try:
+                if not reads_only:
+                    # An empty database beside the file, locked so that a second run is refused: SQLite's own lock works
+                    # on every system, ends with the process, and is not inherited by forked workers.
+                    opened.callback(open_sqlite(f"{real}.embedgen-lock").close)
+                self.connection = open_sqlite(real, mode, 0.5, "")  # `retry`, which sees signals, waits longer
+            except sqlite3.Error as error:
+                raise self.judge(error)[1] from error
+            opened.callback(self.connection.close)
             self.encoding = self.value("SELECT encoding FROM pragma_encoding")  # fails unless it is a database
-            opened.pop_all()
+            self.opened = opened.pop_all()
         self.query(f"PRAGMA cache_size = -{CACHE_KIB}")
         self.connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
         self.connection.create_function("embedgen_sha256", 1, self.hash_text, deterministic=True)
@@ -3067,20 +3069,12 @@ class SQLite(Database):
         # Does nothing, but gives Python a turn in long statements, so that signals are heard.
         self.connection.set_progress_handler(lambda: 0, 200_000)
 
-    def connect(self, *given: Any) -> Any:
-        """Return a connection as `open_sqlite` does, or raise what its error means."""
-        try:
-            return open_sqlite(*given)
-        except self.driver_error as error:
-            raise self.judge(error)[1] from error
-
     def close(self) -> None:
         """Close the file; remove it if this run has created it and left it empty."""
         super().close()
         if self.is_new and not os.path.getsize(self.shown):
             os.remove(self.shown)
-        if self.run_lock:
-            self.run_lock.close()
+        self.opened.close()
 
     def hash_text(self, raw: bytes) -> bytes:
         """Return the SHA-256 of a text in the database's encoding; invalid bytes count as U+FFFD, as they are sent."""
