@@ -2842,7 +2842,7 @@ class Database:
         Retries end early when `stopping()` returns true.
         """
         self.shown, self.driver_error, self.stopping = shown, driver_error, stopping
-        self.in_transaction = False
+        self.in_action = False
 
     def judge(self, error: Exception) -> tuple[float, BaseException]:
         """Return for how many seconds to retry after one of the driver's errors, and the exception to raise then."""
@@ -2864,14 +2864,15 @@ class Database:
     def retry(self, action: Callable[[], T]) -> T:
         """Return the action's result; repeat it while the database is locked or away, and raise Stop if that lasts.
 
-        Inside a transaction nothing is repeated, because the whole transaction is.
+        Nothing is repeated inside an action, because the whole action is.
         """
-        if self.in_transaction:
+        if self.in_action:
             return action()
         deadline = math.inf
         while True:
             try:
                 self.reconnect()
+                self.in_action = True
                 return action()
             except self.driver_error as error:
                 patience, stop = self.judge(error)
@@ -2879,6 +2880,8 @@ class Database:
                 deadline = min(deadline, now + (min(patience, STOPPING_PATIENCE) if self.stopping() else patience))
                 if now >= deadline:
                     raise self.function_error or stop from error
+            finally:
+                self.in_action = False
             time.sleep(RETRY_SECONDS)
 
     def transaction(self, action: Callable[[], T], first: str = "") -> T:
@@ -2886,13 +2889,9 @@ class Database:
 
         def whole() -> T:
             with self.begin():
-                self.in_transaction = True
-                try:
-                    if first:
-                        self.execute(first)
-                    return action()
-                finally:
-                    self.in_transaction = False
+                if first:
+                    self.execute(first)
+                return action()
 
         return self.retry(whole)
 
