@@ -1134,11 +1134,6 @@ class FeatureHashing(Protocol):
         super().__init__(Endpoint("hash", "", 0, ""), settings)
         self.address, self.model = "hash:", HASH_MODEL
 
-    def embed(self, text: str) -> Answer:
-        """Return the answer for a text."""
-        vector = self.hash(text)
-        return Embedding(vector) if vector else Failure("no words in the text")
-
     def hash(self, text: str) -> bytes:
         """Return the vector of a text, or nothing for one without words."""
         words = re.findall(r"\w+", text.casefold())
@@ -1184,14 +1179,14 @@ BORDERS = (r"(?:(?<=[.!?…]\s)|(?<=[\n。！？]))", r"(?<=\s)", "")
 
 
 def parts_of(text: str, most: int) -> list[str]:
-    """Return a text in parts of at most `most` characters and nearly that, without blank parts."""
+    """Return a text in parts of at most `most` characters and at least half of that, without blank parts."""
     forms = [rf".{{{most - most // 2},{most}}}{border}" for border in BORDERS]
     parts = re.findall("|".join([rf"(?s).{{1,{most}}}\Z", *forms]), text)
     return [part for part in parts if part.strip(BLANKS)]
 
 
 def mean(vectors: list[tuple[int, bytes]]) -> bytes:
-    """Return the weighted mean of vectors, scaled to length 1; b"" if they cancel each other out."""
+    """Return the weighted mean of vectors, scaled to length 1."""
     return normalised([sum(values) for values in zip(*([w * x for x in unpack(vector)] for w, vector in vectors))])
 
 
@@ -1204,7 +1199,10 @@ def embed_batch(
     is known to be too long.
     """
     if isinstance(protocol, FeatureHashing):  # no server at all
-        return ServerProfile(protocol.hash(KNOWN_GOOD)) if texts is None else [protocol.embed(text) for text in texts]
+        vectors = [protocol.hash(text) for text in texts or [KNOWN_GOOD]]
+        if texts is None:
+            return ServerProfile(vectors[0])
+        return [Embedding(vector) if vector else Failure("no words in the text") for vector in vectors]
     if texts is None:
         return (yield from handshake(protocol, movable))
     batch = BatchRequest(protocol, profile, movable)
@@ -1214,8 +1212,7 @@ def embed_batch(
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
     """Return a server's profile after it has embedded a known-good text; raise Stop if it cannot be used.
 
-    A server that cannot be reached, or whose answer holds no embedding, fails at once; a busy one is waited for, as in
-    a batch.
+    A busy server is waited for, as in a batch.
     """
     batch = BatchRequest(protocol, ServerProfile(), movable)
     try:
@@ -1265,8 +1262,7 @@ class BatchRequest:
         """Return the answer for each text; equal texts are sent once.
 
         A batch with a text at fault is halved until such texts stand alone; by length, so that those that are too long
-        are soon among themselves. If there are several texts, such a one is answered by LATER, so that the others need
-        not wait until it has been cut or split.
+        are soon among themselves. They are answered by LATER, so that others need not wait until they are cut or split.
         """
         answers: dict[str, Answer] = {}
         groups = [sorted(dict.fromkeys(texts), key=len)]
@@ -1297,7 +1293,7 @@ class BatchRequest:
     def insist(self, texts: list[str], last: bool = True, truncate: bool = False) -> Steps[list[bytes]]:
         """Return the vectors of `texts`, after as many tries as it takes; raise Trouble if a text is at fault.
 
-        `last`: they will not be tried in smaller groups.
+        `last`: the texts will not be tried in smaller groups.
         """
         vectors: list[bytes] = []
         tries, longest = Counter[str](), max(map(len, texts))
@@ -1380,10 +1376,7 @@ class BatchRequest:
                 if trouble.kind != "too_long" or not most:
                     raise
                 parts += [smaller for part in group for smaller in parts_of(part, most)]
-        vector = mean(vectors)
-        if not vector:
-            raise Trouble("garbled", "the vectors of its parts cancel each other out")
-        return Embedding(vector, "split")
+        return Embedding(mean(vectors), "split")
 
     def ask(self, texts: list[str], truncate: bool = False) -> Steps[list[bytes]]:
         """Return the vectors of `texts` from one request, or raise Trouble."""
