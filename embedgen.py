@@ -1474,9 +1474,19 @@ class Pace:
     TARGET = 1.0  # seconds; requests take one to two of these: Ctrl-C is quick, the bar moves, overhead is small
     KEEP = 0.96  # times the throughput that shorter requests must leave, or longer ones below the target
     GAIN = 1.03  # times the throughput that longer requests must bring; less is lost in the noise
-    LEAP = 1.4  # the same for requests that are too long already, or a load several times as large; beyond noise
-    SMALL = 8  # texts; requests this small stay short however many more the noise lets in, so fewer are tried, too
+    LEAP = 1.4  # the same for a load several times as large: beyond the noise, so that two answers tell
     PAUSE = 60.0  # seconds of rest; a round of experiments costs some 2 s of work
+    # What may pay, most urgent first: name, times in flight, times the batch size, times the throughput that it must
+    # leave or bring, and for requests of how many targets' time, from and up to, it is tried.
+    EXPERIMENTS = (
+        ("smaller requests", 1, 0.5, KEEP, 2, math.inf),
+        ("fewer in flight", 0.5, 1, KEEP, 2, math.inf),  # or noise would let in more and more
+        ("more of both", 2, 4, LEAP, 0, 1.25),
+        ("many more in flight", 4, 1, LEAP, 0, 2),
+        ("more in flight", 2, 1, GAIN, 0, 2),
+        ("larger requests", 1, 2, KEEP, 0, 1),
+        ("larger requests", 1, 2, GAIN, 1, 2),
+    )
 
     def __init__(
         self, in_flight: int | None, batch_size: int | None, timeout: float = 300.0, most: int = MOST_IN_FLIGHT
@@ -1530,25 +1540,20 @@ class Pace:
 
     def _find_settings(self) -> Generator[None, tuple[int, float], None]:
         """Experiment until nothing pays any more, rest, and begin again. Takes what `_measure` takes."""
-        rate, seconds = yield from self._measure(leap=True)
+        rate, seconds = yield from self._measure(2)
         while True:
-            failed = set[str]()
-            while rate:
+            untried = list(self.EXPERIMENTS)  # since the settings changed
+            while rate and untried:
+                name, more, larger, gain, least, most = untried.pop(0)
                 before = self.in_flight, self.batch_size
-                for name, more, larger, gain in self._experiments(seconds):
-                    why = f"trying {name}: {rate:.1f} texts/s, {seconds:.1f} s per request"
-                    if name in failed or not self._change(before[0] * more, before[1] * larger, why):
-                        continue
-                    tried = yield from self._measure(gain == self.LEAP)
+                why = f"trying {name}: {rate:.1f} texts/s, {seconds:.1f} s per request"
+                if least <= seconds / self._target < most and self._change(before[0] * more, before[1] * larger, why):
+                    tried = yield from self._measure(2 * (gain == self.LEAP))
                     if tried[0] >= gain * rate:
-                        rate, seconds = tried
+                        (rate, seconds), untried = tried, list(self.EXPERIMENTS)
                     else:
-                        failed.add(name)
                         self._change(*before, f"{name} did not pay")
                         rate, seconds = yield from self._measure()  # anew: the server may have changed
-                    break
-                else:
-                    break
             settled, rested = rate, 0.0
             while rested < self.PAUSE and settled / self.LEAP < rate < settled * self.LEAP:
                 rate, seconds = yield from self._measure()
@@ -1557,25 +1562,10 @@ class Pace:
                 self._change(self.in_flight / 2, self.batch_size / 2, "requests are refused or time out")
                 rate, seconds = yield from self._measure()
 
-    def _experiments(self, seconds: float) -> Iterator[tuple[str, float, float, float]]:
-        """Yield what may pay, most urgent first: name, times in flight, times the batch size, times texts/s needed."""
-        took = seconds / self._target
-        gain = self.GAIN if took < 2 else self.LEAP
-        if took > 2:
-            yield "smaller requests", 1, 1.5 / took, self.KEEP
-        if took < 1.25:
-            yield "more of both", 2, 4, self.LEAP
-        if took < 8:
-            yield "many more in flight", 4, 1, self.LEAP
-            yield "more in flight", 2, 1, gain
-            yield "larger requests", 1, 2, self.KEEP if took < 1 else gain
-        if self.batch_size < self.SMALL:
-            yield "fewer in flight", 0.5, 1, self.KEEP
-
-    def _measure(self, leap: bool = False) -> Generator[None, tuple[int, float], tuple[float, float]]:
+    def _measure(self, answers: int = 0) -> Generator[None, tuple[int, float], tuple[float, float]]:
         """Take load and seconds of the next answers; return texts/s and seconds per request. 0: there is trouble."""
         texts, total, count = 0, 0.0, 0
-        while count < (2 if leap else max(16, self.in_flight)):  # 16 even out the noise of single answers
+        while count < (answers or max(16, self.in_flight)):  # 16 even out the noise of single answers
             load, seconds = yield
             if not load:
                 return 0.0, seconds
