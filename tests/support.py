@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import io
+import itertools
 import os
 import py_compile
 import re
@@ -21,7 +22,7 @@ import unittest
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from unittest import mock
 
 import embedgen
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "embedgen.py"
 MOVIES = ROOT / "tests" / "data" / "movies.csv"
 ENGINES = ("async", "process")
+T = TypeVar("T")
 
 # Under Wine, paths of the Linux below exist, too.
 PROC = os.name == "posix" and Path("/proc/self/stat").exists()
@@ -41,6 +43,12 @@ DEV_FULL = os.name == "posix" and Path("/dev/full").exists()
 FULL = os.environ.get("EMBEDGEN_TEST_FULL") == "1"
 # For tests that take seconds, since they wait for what processes do: elsewhere the engine that has more of them.
 SLOW_ENGINES = ENGINES if FULL else ("process",)
+
+
+def with_engines(values: Iterable[T]) -> Iterable[tuple[str, T]]:
+    """Return each engine with each value in the full size, else each value with one of the engines, in turn."""
+    return itertools.product(ENGINES, values) if FULL else zip(itertools.cycle(ENGINES), values)
+
 
 # In a shell's background Ctrl-C is ignored, under nohup a hang-up; programs started from there ignore them, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

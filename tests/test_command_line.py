@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,18 @@ from unittest import mock
 
 import embedgen
 from tests.ollama import held_socket
-from tests.support import DEV_FULL, ENGINES, FULL, MOVIES, PROGRAM, SLOW_ENGINES, Case, command, decoded, environment
+from tests.support import (
+    DEV_FULL,
+    ENGINES,
+    MOVIES,
+    PROGRAM,
+    SLOW_ENGINES,
+    Case,
+    command,
+    decoded,
+    environment,
+    with_engines,
+)
 
 
 class Usage(Case):
@@ -338,8 +348,7 @@ class Output(Case):
         self.make_movies(20)
         full = ">/dev/full" if DEV_FULL else ">&-"
         redirections = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", full)
-        chosen = itertools.product(ENGINES, redirections) if FULL else zip(itertools.cycle(ENGINES), redirections)
-        for engine, redirection in chosen:
+        for engine, redirection in with_engines(redirections):
             with self.subTest(engine=engine, redirection=redirection):
                 line = shlex.join(self.arguments("--force", "--engine", engine))
                 shell = ["/bin/sh", "-c", f"{line} {redirection}"]

@@ -14,7 +14,7 @@ from unittest import mock
 
 import embedgen
 from tests.ollama import SPECIAL_TOKENS, blob, cut, normalised, vector
-from tests.support import ENGINES, FULL, Case, OnPostgres
+from tests.support import ENGINES, FULL, Case, OnPostgres, with_engines
 
 CONTEXT = 300  # tokens; the double's are words
 MOST = CONTEXT - SPECIAL_TOKENS  # words of a text
@@ -247,10 +247,6 @@ class NothingIsCutUnsaid(Case):
         self.execute("CREATE TABLE movies (id INTEGER PRIMARY KEY, overview TEXT)")
         self.execute("INSERT INTO movies VALUES (?, ?)", list(self.texts.items()))
 
-    def each_form(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Return engines and forms of the server."""
-        return itertools.product(ENGINES, self.FORMS) if FULL else zip(itertools.cycle(ENGINES), self.FORMS)
-
     def assert_all_said(self, out: str, whole: Iterable[int] = ()) -> None:
         """Each vector must be that of its whole text, or the text must be counted and logged as cut.
 
@@ -265,7 +261,7 @@ class NothingIsCutUnsaid(Case):
         shutil.rmtree(self.folder / "logs")
 
     def test_a_smaller_context_from_the_beginning(self) -> None:
-        for engine, form in self.each_form():
+        for engine, form in with_engines(self.FORMS):
             with self.subTest(engine=engine, form=form):
                 self.ollama.reset()
                 self.ollama.configure(context_length=128, **form)
@@ -275,7 +271,7 @@ class NothingIsCutUnsaid(Case):
                 self.assertEqual(len(asked) > 1, form.get("ps", True) is not False)
 
     def test_the_model_is_loaded_again_with_a_smaller_context_in_mid_run(self) -> None:
-        for engine, form in self.each_form():
+        for engine, form in with_engines(self.FORMS):
             with self.subTest(engine=engine, form=form):
                 self.ollama.reset()
                 self.ollama.configure(hold=["k41 "], **form)

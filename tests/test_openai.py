@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import unittest
 from array import array
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, Case, another_double
+from tests.support import ENGINES, Case, another_double, with_engines
 
 
 class Choice(Case):
@@ -65,6 +66,7 @@ class Job(Case):
     def again(self, **settings: Any) -> None:
         """Begin anew, with a server of these settings."""
         self.wipe()
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self.ollama.reset()
         self.ollama.configure(api=False, **settings)
 
@@ -91,29 +93,27 @@ class Job(Case):
                 self.assertLessEqual({entry["path"] for entry in self.ollama.log()}, {"/v1/embeddings"})
 
     def test_any_kind_of_server(self) -> None:
-        for settings, way in (
+        ways: tuple[tuple[dict[str, Any], str], ...] = (
             ({}, "base64"),
             ({"base64": False}, "decimals"),
             ({"base64": "refused"}, "decimals"),
             ({"base64": "mangled"}, "decimals"),
             ({"next": ["disorder"] * 9}, "base64"),
             ({"base64": False, "next": ["disorder"] * 9}, "decimals"),
-        ):
-            for engine in ENGINES:
-                with self.subTest(engine=engine):
-                    self.again(**settings)
-                    self.make_movies(20)
-                    self.succeed(
-                        "--engine", engine, "--batch-size", 5, "--log-dir", self.folder / repr(settings) / engine
-                    )
-                    self.assert_complete()
-                    logged = "".join(path.read_text("utf-8") for path in self.folder.glob("*/" + engine + "/*.log"))
-                    self.assertIn(f"vectors come as {way} over /v1/embeddings\n", logged)
-                    asked = [entry["body"] for entry in self.ollama.log()][2:]
-                    self.assertEqual(
-                        {body.get("encoding_format") for body in asked}, {"base64" if way == "base64" else None}
-                    )
-                    self.assertEqual({tuple(set(body) - {"encoding_format"}) for body in asked}, {("model",)})
+        )
+        for engine, (settings, way) in with_engines(ways):
+            with self.subTest(engine=engine, settings=settings):
+                self.again(**settings)
+                self.make_movies(20)
+                self.succeed("--engine", engine, "--batch-size", 5, "--log-dir", self.folder / repr(settings) / engine)
+                self.assert_complete()
+                logged = "".join(path.read_text("utf-8") for path in self.folder.glob("*/" + engine + "/*.log"))
+                self.assertIn(f"vectors come as {way} over /v1/embeddings\n", logged)
+                asked = [entry["body"] for entry in self.ollama.log()][2:]
+                self.assertEqual(
+                    {body.get("encoding_format") for body in asked}, {"base64" if way == "base64" else None}
+                )
+                self.assertEqual({tuple(set(body) - {"encoding_format"}) for body in asked}, {("model",)})
 
     def test_vectors_of_any_length_are_stored_as_they_come(self) -> None:
         self.ollama.configure(scale=3.0)
@@ -127,18 +127,17 @@ class Job(Case):
 
     def test_a_limit_of_inputs_is_found_out_by_halving_and_the_pace_keeps_to_it(self) -> None:
         refusal = {"most": 6, "status": 422, "error": "batch size {given} > maximum allowed batch size {most}"}
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                for shape in ("message", "string"):
-                    self.again(most_inputs=refusal, shape=shape)
-                    self.make_movies(200)
-                    self.assertEqual(self.succeed("--engine", engine, "--concurrent", 2).tally, (200, 0, 0))
-                    self.assert_complete()
-                    refused = [entry for entry in self.ollama.log() if entry["status"] == 422]
-                    self.assertLessEqual(len(refused), 2 * 5)  # both that were in flight, from 128 to 4
-                    last = self.ollama.log()[-12:]
-                    self.assertLessEqual(max(len(entry["texts"]) for entry in last), 6)
-                    self.assertRegex(self.log(), r"batches of ([3-6]): no more than \1 texts are taken")
+        for engine, shape in with_engines(("message", "string")):
+            with self.subTest(engine=engine, shape=shape):
+                self.again(most_inputs=refusal, shape=shape)
+                self.make_movies(200)
+                self.assertEqual(self.succeed("--engine", engine, "--concurrent", 2).tally, (200, 0, 0))
+                self.assert_complete()
+                refused = [entry for entry in self.ollama.log() if entry["status"] == 422]
+                self.assertLessEqual(len(refused), 2 * 5)  # both that were in flight, from 128 to 4
+                last = self.ollama.log()[-12:]
+                self.assertLessEqual(max(len(entry["texts"]) for entry in last), 6)
+                self.assertRegex(self.log(), r"batches of ([3-6]): no more than \1 texts are taken")
 
     def test_faults_of_every_kind(self) -> None:
         kinds = ("500", "503", "429", "disorder", "reset", "cut", "torn", "chunked", "close", "drop")
@@ -151,7 +150,7 @@ class Job(Case):
                 self.again(faults=dict.fromkeys(kinds, 0.03), next=unsound, seed=5, retry_after=0)
                 self.make_movies(200, lambda key: f"Film {key}" if key % 50 else f"Poison {key}")
                 self.ollama.configure(refuse=[{"contains": "Poison", "status": 400, "error": "contains NaN"}])
-                with mock.patch.multiple(embedgen, FIRST_WAIT=0.01, LONGEST_WAIT=0.05):
+                with mock.patch.multiple(embedgen, FIRST_WAIT=0.01, LONGEST_WAIT=0.02):
                     flags = ("--engine", engine, "--batch-size", 4, "--concurrent", 1)
                     done = self.run_program(*flags)
                 self.assertEqual((done.code, done.err, done.tally), (1, "", (196, 0, 4)))
@@ -161,17 +160,14 @@ class Job(Case):
     def test_refused_texts_fail_with_the_servers_words_in_any_shape(self) -> None:
         words = "`inputs` must have less than 30 tokens. Given: 42"
         limit = {"status": 413, "error": "`inputs` must have less than {context} tokens. Given: {given}"}
-        for engine in ENGINES:
-            with self.subTest(engine=engine):
-                for shape in ("openai", "string", "message", "detail", "pydantic"):
-                    self.wipe()
-                    self.ollama.configure(api=False, too_long=limit, shape=shape,
-                                          models={"nomic-embed-text": {"context": 30}})  # fmt: skip
-                    self.make_movies(12, lambda key: "long " * 33 if key == 7 else f"Film {key}")
-                    done = self.run_program("--engine", engine, "--batch-size", 4, "--on-long", "fail")
-                    self.assertEqual((done.code, done.tally), (1, (11, 0, 1)))
-                    self.assert_complete(but=[7])
-                    self.assertEqual(self.log().splitlines()[-3].partition("WARNING - ")[2], f"movie 7 failed: {words}")
+        for engine, shape in with_engines(("openai", "string", "message", "detail", "pydantic")):
+            with self.subTest(engine=engine, shape=shape):
+                self.again(too_long=limit, shape=shape, models={"nomic-embed-text": {"context": 30}})
+                self.make_movies(12, lambda key: "long " * 33 if key == 7 else f"Film {key}")
+                done = self.run_program("--engine", engine, "--batch-size", 4, "--on-long", "fail")
+                self.assertEqual((done.code, done.tally), (1, (11, 0, 1)))
+                self.assert_complete(but=[7])
+                self.assertEqual(self.log().splitlines()[-3].partition("WARNING - ")[2], f"movie 7 failed: {words}")
 
     def test_no_model_of_that_name(self) -> None:
         self.make_movies(2)

@@ -17,7 +17,7 @@ import unittest
 import urllib.request
 from typing import Any
 
-from tests.support import ENGINES, MOVIES, ROOT, Case, environment
+from tests.support import ENGINES, FULL, MOVIES, ROOT, Case, environment
 
 URL = os.environ.get("EMBEDGEN_TEST_OLLAMA", "").rstrip("/")
 FILMS = 40
@@ -95,10 +95,11 @@ class RealOllama(Case):
         self.assertEqual(set(self.stored()), {1, 2, 3, 4, 5})
 
 
+@unittest.skipUnless(FULL, "takes seconds; every run tests the same by the double alone")
 class OnTheDouble(Case):
     def test_the_tests_for_a_real_one(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "unittest", "tests.test_real_ollama.RealOllama"],
+            [sys.executable, "-S", "-m", "unittest", "tests.test_real_ollama.RealOllama"],
             cwd=ROOT, env=environment({"EMBEDGEN_TEST_OLLAMA": self.ollama.url}),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=300,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import embedgen
 from embedgen import Batch, Exchange, Pace, Scheduler, ServerAway, ServerProfile, ServerState, Stop
 from tests.ollama import blob
 from tests.simulation import Slots, simulate_fleet
-from tests.support import ENGINES, SLOW_ENGINES, Case, another_double
+from tests.support import SLOW_ENGINES, Case, another_double, with_engines
 
 NAN = "embedding contains NaN or Inf values"
 RATES = (50, 50, 100, 200)
@@ -287,18 +288,17 @@ class SeveralServers(Case):
                     self.assertEqual([entry["path"] for entry in self.ollama.log()].count("/api/embed"), 1)
 
     def test_a_server_that_answers_with_another_models_name(self) -> None:
-        for engine in ENGINES:
-            for path in ("", "/v1"):
-                for named in ("bge-m3", "nomic-ai/Nomic-Embed-Text-v1.5", "nomic-embed-text:latest"):
-                    with self.subTest(engine=engine, path=path, named=named):
-                        flags = ("--server", self.ollama.url + path, *self.again(engine)[-2:])
-                        self.make_movies(3)
-                        self.ollama.configure(named=named)
-                        done = self.run_program(*flags)
-                        self.assertEqual((done.code, done.tally), (0, (3, 0, 0)))
-                        said = f"{self.ollama.url + path} answers as the model 'bge-m3', not as 'nomic-embed-text'"
-                        self.assertEqual(done.err, f"warning: {said}\n" if named == "bge-m3" else "")
-                        self.assertEqual(self.log().count(f" - WARNING - {said}\n"), int(named == "bge-m3"))
+        names = ("bge-m3", "nomic-ai/Nomic-Embed-Text-v1.5", "nomic-embed-text:latest")
+        for named, (engine, path) in itertools.product(names, with_engines(("", "/v1"))):
+            with self.subTest(engine=engine, path=path, named=named):
+                flags = ("--server", self.ollama.url + path, *self.again(engine)[-2:])
+                self.make_movies(3)
+                self.ollama.configure(named=named)
+                done = self.run_program(*flags)
+                self.assertEqual((done.code, done.tally), (0, (3, 0, 0)))
+                said = f"{self.ollama.url + path} answers as the model 'bge-m3', not as 'nomic-embed-text'"
+                self.assertEqual(done.err, f"warning: {said}\n" if named == "bge-m3" else "")
+                self.assertEqual(self.log().count(f" - WARNING - {said}\n"), int(named == "bge-m3"))
 
     def test_one_server_alone_in_the_flags(self) -> None:
         self.make_movies(3)

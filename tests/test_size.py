@@ -28,11 +28,12 @@ def lines_of(node: Definition) -> int:
 
 
 class Size(unittest.TestCase):
-    def setUp(self) -> None:
+    @classmethod
+    def setUpClass(cls) -> None:
         nodes = list(ast.walk(ast.parse(SOURCE)))
         functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        self.functions = {f"{node.name}, line {node.lineno}": lines_of(node) for node in functions}
-        self.classes = {node.name: lines_of(node) for node in nodes if isinstance(node, ast.ClassDef)}
+        cls.functions = {f"{node.name}, line {node.lineno}": lines_of(node) for node in functions}
+        cls.classes = {node.name: lines_of(node) for node in nodes if isinstance(node, ast.ClassDef)}
 
     def test_lines(self) -> None:
         self.assertLessEqual(SOURCE.count("\n"), MOST_LINES)

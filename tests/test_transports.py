@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import socket
 import threading
 import unittest
@@ -11,7 +10,7 @@ from unittest import mock
 
 import embedgen
 from embedgen import Endpoint, Request, Response
-from tests.support import AUTHORITY, ENGINES, FULL, TLS, Case, said_to_all, tls_double
+from tests.support import AUTHORITY, ENGINES, TLS, Case, said_to_all, tls_double, with_engines
 
 BODY = b'{"answer": "' + b"x" * 5000 + b'"}'
 CHUNKED = (
@@ -140,13 +139,12 @@ class Tls(Case):
     def test_a_private_authority_by_flag_or_environment_over_each_protocol_behind_a_path(self) -> None:
         self.make_movies(5)
         server = tls_double("good")
-        for prefix, path in (("", ""), ("/ollama", ""), ("", "/v1"), ("/x", "/v1")):
+        for engine, (prefix, path) in with_engines((("", ""), ("/ollama", ""), ("", "/v1"), ("/x", "/v1"))):
             server.configure(prefix=prefix, api=not path)
-            for engine in ENGINES:
-                with self.subTest(engine=engine, prefix=prefix, path=path):
-                    flags = ("--server", server.url + path, "--engine", engine, "--force")
-                    self.succeed(*flags, "--ca-file", AUTHORITY)
-                    self.assert_complete()
+            with self.subTest(engine=engine, prefix=prefix, path=path):
+                flags = ("--server", server.url + path, "--engine", engine, "--force")
+                self.succeed(*flags, "--ca-file", AUTHORITY)
+                self.assert_complete()
         self.assertTrue(server.url.startswith("https://"))
         self.succeed("--server", server.url + path, "--force", real=True, env={"SSL_CERT_FILE": AUTHORITY})
         self.assertEqual({e["path"].partition("/embeddings")[0] for e in server.log()[-2:]}, {"/x/v1"})
@@ -159,7 +157,7 @@ class Tls(Case):
             ("expired", ("--ca-file", AUTHORITY), ["has expired"]),
         ):
             server = tls_double(name)
-            for engine, path in itertools.product(ENGINES, ("", "/v1")) if FULL else zip(ENGINES, ("", "/v1")):
+            for engine, path in with_engines(("", "/v1")):
                 with self.subTest(engine=engine, name=name, path=path):
                     words = ["its certificate", server.url, *words]
                     said = self.refuse(3, "--server", server.url + path, "--engine", engine, *flags, words=words)
