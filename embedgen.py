@@ -107,18 +107,11 @@ class Interrupt:
         self.forced = False  # whether KeyboardInterrupt was raised: a second one would break the clean-up
         self.wake: Callable[[], object] = lambda: None  # ends an engine's wait, which a handler alone does not
 
-    def catch_signals(self) -> None:
-        """Handle the signals that end a run, except those that are ignored, as by nohup."""
+    def set_handler(self, handler: Any) -> None:
+        """Have the signals that end a run handled so, except those that are ignored, as by nohup."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.on_signal)
-        sys.unraisablehook = self.on_unraisable
-
-    def ignore_signals(self) -> None:
-        """Ignore all signals from now on, so that even Python's own exit is not interrupted."""
-        self.forced = True
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, handler)
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Ask for a gentle end; at the second signal, or if no loop would see it, raise KeyboardInterrupt, once."""
@@ -410,33 +403,26 @@ class Card(NamedTuple):
 
 PASSAGES = "Represent this sentence for searching relevant passages: "
 QWEN_QUERY = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
-# Regular expression for the beginning of a model's name, in Ollama's library and on Hugging Face, and the model's Card.
-# The first match counts.
+# Regular expression for the beginning of a model's name, in Ollama's library and on Hugging Face, and the model's Card,
+# from the page that is named. The first match counts.
 CARDS = {
-    # https://huggingface.co/nomic-ai/nomic-embed-text-v2-moe
-    "nomic-embed-text-v2": Card("search_document: ", "search_query: ", 512),
-    # https://huggingface.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
+    "nomic-embed-text-v2": Card("search_document: ", "search_query: ", 512),  # hf.co/nomic-ai/nomic-embed-text-v2-moe
+    # hf.co/nomic-ai/nomic-embed-text-v1.5; trained for 8,192, of which Ollama's build takes 2,048
     "nomic-embed-text": Card("search_document: ", "search_query: ", 2048),
-    # https://ai.google.dev/gemma/docs/embeddinggemma/model_card
+    # ai.google.dev/gemma/docs/embeddinggemma/model_card
     "embeddinggemma": Card("title: none | text: ", "task: search result | query: ", 2048),
-    # https://huggingface.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
+    # hf.co/intfloat/multilingual-e5-large; those with instructions have other prefixes
     "(multilingual-)?e5-(?!mistral|.*instruct)": Card("passage: ", "query: ", 512),
-    # https://huggingface.co/Snowflake/snowflake-arctic-embed-l-v2.0
+    # hf.co/Snowflake/snowflake-arctic-embed-l-v2.0, -m-long and -l
     "snowflake-arctic-embed(2|-[lm]-v2)": Card("", "query: ", 8192),
-    # https://huggingface.co/Snowflake/snowflake-arctic-embed-m-long
     "snowflake-arctic-embed[^:]*long": Card("", PASSAGES, 2048),
-    # https://huggingface.co/Snowflake/snowflake-arctic-embed-l
-    # https://www.mixedbread.ai/docs/embeddings/mxbai-embed-large-v1
-    # https://github.com/FlagOpen/FlagEmbedding, the English models
+    # mixedbread.ai/docs/embeddings/mxbai-embed-large-v1; github.com/FlagOpen/FlagEmbedding, the English models
     "snowflake-arctic-embed|mxbai-embed-large|bge-(small|base|large)(?!-zh)": Card("", PASSAGES, 512),
-    # https://huggingface.co/BAAI/bge-m3: "no need to add instructions"
-    "bge-m3": Card(context=8192),
-    # https://github.com/QwenLM/Qwen3-Embedding, with its own task for a search
-    "qwen3-embedding": Card("", QWEN_QUERY, 32768),
-    # https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
-    "all-minilm": Card(context=256),
-    # https://huggingface.co/ibm-granite/granite-embedding-278m-multilingual
-    # https://huggingface.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
+    "bge-m3": Card(context=8192),  # hf.co/BAAI/bge-m3: "no need to add instructions"
+    "qwen3-embedding": Card("", QWEN_QUERY, 32768),  # github.com/QwenLM/Qwen3-Embedding, with its own task for a search
+    "all-minilm": Card(context=256),  # hf.co/sentence-transformers/all-MiniLM-L6-v2
+    # hf.co/ibm-granite/granite-embedding-278m-multilingual
+    # hf.co/sentence-transformers/paraphrase-multilingual-mpnet-base-v2
     "granite-embedding|paraphrase-multilingual": Card(context=512),
 }
 
@@ -5381,7 +5367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, log = Console(sys.stdout, interrupt), None
     with contextlib.suppress(KeyboardInterrupt):  # of a first signal, while another error is being reported
         try:
-            interrupt.catch_signals()
+            interrupt.set_handler(interrupt.on_signal)
+            sys.unraisablehook = interrupt.on_unraisable
             settings = parse_arguments(given)
             protocols = protocols_for(settings)
             log = Log(settings)
@@ -5389,7 +5376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             fail(error, console, log, given)
         finally:
-            interrupt.ignore_signals()
+            interrupt.forced = True  # from now on no signal interrupts, not even Python's own exit
+            interrupt.set_handler(signal.SIG_IGN)
             kill_workers()
             if log:
                 log.close()
