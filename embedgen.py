@@ -4663,25 +4663,11 @@ LOG_BYTES, LOG_FILES = 10_000_000, 5  # size at which a log is rotated, and rota
 LOGS_AT_ONCE = 100  # runs that can have a log of their own in one folder at the same time
 
 
-def take_log(folder: str, name: str) -> tuple[str, Any]:
-    """Return the path of the first of NAME.log, NAME.2.log, ... that no other run writes, and the lock on it.
-
-    So only one process writes and rotates a log. Without locks in that folder, the first log is taken.
-    """
-    import sqlite3
-
-    os.makedirs(folder, exist_ok=True)
-    for free in (name, *(f"{name}.{number}" for number in range(2, LOGS_AT_ONCE))):
-        with contextlib.suppress(sqlite3.Error):
-            return os.path.join(folder, f"{free}.log"), open_sqlite(os.path.join(folder, f".{free}.lock"))
-    return os.path.join(folder, f"{name}.log"), contextlib.ExitStack()
-
-
 class Log:
     """The log of a run; there is none in a run that only reads, or if it cannot be written."""
 
     def __init__(self, settings: Settings) -> None:
-        import logging.handlers
+        import logging
 
         self.logger = logging.Logger("embedgen", logging.DEBUG if settings.verbose else logging.INFO)
         self.debug, self.info = self.logger.debug, self.logger.info
@@ -4690,17 +4676,31 @@ class Log:
         self.shown = "none"  # the file's name for people
         self.cleanup = contextlib.ExitStack()
         self.logger.disabled = settings.reads_only
-        if settings.reads_only:
-            return
-        try:
-            path, lock = take_log(self.folder, LOG_NAMES[settings.engine])
-            self.cleanup.callback(lock.close)
-            handler: Any = logging.handlers.RotatingFileHandler(
-                path, "a", LOG_BYTES, LOG_FILES, "utf-8", errors="backslashreplace"
-            )
-        except OSError:
-            self.give_up()
-            return
+        if not settings.reads_only:
+            try:
+                self.open(LOG_NAMES[settings.engine])
+            except OSError:
+                self.give_up()
+
+    def open(self, name: str) -> None:
+        """Open the first of NAME.log, NAME.2.log, ... that no other run writes: only one process may rotate a log.
+
+        Without locks in that folder, open the first.
+        """
+        import logging.handlers
+        import sqlite3
+
+        os.makedirs(self.folder, exist_ok=True)
+        for free in (name, *(f"{name}.{number}" for number in range(2, LOGS_AT_ONCE))):
+            with contextlib.suppress(sqlite3.Error):
+                self.cleanup.enter_context(contextlib.closing(open_sqlite(os.path.join(self.folder, f".{free}.lock"))))
+                name = free
+                break
+        path = os.path.join(self.folder, f"{name}.log")
+        handler: Any = logging.handlers.RotatingFileHandler(
+            path, "a", LOG_BYTES, LOG_FILES, "utf-8", errors="backslashreplace"
+        )
+        self.cleanup.callback(handler.close)
 
         def put_aside(log: str, target: str) -> None:
             try:
@@ -4713,7 +4713,6 @@ class Log:
         handler.setFormatter(formatter)
         handler.rotator, handler.handleError = put_aside, self.give_up
         self.logger.addHandler(handler)
-        self.cleanup.callback(handler.close)
         self.shown = path
         with contextlib.suppress(OSError):  # the current folder may have been removed
             self.shown = path.removeprefix(os.path.join(os.getcwd(), ""))
