@@ -343,6 +343,27 @@ class Output(Case):
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
                 self.assertEqual((done.stdout, done.stderr), ("=" * 60 + "\n", ""))
 
+    def test_a_reader_who_has_left_ends_the_run_and_nothing_is_lost(self) -> None:
+        self.make_movies(20)
+        for engine in SLOW_ENGINES:
+            process = self.start_program("--force", "--engine", engine)
+            assert process.stdout
+            process.stdout.close()
+            self.assertEqual(process.wait(), embedgen.EXIT_SIGPIPE)
+            self.assertRegex(self.log(), r"exit code 141\n\Z")
+        self.succeed()
+        self.assert_complete()
+
+    @unittest.skipUnless(DEV_FULL, "needs a device that is full")
+    def test_an_object_that_cannot_be_printed_does_not_change_the_verdict(self) -> None:
+        self.make_movies(20)
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(self.arguments("--json"), cwd=self.folder, env=environment(), stdout=full,
+                                  stderr=subprocess.PIPE)  # fmt: skip
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(decoded(done.stderr), r"\Awarning: cannot write to standard output .*\n\Z")
+        self.assert_complete()
+
     @unittest.skipUnless(os.name == "posix", "a POSIX shell is needed")
     def test_streams_that_are_closed_or_full(self) -> None:
         self.make_movies(20)
