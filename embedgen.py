@@ -1030,7 +1030,7 @@ class Protocol:
             found = {item.get("index", position): item["embedding"] for position, item in enumerate(answer["data"])}
             return [found[index] for index in range(len(found))]
         except MALFORMED:
-            raise Trouble("garbled", f"the answer holds no embeddings: {self.said(response.body)[:100]!r}") from None
+            raise Trouble("garbled", f"the answer holds no embeddings: {self.said(response.body)!r}") from None
 
     def unreachable(self, reason: str) -> ServerAway:
         """Return the error for a server that cannot be reached at the start."""
@@ -1082,7 +1082,7 @@ class Ollama(Protocol):
                 break
             yield Wait(FIRST_WAIT)
         with contextlib.suppress(*MALFORMED):
-            return dict(json.loads(response.body)) if response.status == 200 else {}
+            return dict(json.loads(response.body))
         return {}
 
     def entry(self, path: str) -> Steps[dict[str, Any]]:
@@ -1102,11 +1102,6 @@ class Ollama(Protocol):
 
 class OpenAI(Protocol):
     """The protocol of OpenAI, POST /v1/embeddings, as llama-server, vLLM, TEI, LM Studio and others have it."""
-
-    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        if settings.option:
-            raise UsageError(f"--option is for Ollama's own protocol; {endpoint.shown} speaks OpenAI's. Leave it out.")
-        super().__init__(endpoint, settings)
 
 
 class FeatureHashing(Protocol):
@@ -1145,7 +1140,10 @@ def protocols_for(settings: Settings) -> list[Protocol]:
         endpoint = parse_endpoint(text, settings.ca_file or "")
         if endpoint.shown in protocols:  # probably a slip: another one was meant
             raise UsageError(f"--server {endpoint.shown} is given twice. Give each server once.")
-        protocols[endpoint.shown] = (OpenAI if endpoint.path.endswith("/v1") else Ollama)(endpoint, settings)
+        protocol = OpenAI if endpoint.path.endswith("/v1") else Ollama
+        if protocol is OpenAI and settings.option:
+            raise UsageError(f"--option is for Ollama's own protocol; {endpoint.shown} speaks OpenAI's. Leave it out.")
+        protocols[endpoint.shown] = protocol(endpoint, settings)
     return list(protocols.values())
 
 
@@ -1369,8 +1367,7 @@ class BatchRequest:
         protocol, known, probe = self.protocol, self.profile.dimensions, texts == [KNOWN_GOOD]
         count = 0 if probe else len(texts)
         request = protocol.build(self.profile, texts, self.timeout, truncate)
-        response: Response = yield request
-        self.last = response
+        response = self.last = yield request
         try:
             protocol.check(request, response, len(texts))
             numbers = protocol.read(response)
