@@ -811,7 +811,7 @@ def validate_vectors(vectors: list[Any], texts: list[str]) -> list[bytes]:
     if len(vectors) != len(texts):
         raise Trouble("garbled", f"{len(vectors)} vectors came for {len(texts)} texts")
     try:
-        packed = [Array("f", binascii.a2b_base64(v)).tobytes() if isinstance(v, str) else pack(v) for v in vectors]
+        packed = [binascii.a2b_base64(v) if isinstance(v, str) else pack(v) for v in vectors]
     except (TypeError, ValueError, OverflowError, struct.error):
         raise Trouble("garbled", "a vector holds something that is no number") from None
     for vector in packed:
@@ -1380,8 +1380,8 @@ class BatchRequest:
                     yield from self.learn(base64_tokens=useful)
                 if most < request.longest:
                     raise Trouble("changed", "the loaded model may have cut a text")
-            for dimensions in {len(vector) // 4 for vector in vectors} - {known or len(vectors[0]) // 4}:
-                raise Trouble("dimensions", f"vectors of {dimensions} dimensions came instead of {known}")
+            for dimensions in {len(vector) / 4 for vector in vectors} - {known or len(vectors[0]) / 4}:
+                raise Trouble("dimensions", f"vectors of {dimensions:g} dimensions came instead of {known}")
         except Trouble as trouble:
             yield from self.learn(**trouble.changes)
             yield Exchange(count, response.seconds, "failed" if probe else trouble.policy.outcome, str(trouble))

@@ -907,6 +907,7 @@ class Handshake(unittest.TestCase):
             "doubles": data(in_base64(self.numbers + self.numbers)),
             "half": data(in_base64(self.numbers[:4])),
             "no whole number": data("AAAA"),
+            "a byte more": data(base64.b64encode(struct.pack("<8f", *self.numbers) + b"x").decode()),
             "zeros": data(in_base64([0.0] * 8)),
             "another vector": data(in_base64(vector("other"))),
             "no path": self.none,
