@@ -40,7 +40,8 @@ class SQLite:
 
     def wipe(self) -> None:
         """Start anew, without a table."""
-        self.path.unlink(missing_ok=True)
+        for more in ("", "-journal", "-wal", "-shm"):  # as a killed program leaves them
+            Path(f"{self.path}{more}").unlink(missing_ok=True)
 
     def execute(self, sql: str, parameters: Iterable[Sequence[Any]] | None = None) -> list[Any]:
         """Execute a statement, once or for each of `parameters`, and return its rows."""

@@ -92,7 +92,7 @@ class Ending(Case):
 class Signals(Ending):
     def start_held(self, engine: str, **constants: object) -> subprocess.Popen[bytes]:
         """Start a run over 100 rows, and wait until it has saved 84, waits for 12, and has not asked for 4."""
-        self.database.unlink(missing_ok=True)
+        self.wipe()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self.ollama.reset()
         self.make_movies(100)
@@ -215,7 +215,7 @@ class Signals(Ending):
     def test_an_interrupt_while_workers_start(self) -> None:
         for method in ("fork", "spawn"):
             with self.subTest(method=method):
-                self.database.unlink(missing_ok=True)
+                self.wipe()
                 self.ollama.reset()
                 self.make_movies(100)
                 self.ollama.configure(seconds_per_text=0.05, slots=1)
@@ -297,7 +297,7 @@ class Signals(Ending):
         # Spawned workers would not know of the patience that is shortened here.
         for engine in ENGINES if START_METHOD != "spawn" else ENGINES[:1]:
             with self.subTest(engine=engine):
-                self.database.unlink(missing_ok=True)
+                self.wipe()
                 self.ollama.reset()
                 self.make_movies(60)
                 with mock.patch.multiple(embedgen, PATIENCE=0.1, FIRST_WAIT=0.02):
@@ -321,7 +321,7 @@ class Databases(Ending):
 
         for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
-                self.database.unlink(missing_ok=True)
+                self.wipe()
                 self.ollama.reset()
                 self.make_movies(12)
                 self.ollama.configure(hold=["Film 2", "Film 3", "Film 4"])

@@ -200,7 +200,7 @@ class ProvenanceOnPostgres(OnPostgres, Provenance):
     def test_two_versions_at_one_time(self) -> None:
         self.make_movies(300)
         self.ollama.configure(hold=["Film"])
-        first = self.start_program("--batch-size", 2, "--force")
+        first = self.start_program("--batch-size", 2, "--force", CLAIM_SECONDS=300.0)
         self.wait_for(lambda: "Film" in " ".join(self.ollama.texts()), "the first run's request")
         other = another_double(models={MODEL: {"digest": "sha256:bbbb"}})
         for flags in ((), ("--force",)):

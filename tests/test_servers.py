@@ -230,7 +230,7 @@ class SeveralServers(Case):
 
     def again(self, engine: str) -> tuple[object, ...]:
         """Begin anew, and return the flags for an engine."""
-        self.database.unlink(missing_ok=True)
+        self.wipe()
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self.ollama.reset()
         self.other.reset()

@@ -163,7 +163,7 @@ class ControlC(Case):
         for engine in ENGINES:
             for turn in range(CONTROL_C_TURNS):
                 with self.subTest(engine=engine, turn=turn):
-                    self.database.unlink(missing_ok=True)
+                    self.wipe()
                     self.ollama.reset()
                     self.make_movies(1000)
                     self.ollama.configure(seconds_per_text=0.01, slots=1)

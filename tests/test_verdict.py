@@ -330,7 +330,7 @@ class NoFaultOfOursOnPostgres(OnPostgres, NoFaultOfOurs):
     def test_another_run_is_under_way_with_another_version(self) -> None:
         self.make_movies(5)
         self.ollama.configure(models={NOMIC: {"digest": "sha256:aaaa"}}, hold=["Film"])
-        first = self.start_program()
+        first = self.start_program(CLAIM_SECONDS=300.0)
         self.wait_for(lambda: "Film 1 " in " ".join(self.ollama.texts()), "the first run's request")
         self.ollama.configure(models={NOMIC: {"digest": "sha256:bbbb"}})
         self.refuse_in_one_line(3, words=["aaaa", "bbbb"])
