@@ -178,6 +178,7 @@ class VeryLongTexts(Case):
         """Have a server of either protocol."""
         self.path = path
         self.wipe()
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self.ollama.reset()
         limit = {"status": 413, "error": "`inputs` must have less than {context} tokens. Given: {given}"}
         openai: dict[str, Any] = {"api": False, "too_long": limit} if path else {}

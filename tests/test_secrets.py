@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import subprocess
 import unittest
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class Secrets(Case):
 
     def run_hidden(self, code: int, *given: object, env: dict[str, str], words: str = "") -> Finished:
         """Run the program, which must end so and keep its secrets; `words` must be in its error or in its log."""
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)  # of the run before, which may have had the words
         with mock.patch.multiple(embedgen, **PATIENCE):
             done = self.run_program(*given, env=env)
         self.assertEqual(done.code, code, done.err + done.out)
