@@ -21,9 +21,9 @@ Examples:
 # How it works, in the order of this file: settings, text, protocols, one batch, pace and scheduling, engines,
 # files to load, storage, report, actions, main.
 #
-#   table.pending() --rows--> batches --> engine, up to N requests in flight
-#                                           |
-#   table.save() <-----vectors--------------+
+#   claims.pending() --rows--> batches --> engine, up to N requests in flight
+#                                            |
+#   table.save() <-----vectors---------------+
 #
 # Only this process touches the database, the log and the terminal. Storage does not know about engines, and engines do
 # not know about HTTP statuses, so that every engine works the same with every database and every server.
@@ -2223,13 +2223,14 @@ class LogEvent(NamedTuple):
     event: Exchange | str
 
 
-def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any]]:
-    """Return each server that is up, with its answers for the same texts, or without texts with a handshake's profile.
+def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any, float]]:
+    """Return each server that is up, with its answers for the same texts, and the seconds they took.
 
-    A server that is away is left to the run, unless it is the only one; other exceptions are raised.
+    Without texts, the answer is a handshake's profile. A server that is away is left to the run, unless it is the only
+    one; other exceptions are raised, and Stop if no server can be reached.
     """
-    scheduler, waiting = engine.scheduler, 0
-    answers: dict[int, Event] = {}
+    scheduler, waiting, began = engine.scheduler, 0, time.monotonic()
+    answers: dict[int, tuple[Event, float]] = {}
     for server in scheduler.up:
         engine.submit(Batch(server, texts, movable=not scheduler.alone))
         waiting += 1
@@ -2242,18 +2243,11 @@ def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerSt
             elif isinstance(event, Exception):
                 raise event
             else:
-                answers[server.index] = event
-    return [(server, answers[server.index]) for server in scheduler.up]
-
-
-def handshake_all(engine: Engine) -> None:
-    """Do the handshake with all servers; raise Stop if one cannot do the work, or none can be reached."""
-    scheduler = engine.scheduler
-    for server, profile in embed_on_all(engine, None):
-        scheduler.greet(server, profile, time.monotonic())
+                answers[server.index] = event, time.monotonic() - began
     if not scheduler.up:
         places = ", ".join(f"{server.protocol.address} ({server.reason})" for server in scheduler.servers)
         raise Stop(f"cannot reach any of the servers: {places}. Start one, or give another --server URL.")
+    return [(server, *answers[server.index]) for server in scheduler.up]
 
 
 def embed_rows(
@@ -2667,8 +2661,8 @@ class StagedFile:
 
 # ============================ storage ============================
 # From the database upward: SQLite and Postgres behind one interface, the table to read (Source), the table or column
-# for its vectors (Target), which rows have an embedding (Coverage), the models that made them (Provenance), and what a
-# run reads and writes (EmbeddingTable).
+# for its vectors (Target), which rows have an embedding (Coverage), the models that made them (Provenance), what saves
+# the vectors of a run (EmbeddingTable), and which machine works on which rows (Claims).
 
 PAGE_ROWS = 512  # rows read at a time
 PAGE_CHARACTERS = 1 << 20  # of text, after which a page ends early: memory stays flat however long the texts are
@@ -3571,7 +3565,8 @@ class Source(NamedTuple):
             raise UsageError(f'the database has no table "{settings.table}". It has: {tables}. Give --table NAME.')
         columns = db.readable_columns(table)
         key = key_column(settings.id, columns, table.name)
-        recipe = recipe_for(settings, list(columns), table.name)
+        looks_at_texts = settings.action != "prune"
+        recipe = recipe_for(settings, list(columns), table.name) if looks_at_texts else Recipe((), labelled=True)
         text = recipe.sql(lambda column: db.text_sql(column, columns[column].type), literal)
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         names = ", ".join(map(quoted, columns))  # no *, which asks for the right to read all columns
@@ -3607,13 +3602,9 @@ def key_column(given: str | None, columns: dict[str, Column], table: str) -> str
 
 def recipe_for(settings: Settings, columns: list[str], table: str) -> Recipe:
     """Return the recipe for a row's text, by --text, --columns or the names of the columns."""
-    if settings.action == "prune":
-        return Recipe((), labelled=True)  # no text is looked at
     if settings.text:
         return template_recipe(settings.text, columns, table)
-    if settings.columns:
-        return columns_recipe(settings.columns, columns, table)
-    return default_recipe(columns, table)
+    return columns_recipe(settings.columns, columns, table) if settings.columns else default_recipe(columns, table)
 
 
 def check_key(db: AnyDatabase, source: Source) -> None:
@@ -3629,7 +3620,10 @@ def check_key(db: AnyDatabase, source: Source) -> None:
         rows += f" WHERE {key} IS NULL"
     for (value,) in db.query(f"SELECT {key} FROM {rows} GROUP BY 1 HAVING count(*) > 1 OR {key} IS NULL LIMIT 1"):
         why = "some are without a value" if value is None else f"{value!r} stands in several"
-        raise UsageError(f"{name} does not tell the rows apart: {why}. Give --id COLUMN, or exclude rows with --where.")
+        raise UsageError(
+            f"{name} does not tell the rows apart: {why}. Give --id COLUMN; or exclude rows with --where, which "
+            "--out-column does not heed."
+        )
 
 
 OWN_COLUMNS = ("embedding", "model", "text_sha256", "updated_at", "provenance")  # of a target as it is created
@@ -3641,11 +3635,11 @@ class Target(NamedTuple):
     table: Table
     key: str
     columns: dict[str, str]  # by the names in OWN_COLUMNS, its own names, which differ for --out-column only
-    exists: bool
-    vector_kind: str  # the name of the vectors' type
-    dimensions: int  # demanded by this type, 0 for any
     belongs: bool  # whether it is for this source alone, so that a row the source does not have is gone for good
-    is_column: bool
+    is_column: bool = False
+    exists: bool = False
+    vector_kind: str = "vector"  # the name of the vectors' type
+    dimensions: int = 0  # demanded by this type, 0 for any
     model: str | None = None  # of all vectors, as in Column
 
     def has(self, name: str) -> bool:
@@ -3688,8 +3682,7 @@ class Target(NamedTuple):
         if table == source.table or not table.is_table:
             raise UsageError(f'--target "{table.name}" is the table to read, or a view. Give another name.')
         is_usual = table[:2] == (schema, f"{noun}_embeddings")
-        columns = {name: name for name in OWN_COLUMNS}
-        new = cls(table, f"{noun}_id", columns, False, "vector", 0, is_usual, False)
+        new = cls(table, f"{noun}_id", {name: name for name in OWN_COLUMNS}, is_usual)
         return new.as_found(db, source) if table.exists else new
 
     def as_found(self, db: AnyDatabase, source: Source) -> Target:
@@ -3706,49 +3699,44 @@ class Target(NamedTuple):
                 f'"{name}" needs a column "embedding", and one column with a primary key or unique index to store '
                 f"vectors under. It has: {listed(described)}. Give --target NAME."
             )
-        found = db.query(db.catalogue.references, *self.table[:2], keys[0])
-        refers, ours = next(iter(found), None), (source.table.name, source.key)
-        if refers and refers != ours and source.table.is_table:
-            theirs, column = refers
-            raise UsageError(
-                f'"{name}" belongs to the table "{theirs}": its key refers to the column "{column}" of "{theirs}". '
-                f"Give --table {theirs} --id {column}, or --target NAME."
-            )
-        belongs = refers == ours if refers else self.belongs
-        return Target(self.table, keys[0], columns, True, *db.vectors_of(described["embedding"].type), belongs, False)
+        belongs = self.belongs
+        for theirs, column in db.query(db.catalogue.references, *self.table[:2], keys[0])[:1]:
+            belongs = (theirs, column) == (source.table.name, source.key)
+            if not belongs and source.table.is_table:
+                raise UsageError(
+                    f'"{name}" belongs to the table "{theirs}": its key refers to the column "{column}" of "{theirs}". '
+                    f"Give --table {theirs} --id {column}, or --target NAME."
+                )
+        kind = db.vectors_of(described["embedding"].type)
+        return Target(self.table, keys[0], columns, belongs, False, True, *kind)
 
     @classmethod
     def in_source(cls, db: AnyDatabase, source: Source, name: str) -> Target:
         """Return the target for --out-column."""
         if not source.table.is_table:
             raise UsageError(f'--out-column goes with a table; "{source.table.name}" is a view. Give --target NAME.')
-        key, rows = source.key_sql, f"{source.table.sql} AS s"
-        if not source.is_referable and db.value(f"SELECT 1 FROM {rows} GROUP BY {key} HAVING count({key}) > 1"):
-            raise UsageError(
-                f'--out-column: the key "{source.key}" stands in several rows of "{source.table.name}", all of which '
-                "would get one vector, whatever --where says. Give --id COLUMN, or --target NAME."
-            )
+        if not source.is_referable:  # whatever --where says: all rows with a key get its vector
+            check_key(db, source._replace(from_sql=source.table.sql))
         described = db.readable_columns(source.table)
         column = match(name, described)
         if column in [source.key, *source.recipe.columns]:
             raise UsageError(f'--out-column "{column}" is the key or part of the text. Give a column for the vectors.')
-        key, names = f"{singular(source.table.name)}_id", {"embedding": column or name}
+        new = cls(source.table, f"{singular(source.table.name)}_id", {"embedding": column or name}, True, True)
         if column is None:
-            return cls(source.table, key, names, False, "vector", 0, True, True)
-        kind = db.vectors_of(described[column].type)
-        return cls(source.table, key, names, True, *kind, True, True, described[column].model)
+            return new
+        kind, dimensions = db.vectors_of(described[column].type)
+        return new._replace(exists=True, vector_kind=kind, dimensions=dimensions, model=described[column].model)
 
-
-def create_target(db: AnyDatabase, source: Source, target: Target, settings: Settings, dimensions: int) -> Target:
-    """Return the target, created if it is a table that does not exist yet."""
-    if target.exists or target.is_column:
-        return target
-    key, table = f"{quoted(target.key)} {db.type_name(source.key_type)} PRIMARY KEY", source.table
-    if source.is_referable and db.value(db.catalogue.may_refer, table.schema, table.name, source.key):
-        key += f" REFERENCES {table.sql}({quoted(source.key)}) ON DELETE CASCADE"
-    columns = f"{key}, {db.target_columns.format(db.vector_type(dimensions))}"
-    db.exclusively(lambda: db.create_table(target.table, columns))
-    return Target.resolve(db, source, settings)  # anew: another machine may have created it first
+    def create(self, db: AnyDatabase, source: Source, settings: Settings, dimensions: int) -> Target:
+        """Return this target, created if it is a table that does not exist yet."""
+        if self.exists or self.is_column:
+            return self
+        key, table = f"{quoted(self.key)} {db.type_name(source.key_type)} PRIMARY KEY", source.table
+        if source.is_referable and db.value(db.catalogue.may_refer, table.schema, table.name, source.key):
+            key += f" REFERENCES {table.sql}({quoted(source.key)}) ON DELETE CASCADE"
+        columns = f"{key}, {db.target_columns.format(db.vector_type(dimensions))}"
+        db.exclusively(lambda: db.create_table(self.table, columns))
+        return self.resolve(db, source, settings)  # anew: another machine may have created it first
 
 
 # Rows that are embedded again, to compare the server's vectors with the stored ones. Of the large sample up to twice as
@@ -3758,7 +3746,7 @@ ASCII = " etaoinshrdlucmfwypvbgkjqxz" + "".join(map(chr, range(1, 128)))  # the 
 
 
 class Coverage:
-    """Which rows of a source have an embedding: SQL conditions, counts, pending rows, and checks of stored vectors."""
+    """Which rows of a source have an embedding: SQL conditions, and what is asked of the database by them."""
 
     def __init__(self, db: AnyDatabase, source: Source, target: Target, settings: Settings) -> None:
         self.db, self.source, self.target, self.settings = db, source, target, settings
@@ -3864,37 +3852,102 @@ class Coverage:
             )
         return (
             f'"{self.target.table.name}" holds vectors {theirs}with {other[1]} dimensions, '
-            f"which do not compare with those of {ours}. Give --target NAME for a second table, or the --server, "
-            "--model and --dimensions of the first; a run with --force, without --limit and --where, replaces all "
-            "vectors if the column takes the new ones."
+            f"which do not compare with those of {ours}. Give --target NAME for a second table; or the --server, "
+            "--model and --dimensions of the first; or --force, without --limit and --where, for all rows again."
         )
+
+    # What --status, --search, --similar and --prune ask
+
+    def tally(self, condition: str) -> tuple[int, int, int, int]:
+        """Return how many rows there are, have a vector, have one that fulfils a condition, and are up to date then."""
+        found = self.db.query(f"""
+            SELECT count(*), count({self.target.column_sql("embedding")}), count(CASE WHEN {condition} THEN 1 END),
+                count(CASE WHEN {condition} AND {self.current_sql} THEN 1 END)
+            FROM {self.from_sql}""")
+        return tuple(found[0])
+
+    def vectors(self) -> tuple[int, int, int, Any]:
+        """Return the number of vectors, of those whose row is gone; their dimensions (0: several), the last save."""
+        target = self.target
+        if not target.exists:
+            return 0, 0, 0, None
+        [(total, gone, least, most, updated)] = self.db.query(f"""
+            SELECT count(*), count(CASE WHEN {"1 = 0" if target.is_column else self.is_orphan} THEN 1 END),
+                min({self.dimensions_sql}), max({self.dimensions_sql}), max({target.column_sql("updated_at")})
+            FROM {target.vectors_sql}""")
+        return total, gone, most if least == most and most else target.dimensions, updated
+
+    def check_searchable(self, dimensions: int = 0) -> None:
+        """Raise Stop without any vectors, UsageError without any by this model and of these dimensions (0: any)."""
+        if self.stored(self.comparable_sql(dimensions)):
+            return
+        if (other := self.stored()) is None:
+            raise Stop(
+                f'there are no embeddings yet in "{self.target.table.name}". '
+                "Run the same command without --search or --similar first, which fills it."
+            )
+        raise UsageError(self.mismatch(other, dimensions))
+
+    def row_named(self, key: str) -> tuple[Any, bytes | None, str]:
+        """Return key, vector and model ("": unknown) of the row whose key as text is `key`, or raise UsageError."""
+        source, target = self.source, self.target
+        # In SQLite a column of no type may hold both 7 and '7': take the text, which sorts after the number.
+        sql = f"""
+            SELECT {source.key_sql}, {target.column_sql("embedding")}, {target.column_sql("model")}
+            FROM {source.table.sql} AS s{self.left_join} WHERE CAST({source.key_sql} AS text) = {self.db.mark}1
+            ORDER BY {source.key_sql} DESC
+        """
+        for found, vector, model in self.db.query(sql, key):
+            return found, self.db.read_vector(vector), model or ""
+        raise UsageError(f'"{source.table.name}" has no row with the {source.key} {key}. Give another --similar KEY.')
+
+    def nearest(self, vector: bytes, top: int, but: Any = None) -> list[dict[str, Any]]:
+        """Return the rows nearest to a vector, as in --json: nearest first, ties by key, without the row `but`.
+
+        The database's order is good to five digits, and an index may miss rows. So it gives some more than are wanted,
+        which are put in order here; rounded, because multiples of one vector differ in the last digits.
+        """
+        rows = f"FROM {self.from_sql} WHERE {self.comparable_sql(len(vector) // 4)}"
+        found = self.db.nearest(self, rows, vector, 2 * top + 20)
+        near = [(alike, key) for key, other in found if key != but and (alike := cosine(vector, other)) >= -2]  # no NaN
+        near.sort(key=lambda one: -round(one[0], 12))
+        names = list(dict.fromkeys(self.source.recipe.columns))
+        row = f"{self.source.from_sql} AS s WHERE {self.source.key_sql} = {self.db.mark}1"
+        sql = f"SELECT {', '.join(map(quoted, names))} FROM {row}"
+        return [
+            {"rank": rank, "similarity": round(similarity, 6), "key": key, "columns": dict(zip(names, values))}
+            for rank, (similarity, key) in enumerate(near[:top], 1)
+            for values in self.db.query(sql, key) or [()]  # of a row that is gone
+        ]
 
 
 class Provenance:
     """The models and server versions that made the vectors: rows of a table beside the target, which has their ids."""
 
     def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
-        """`profile` is the profile of this run's servers, empty if it embeds nothing."""
+        """`profile` is that of this run's servers, an empty one if it embeds nothing."""
         self.db, self.target, self.coverage, self.profile = coverage.db, coverage.target, coverage, profile
         self.table = Table(self.target.table.schema, PROVENANCE_TABLE)
-        columns = self.db.columns(self.table) if self.target.has("provenance") else {}
         self.ids: dict[str, int | None] = {}  # of this run's own rows, by fit
         self.is_compared = False  # whether this run has compared its vectors with stored ones of another version
-        # The older form of the table, without versions, is read until the next save renews it.
-        old = "SELECT id, target, model, digest, prefix, fit, accepted, NULL AS version, NULL AS weights FROM {}"
-        none = """SELECT 0 AS id, '' AS target, '' AS model, '' AS digest, '' AS prefix, '' AS fit, 0 AS accepted,
-            '' AS version, '' AS weights WHERE 1 = 0"""
-        rows = "{}" if "version" in columns else f"({old if columns else none})"
-        self.rows_sql = f"{rows.format(self.table.sql)} AS p"
-        of_target = f"FROM {self.rows_sql} WHERE p.target = {literal(self.target.table.name)}"
-        this, self.weights = literal(profile.digest), literal(profile.weights or profile.digest)
-        # The recorded rows of other versions and models, and the condition that a vector is by them.
-        # A server that tells no digest may be at work beside one that does: their vectors go together.
-        self.is_this = f"(p.digest = {this} OR COALESCE(p.weights, p.digest) = {self.weights})"
-        self.is_another = f"NOT ({self.is_this} OR '' IN (p.digest, {this}))"
         self.id_sql, model = self.target.column_sql("provenance"), literal(coverage.settings.model)
-        self.of_model = f"{of_target} AND p.model = {model}"
-        self.others = f"{of_target} AND (p.model <> {model} OR {self.is_another})"
+        this, self.weights = literal(profile.digest), literal(profile.weights or profile.digest)
+        columns = self.db.columns(self.table) if self.target.has("provenance") else {}
+        # The older form of the table, without versions, is read until the next save renews it.
+        added = "version, weights" if "version" in columns else "NULL AS version, NULL AS weights"
+        rows = f"SELECT id, target, model, digest, prefix, fit, accepted, {added} FROM {self.table.sql}"
+        none = """SELECT 0 AS id, '' AS target, '' AS model, '' AS digest, '' AS prefix, '' AS fit, 0 AS accepted,
+            '' AS version, '' AS weights"""
+        # The target's rows, p, of this model and version or not. A server that tells no digest may be at work beside
+        # one that does: their vectors go together.
+        self.rows_sql = f"""(
+            SELECT made.*, NOT (is_this OR '' IN (digest, {this})) AS is_another FROM (
+                SELECT r.*, r.digest = {this} OR COALESCE(r.weights, r.digest) = {self.weights} AS is_this
+                FROM ({rows if columns else none}) AS r WHERE r.target = {literal(self.target.table.name)}
+            ) AS made
+        ) AS p"""
+        self.of_model = f"FROM {self.rows_sql} WHERE p.model = {model}"
+        self.others = f"FROM {self.rows_sql} WHERE (p.model <> {model} OR p.is_another)"
 
     def check_version(self) -> None:
         """Raise Stop if another version of the model has made vectors, unless it was mixed with this one on purpose."""
@@ -3903,13 +3956,13 @@ class Provenance:
         # No EXISTS, for which Postgres may look through all of the target where the first vector will do.
         first = f"SELECT 1 FROM {self.target.vectors_sql} WHERE {self.id_sql} = p.id LIMIT 1"
         used = f"{self.of_model} AND ({first}) IS NOT NULL"
-        is_mixed = f"p.accepted = 1 AND EXISTS (SELECT 1 {used} AND {self.is_this} AND p.accepted = 1)"
-        if other := self.db.value(f"SELECT p.digest {used} AND {self.is_another} AND NOT ({is_mixed})"):
+        is_mixed = f"p.accepted = 1 AND EXISTS (SELECT 1 {used} AND p.is_this AND p.accepted = 1)"
+        if other := self.db.value(f"SELECT p.digest {used} AND p.is_another AND NOT ({is_mixed})"):
             raise Stop(
                 f'"{self.target.table.name}" holds vectors of another version of "{self.coverage.settings.model}" '
-                f"(digest {short_digest(other)}) than the server has now "
-                f"({short_digest(self.profile.digest)}). The two may not compare. Run with --force, without "
-                "--limit and --where, for all rows again, --target NAME for a second table, or --accept-drift."
+                f"(digest {short_digest(other)}) than the server has now ({short_digest(self.profile.digest)}). Give "
+                "--target NAME for a second table; or --force, without --limit and --where, for all rows again; or "
+                "--accept-drift, if the two compare."
             )
 
     def samples(self, is_bare: bool) -> tuple[list[tuple[Any, str, bytes]], bool]:
@@ -3925,7 +3978,7 @@ class Provenance:
             SELECT max(CASE WHEN {is_own} THEN 1 ELSE 0 END) AS own, max(p.accepted) AS accepted
             {self.of_model} GROUP BY p.digest, p.version) AS made""")
         own = f"COALESCE({self.id_sql} IN (SELECT p.id {self.of_model} AND {is_own}), 1 = 0)"
-        unlike = f"SELECT p.id {self.of_model} AND (p.fit <> 'whole' OR {self.is_another})"
+        unlike = f"SELECT p.id {self.of_model} AND (p.fit <> 'whole' OR p.is_another)"
         whole = f"COALESCE({self.id_sql} NOT IN ({unlike}), 1 = 1) AND {self.coverage.current_sql}"
         key, text = source.key_sql, source.text_sql
         table = f"{source.rows_sql} AS s{self.coverage.left_join}"  # also of rows that --where does not show
@@ -3977,66 +4030,50 @@ class Provenance:
             self.db.execute(f"UPDATE {name} SET accepted = 1 WHERE id IN ({mixed})")
         return int(self.db.execute(same)[0][0])
 
+    def origins(self) -> list[dict[str, Any]]:
+        """Return what made the vectors of existing rows, as in --status --json, the most first."""
+        names = ("model", "digest", "version", "prefix", "fit", "rows")
+        found = self.db.query(f"""
+            SELECT NULLIF({self.target.column_sql("model")}, ''), COALESCE(p.digest, ''), COALESCE(p.version, ''),
+                COALESCE(p.prefix, ''), COALESCE(p.fit, ''), count(*)
+            FROM {self.coverage.from_sql} LEFT JOIN {self.rows_sql} ON p.id = {self.id_sql}
+            WHERE {self.target.has_vector_sql} GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 DESC, 1, 2, 3, 4, 5""")
+        return [dict(zip(names, row)) for row in found] if self.target.model or self.target.has("model") else []
+
 
 LOCKED_ROWS = 100  # of the source at most, in one statement: other programs must not wait for long
 
 
 class EmbeddingTable:
-    """What a run reads and writes: pending rows, and their vectors."""
+    """Saves the vectors of a run."""
 
-    def __init__(self, coverage: Coverage, provenance: Provenance, claims: Claims | None, dimensions: int) -> None:
-        """`claims` shares the work with other machines; every vector to be saved must have `dimensions` numbers."""
-        self.db, self.coverage, self.provenance, self.claims = coverage.db, coverage, provenance, claims
-        self.dimensions = dimensions
-        self.heartbeat_seconds = RENEWAL_SECONDS if claims else math.inf  # between two calls of `heartbeat`, at most
-        self.write = claims.save if claims else self.db.vector_writer(coverage)
+    def __init__(self, provenance: Provenance, claims: Claims | Alone) -> None:
+        self.coverage, self.provenance, self.claims = provenance.coverage, provenance, claims
+        self.dimensions = provenance.profile.dimensions  # of every vector to be saved
 
-    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
-        """Yield the rows to embed; None if there is none right now, but another machine may leave some.
-
-        `wanted` returns how many rows the next batch is to have.
+    def save(self, embeddings: Embeddings) -> Iterator[tuple[int, int, list[tuple[Row, Embedding, str]]]]:
+        """Save embeddings, and yield after each transaction how many rows it has saved, and how many have been deleted
+        or changed; and those that could not be saved: with the database's words if it refuses them, with none if other
+        programs have locked them. To find a refused row, the batch is halved until it stands alone.
         """
-        return self.claims.pending(wanted) if self.claims else self.coverage.pending()
-
-    def save(self, embeddings: Embeddings) -> tuple[int, list[tuple[Row, Embedding, str]]]:
-        """Save embeddings in one transaction, except those of rows that have been deleted or changed.
-
-        Return the number of rows saved, and those that could not be: with the database's words if it refuses them, with
-        none if other programs have locked them. To find a refused row, the batch is halved until it stands alone.
-        """
-        self.check_dimensions(embeddings)
+        if not (self.coverage.target.dimensions or self.coverage.replaces_all):
+            other = self.coverage.stored()
+            if other and other[1] not in (None, self.dimensions):  # by another program, since the run began
+                raise Stop(self.coverage.mismatch(other, self.dimensions))
         rows = [(row, embedding.vector, self.provenance.id_of(embedding.fit)) for row, embedding in embeddings]
         try:
             if len(rows) <= LOCKED_ROWS or not self.coverage.target.is_column:
-                count, locked = self.write(rows)
-                return count, [(*embeddings[position], "") for position in locked]
+                count, locked = self.claims.save(rows)
+                unsaved = [(*embeddings[position], "") for position in locked]
+                yield count, len(rows) - count - len(unsaved), unsaved
+                return
         except RowsRefused as refusal:
             if len(rows) == 1:
-                return 0, [(*embeddings[0], refusal.message)]
+                yield 0, 0, [(*embeddings[0], refusal.message)]
+                return
         middle = len(rows) // 2
-        (one, unsaved), (other, more) = self.save(embeddings[:middle]), self.save(embeddings[middle:])
-        return one + other, unsaved + more
-
-    def check_dimensions(self, embeddings: Embeddings) -> None:
-        """Raise Stop if vectors differ in length, or from vectors that another program has stored."""
-        if others := {len(embedding.vector) // 4 for _, embedding in embeddings} - {self.dimensions}:
-            raise Stop(
-                f"a vector of {others.pop()} dimensions came where others have {self.dimensions}. "
-                "Does the server's address lead to several deployments? Give one of them with --server."
-            )
-        if not (self.coverage.target.dimensions or self.coverage.replaces_all):
-            other = self.coverage.stored()
-            if other and other[1] not in (None, self.dimensions):
-                raise Stop(self.coverage.mismatch(other, self.dimensions))
-
-    def give_up(self, row: Row, failed: bool) -> None:
-        """Mark a row as failed or skipped, so that no other machine tries it."""
-        if self.claims:
-            self.claims.settle(row, failed)
-
-    def heartbeat(self) -> tuple[int, int]:
-        """Renew this machine's claims if it is time; return what the others have done, as Claims.peers."""
-        return self.claims.heartbeat() if self.claims else (0, 0)
+        yield from self.save(embeddings[:middle])
+        yield from self.save(embeddings[middle:])
 
     def finish(self) -> None:
         """After a run over all rows: remove vectors of an earlier model, version or dimension."""
@@ -4048,15 +4085,33 @@ class EmbeddingTable:
         if coverage.stored(stale):
             emptied = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
             remove = emptied if target.is_column else f"DELETE FROM {target.vectors_sql}"
-            self.db.query_all(f"{remove} WHERE {stale}")
+            coverage.db.query_all(f"{remove} WHERE {stale}")
         if self.provenance.id_of("whole"):  # there is a table
             with contextlib.suppress(Forbidden):
-                self.db.query_all(f"DELETE FROM {self.provenance.table.sql} WHERE id IN {others}")
+                coverage.db.query_all(f"DELETE FROM {self.provenance.table.sql} WHERE id IN {others}")
+
+
+class Alone:
+    """In place of Claims, in a run that shares its table with no other machine."""
+
+    next_renewal = math.inf
+
+    def __init__(self, coverage: Coverage) -> None:
+        self.coverage, self.save = coverage, coverage.db.vector_writer(coverage)
+
+    def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
+        """Yield the rows to embed."""
+        return self.coverage.pending()
+
+    def settle(self, row: Row, failed: bool) -> None:
+        """Do nothing: no other machine would try the row."""
+
+    def heartbeat(self) -> tuple[int, int]:
+        """Return that others have done nothing."""
+        return 0, 0
 
     def close(self) -> None:
-        """Leave the remaining work to other machines."""
-        if self.claims:
-            self.claims.release()
+        """Do nothing: there is nobody to leave the work to."""
 
 
 CLAIM_SECONDS = 6.0  # after which the claims of a machine that does not renew them go to others
@@ -4109,8 +4164,8 @@ class Claims:
         also = f", released AS ({done} WHERE {of_batch}), counted AS ({count})"
         self.write = db.vector_writer(coverage, also)
         self.began, self.saved = time.monotonic(), 0  # rows, by this machine
-        self.held: set[Any] = set()  # claimed keys that are neither saved nor settled
-        self.unsent: dict[str, bool] = {}  # keys to be settled, and whether they have failed
+        # Claimed keys: None while the row is being worked on; whether it has failed, until the database is told.
+        self.held: dict[Any, bool | None] = {}
         self.peers = (0, 0)  # rows that other machines have saved since this one began, and rows that failed there
         self.others_at_work = self.abandoned = 0  # claims of other machines that are alive, and of dead ones
         self.next_renewal, self.saved_before = 0.0, 0
@@ -4143,8 +4198,9 @@ class Claims:
     def pending(self, wanted: Callable[[], int]) -> Iterator[Row | None]:
         """Yield the rows that this machine claims; None if there is none right now, but other machines may leave some.
 
-        It ends after a scan of the whole table when no other machine is at work and dead machines have left no claims
-        but those, counted by `ignored`, that the last scan did not take over because their rows are not pending.
+        `wanted` returns how many rows the next batch is to have. It ends after a scan of the whole table
+        when no other machine is at work and dead machines have left no claims but those, counted by `ignored`, that the
+        last scan did not take over because their rows are not pending.
         """
         ignored = 0
         while True:
@@ -4169,11 +4225,10 @@ class Claims:
             if after == bound:
                 bound = self.db.value(next_bound, after)
             rate = self.saved / max(time.monotonic() - self.began, 1.0)
-            count = max(wanted(), int(rate * CLAIM_WORK_SECONDS), 1)
+            count = max(wanted(), int(rate * CLAIM_WORK_SECONDS))
             found = self.claim(after, bound, min(count, PAGE_ROWS))
-            ours = [(key, text) for key, text, is_mine in found if is_mine and str(key) not in self.unsent]
-            rows = [source.row(key, text) for key, text in ours if key not in self.held]
-            self.held.update(one.key for one in rows)
+            rows = [source.row(key, text) for key, text, is_mine in found if is_mine and key not in self.held]
+            self.held.update((row.key, None) for row in rows)
             self.heartbeat()
             yield from rows
             if not found and bound is None:
@@ -4211,21 +4266,21 @@ class Claims:
         return self.peers
 
     def renew(self) -> None:
-        """Renew this machine's claims, settle the rows in `unsent`, and read what the other machines have done."""
+        """Renew this machine's claims, settle its rows, and read what the other machines have done."""
         at_work, ours = f"c.{self.key} IS NOT NULL AND NOT c.settled", f"c.job = {self.job}"
         sql = f"""
             WITH settled AS (
-                UPDATE {self.claims} SET settled = true, failed = u.failed
-                FROM unnest($1::text[]::{self.key_type}[], $2::boolean[]) AS u (key, failed)
-                WHERE c.{self.key} = u.key AND {self.is_mine}
+                UPDATE {self.claims} SET settled = true, failed = u.failed::boolean
+                FROM json_each_text($1::json) AS u (key, failed)
+                WHERE c.{self.key} = u.key::{self.key_type} AND {self.is_mine}
             ),
             alive AS (
-                UPDATE {self.claims} SET expires = {self.until}, saved = $3
+                UPDATE {self.claims} SET expires = {self.until}, saved = $2
                 WHERE c.{self.key} IS NULL AND {self.is_mine} RETURNING 1
             ),
             again AS (
                 INSERT INTO {self.table.sql} (job, machine, space, expires, saved)
-                SELECT {self.job}, {self.machine}, $4, {self.until}, $3 WHERE NOT EXISTS (SELECT 1 FROM alive)
+                SELECT {self.job}, {self.machine}, $3, {self.until}, $2 WHERE NOT EXISTS (SELECT 1 FROM alive)
             )
             SELECT COALESCE(sum(c.saved) FILTER (WHERE {ours}), 0)::bigint,
                 count(*) FILTER (WHERE {ours} AND c.failed),
@@ -4233,26 +4288,27 @@ class Claims:
                 count(*) FILTER (WHERE {at_work} AND NOT {self.is_good})
             FROM {self.claims} WHERE (c.failed OR NOT c.settled) AND NOT {self.is_mine}
         """
-        settled = (list(self.unsent), list(self.unsent.values()))
-        found = self.db.query(sql, *settled, self.saved, self.space)
-        saved, failures, self.others_at_work, self.abandoned = found[0]
+        settled = json.dumps({str(key): failed for key, failed in self.held.items() if failed is not None})
+        saved, failures, self.others_at_work, self.abandoned = self.db.query(sql, settled, self.saved, self.space)[0]
         self.peers = (saved - self.saved_before, failures)
-        self.unsent, self.next_renewal = {}, time.monotonic() + RENEWAL_SECONDS
+        self.held = {key: None for key, failed in self.held.items() if failed is None}
+        self.next_renewal = time.monotonic() + RENEWAL_SECONDS
 
     def settle(self, row: Row, failed: bool) -> None:
         """Mark a row as failed or skipped, so that no machine of this job tries it again."""
-        self.held.discard(row.key)
-        self.unsent[str(row.key)] = failed
+        self.held[row.key] = failed
         self.saved += not failed  # other machines count a skipped row as done
 
     def save(self, vectors: Vectors) -> tuple[int, list[int]]:
         """Save rows with their vectors and provenance, as a VectorWriter; the locked ones stay claimed."""
         count, locked = self.write(vectors)
         self.saved += count
-        self.held.difference_update(row.key for index, (row, _, _) in enumerate(vectors) if index not in locked)
+        for position, (row, _, _) in enumerate(vectors):
+            if position not in locked:
+                self.held.pop(row.key, None)
         return count, locked
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Leave the remaining work to the others at once; if Postgres is away, they wait for the claims to expire."""
         if not self.db.connection.closed:
             with contextlib.suppress(Stop):
@@ -4268,107 +4324,6 @@ class Claims:
             with contextlib.suppress(self.db.driver_error), self.db.begin():
                 self.db.execute(f"LOCK TABLE {self.table.sql} NOWAIT")
                 self.db.execute(f"TRUNCATE {self.table.sql}")
-
-
-class Inspector:
-    """Answers questions about a target without embedding anything, and removes vectors whose row is gone."""
-
-    def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
-        """`profile` is the server's; an empty one if none is asked."""
-        self.db, self.coverage, self.provenance = coverage.db, coverage, Provenance(coverage, profile)
-        self.source, self.target = coverage.source, coverage.target
-
-    def tally(self, condition: str) -> tuple[int, int, int, int]:
-        """Return how many rows there are, have a vector, have one that fulfils a condition, and are up to date then."""
-        counts = (
-            f"count(*), count({self.target.column_sql('embedding')}), count(CASE WHEN {condition} THEN 1 END), "
-            f"count(CASE WHEN {condition} AND {self.coverage.current_sql} THEN 1 END)"
-        )
-        return tuple(self.db.query(f"SELECT {counts} FROM {self.coverage.from_sql}")[0])
-
-    def origins(self) -> list[dict[str, Any]]:
-        """Return what made the vectors of existing rows, as in --status --json, the most first."""
-        target, provenance = self.target, self.provenance
-        names = ("model", "digest", "version", "prefix", "fit", "rows")
-        found = self.db.query(f"""
-            SELECT NULLIF({target.column_sql("model")}, ''), COALESCE(p.digest, ''), COALESCE(p.version, ''),
-                COALESCE(p.prefix, ''), COALESCE(p.fit, ''), count(*)
-            FROM {self.coverage.from_sql} LEFT JOIN {provenance.rows_sql} ON p.id = {provenance.id_sql}
-            WHERE {target.has_vector_sql} GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 DESC, 1, 2, 3, 4, 5""")
-        return [dict(zip(names, row)) for row in found] if target.model or target.has("model") else []
-
-    def check_searchable(self, dimensions: int = 0) -> None:
-        """Raise Stop without any vectors, UsageError without any by this model and of these dimensions (0: any)."""
-        coverage = self.coverage
-        if coverage.stored(coverage.comparable_sql(dimensions)):
-            return
-        if (other := coverage.stored()) is None:
-            raise Stop(
-                f'there are no embeddings yet in "{self.target.table.name}". '
-                "Run the same command without --search or --similar first, which fills it."
-            )
-        raise UsageError(coverage.mismatch(other, dimensions))
-
-    def row_named(self, key: str) -> tuple[Any, bytes | None, str]:
-        """Return key, vector and model ("": unknown) of the row whose key as text is `key`, or raise UsageError."""
-        source, target, db = self.source, self.target, self.db
-        shown = f"{source.key_sql}, {target.column_sql('embedding')}, {target.column_sql('model')}"
-        tables = f"{source.table.sql} AS s{self.coverage.left_join}"  # without --where
-        # In SQLite a column of no type may hold both 7 and '7': take the text, which sorts after the number.
-        where = f"CAST({source.key_sql} AS text) = {db.mark}1 ORDER BY {source.key_sql} DESC"
-        found = db.query(f"SELECT {shown} FROM {tables} WHERE {where}", key)
-        if not found:
-            raise UsageError(
-                f'"{source.table.name}" has no row with the {source.key} {key}. Give another --similar KEY.'
-            )
-        key, vector, model = found[0]
-        return key, db.read_vector(vector), model or ""
-
-    def nearest(self, vector: bytes, top: int, but: Any = None) -> list[Hit]:
-        """Return the rows nearest to a vector, nearest first, ties by key, without the row with the key `but`.
-
-        The database's order is good to five digits, and an index may miss rows. So it gives some more than are wanted,
-        which are put in order here; rounded, because multiples of one vector differ in the last digits.
-        """
-        rows = f"FROM {self.coverage.from_sql} WHERE {self.coverage.comparable_sql(len(vector) // 4)}"
-        found = self.db.nearest(self.coverage, rows, vector, 2 * top + 20)
-        near = [(cosine(vector, other), key) for key, other in found if key != but]
-        near = [one for one in near if not math.isnan(one[0])]
-        near.sort(key=lambda one: -round(one[0], 12))
-        return [Hit(similarity, key, self.columns_of(key)) for similarity, key in near[:top]]
-
-    def columns_of(self, key: Any) -> dict[str, Any]:
-        """Return the values of the columns in a row's text, by name; none if the row is gone."""
-        names = dict.fromkeys(self.source.recipe.columns)
-        of_row = f"{self.source.from_sql} AS s WHERE {self.source.key_sql} = {self.db.mark}1"
-        found = self.db.query(f"SELECT {', '.join(map(quoted, names))} FROM {of_row}", key)
-        return dict(zip(names, found[0])) if found else {}
-
-    def vectors(self) -> tuple[int, int, int, Any]:
-        """Return the number of vectors, of those whose row is gone; their dimensions (0: several), the last save."""
-        target, dimensions = self.target, self.coverage.dimensions_sql
-        if not target.exists:
-            return 0, 0, 0, None
-        [(total, gone, least, most, updated)] = self.db.query(f"""
-            SELECT count(*), count(CASE WHEN {"1 = 0" if target.is_column else self.coverage.is_orphan} THEN 1 END),
-                min({dimensions}), max({dimensions}), max({target.column_sql("updated_at")})
-            FROM {target.vectors_sql}""")
-        return total, gone, most if least == most and most else target.dimensions, updated
-
-    def prune(self, all_of_them: bool) -> int:
-        """Remove the vectors whose row is gone, and return how many; if these are all, only with `all_of_them`."""
-        stays = f"SELECT 1 FROM {self.target.vectors_sql} JOIN {self.source.table.sql} AS s ON {self.coverage.join_on}"
-        unless = "" if all_of_them else f" AND EXISTS ({stays})"
-        delete = f"DELETE FROM {self.target.vectors_sql} WHERE {self.coverage.is_orphan}{unless}"
-        return int(self.db.query_all(delete)[0][0])
-
-
-class Hit(NamedTuple):
-    """A row of a search's result: cosine similarity, key, and columns by name."""
-
-    similarity: float
-    key: Any
-    columns: dict[str, Any]
 
 
 AnyDatabase = Union[SQLite, Postgres]
@@ -4429,7 +4384,8 @@ class Counts:
         """Set how many rows other machines have generated so far, and how many failed there."""
         self.reasons[PEER_FAILURE] = failed
         # Two machines may have generated the same row, if the claims of one have expired.
-        self.peers = min(generated, self.peers + self.left)
+        self.peers = 0
+        self.peers = min(generated, self.left)
 
     def account_for_rest(self, rows: int) -> None:
         """At the end of the table, count the rows without a known outcome as generated by other machines, or, if the
@@ -4752,17 +4708,13 @@ class Job(NamedTuple):
         """Return the Coverage of the source by the target."""
         return Coverage(self.db, self.source, self.target, self.settings)
 
-    def inspector(self, profile: ServerProfile = ServerProfile()) -> Inspector:  # noqa: B008 - it is frozen
-        """Return an Inspector of the target; `profile` is the server's, if one is asked."""
-        return Inspector(self.coverage(), profile)
-
     def for_model(self, model: str) -> Job:
         """Return the same job for another model, unless that is ""."""
         settings = self.settings._replace(model=model or self.settings.model)
         return self._replace(settings=settings, source=self.source._replace(prefix=settings.row_prefix))
 
 
-MOST_CHARACTERS = 1_000_000  # in one request; a single text may be longer
+MOST_CHARACTERS = 1_000_000  # in one request, after which it gets no more texts
 # Answers are saved when there are so many of them, or one has waited so long. Twice as many rows would take 2 MiB more,
 # and save a twentieth of the time with a server that answers at once.
 UNSAVED_ROWS, UNSAVED_SECONDS = 500, 1.0
@@ -4772,17 +4724,15 @@ class Run:
     """One pass over the pending rows, the same for both engines and both databases."""
 
     def __init__(self, table: EmbeddingTable, counts: Counts, job: Job) -> None:
-        self.table, self.counts, self.report, self.log = table, counts, job.report, job.log
+        self.table, self.claims, self.counts, self.report, self.log = table, table.claims, counts, job.report, job.log
         self.interrupt, self.limit = job.interrupt, job.settings.limit
-        self.rows = table.pending(lambda: self.batch_size)
+        self.rows = self.claims.pending(lambda: self.batch_size)
         self.batch_size = 0  # texts wanted for the next batch
         self.is_exhausted = False  # whether all pending rows have been read
         self.in_flight = 0  # rows given to the engine and not answered yet
         self.unsaved: Embeddings = []
-        self.oldest = 0.0  # arrival of the first of them, by time.monotonic()
-        self.locked: dict[Any, float] = {}  # since when other programs have locked some of them, by key
-        self.encodings: set[str] = set()  # of vectors, as logged so far
-        self.paces: dict[int, str] = {}  # each server's last logged reason for its pace
+        self.save_at = math.inf  # when they are to be saved, by time.monotonic()
+        self.logged = set[str]()  # lines about servers, each of which is logged once
 
     def work(self, engine: Engine) -> None:
         """Embed the pending rows. However this ends, except by a second signal, all answers are saved."""
@@ -4792,19 +4742,23 @@ class Run:
                     self.take(event)
                 elif isinstance(event, LogEvent):
                     self.log_event(event, len(engine.scheduler.servers) > 1)
-                if len(self.unsaved) >= UNSAVED_ROWS or self.save_due() <= 0:
+                if len(self.unsaved) >= UNSAVED_ROWS or time.monotonic() >= self.save_at:
                     self.save()
-                self.counts.set_peers(*self.table.heartbeat())
-                self.report.update(self.counts)
+                self.tick()
         except Exception:  # not KeyboardInterrupt: a save could wait for a lock
             self.save(0)
             raise
         self.save(0)
-        self.counts.set_peers(*self.table.heartbeat())
+        self.tick()
         if self.is_exhausted and not self.interrupt.code:
-            shared = self.counts.left and self.table.claims
-            self.counts.account_for_rest(self.table.coverage.count()[0] if shared else 0)
+            if self.counts.left:
+                self.counts.account_for_rest(self.table.coverage.count()[0])
             self.table.finish()
+
+    def tick(self) -> None:
+        """Renew this machine's claims if it is time, and show what has been done."""
+        self.counts.set_peers(*self.claims.heartbeat())
+        self.report.update(self.counts)
 
     def room(self) -> int:
         """Return how many more rows --limit allows in flight."""
@@ -4813,27 +4767,22 @@ class Run:
 
     def left(self) -> int:
         """Return how many rows have no answer yet, in flight or not, as far as is known."""
-        return min(self.room() + self.in_flight, self.counts.left - len(self.unsaved))
-
-    def save_due(self) -> float:
-        """Return the seconds until the next save; infinity if there is nothing to save."""
-        return self.oldest + UNSAVED_SECONDS - time.monotonic() if self.unsaved else math.inf
+        return self.counts.total - self.counts.done - len(self.unsaved)
 
     def due(self) -> float:
         """Return the seconds until a save, a heartbeat or a progress line is due."""
-        return min(self.save_due(), self.table.heartbeat_seconds, self.report.due())
+        return min(min(self.save_at, self.claims.next_renewal) - time.monotonic(), self.report.due())
 
     def next_rows(self, size: int) -> list[Row] | None:
         """Return up to `size` rows to embed; [] if there are none right now, None if there will be none."""
         self.batch_size = size
-        if not self.room():
-            if self.in_flight:
-                return []
+        if not (self.room() or self.in_flight):
             self.save()  # rows that turn out to be deleted leave room for others
-        batch: list[Row] = []
-        size, characters = min(size, self.room()), 0
+        size = min(size, self.room())
         if not size:
-            return None
+            return [] if self.in_flight else None
+        batch: list[Row] = []
+        characters = 0
         for row in self.rows:
             if row is None or self.interrupt.code:
                 return batch
@@ -4842,12 +4791,9 @@ class Run:
                 self.report.update(self.counts)
                 continue
             characters += len(row.text)
-            if batch and characters > MOST_CHARACTERS:
-                self.rows = itertools.chain([row], self.rows)
-                return batch
             batch.append(row)
             self.in_flight += 1
-            if len(batch) == size:
+            if len(batch) == size or characters > MOST_CHARACTERS:
                 return batch
         self.is_exhausted = True
         return batch or None
@@ -4855,8 +4801,6 @@ class Run:
     def take(self, result: Result) -> None:
         """Count and log failed and skipped rows, and keep the embeddings for the next save."""
         self.in_flight -= len(result.pairs)
-        if not self.unsaved:
-            self.oldest = time.monotonic()
         for row, answer in result.pairs:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
@@ -4868,10 +4812,12 @@ class Run:
                     self.log.warn(f"{self.name(row)} holds U+FFFD, which stands for bytes that are not UTF-8")
             elif answer.kind == "too_long":
                 self.counts.too_long += 1
-                self.table.give_up(row, failed=False)
+                self.claims.settle(row, failed=False)
                 self.log.warn(f"{self.name(row)} is longer than the model takes: skipped ({answer.reason})")
             else:
                 self.fail(row, answer.reason)
+        if self.unsaved:
+            self.save_at = min(self.save_at, time.monotonic() + UNSAVED_SECONDS)
 
     def name(self, row: Row) -> str:
         """Return the name of a row for the log."""
@@ -4880,48 +4826,49 @@ class Run:
     def fail(self, row: Row, reason: str) -> None:
         """Count and log a row that gets no embedding."""
         self.counts.reasons[reason] += 1
-        self.table.give_up(row, failed=True)
+        self.claims.settle(row, failed=True)
         self.log.warn(f"{self.name(row)} failed: {reason}")
 
     def log_event(self, log_event: LogEvent, name_server: bool) -> None:
         """Log a request or a remark, and the server's pace if it has changed."""
         server, event = log_event
         at = f"{server.protocol.address}: " if name_server else ""
+        news = [f"{at}{server.pace}"]
         if isinstance(event, str):
             self.log.warn(event)
         elif event.outcome == "ok":
             self.log.debug(f"{at}{counted(event.texts, 'text')} in {event.seconds:.2f} s")
-            if (encoding := f"{at}vectors come as {event.encoding}") not in self.encodings:
-                self.encodings.add(encoding)
-                self.log.info(encoding)
+            news.append(f"{at}vectors come as {event.encoding}")
         else:
             texts = f"with {counted(event.texts, 'text')}" if event.texts else "with the known-good text"
             self.log.warn(f"{at}a request {texts} gave no embeddings after {event.seconds:.2f} s: {event.reason}")
-        if self.paces.get(server.index) != server.pace.reason:
-            self.paces[server.index] = server.pace.reason
-            self.log.info(f"{at}{server.pace}")
+        for line in news:
+            if line not in self.logged:
+                self.logged.add(line)
+                self.log.info(line)
 
     def save(self, most: int = UNSAVED_ROWS // 2) -> None:
         """Save the answers, which count as generated only then. Rows that other programs have locked are kept for the
-        next time; while there are more than `most` of them, the run waits.
+        next time; while there are more than `most` of them, the run waits, for ROW_LOCK_SECONDS.
         """
+        deadline = time.monotonic() + ROW_LOCK_SECONDS
         while embeddings := self.unsaved:
-            self.unsaved = []  # first: an embedding that cannot be saved is not tried again
-            (count, unsaved), now = self.table.save(embeddings), time.monotonic()
-            self.counts.generated += count
-            self.counts.rows -= len(embeddings) - count - len(unsaved)  # rows that have been deleted or changed
-            for row, _, reason in unsaved:
-                if reason:
-                    self.fail(row, reason)
-            locked = [(row, embedding) for row, embedding, reason in unsaved if not reason]
-            self.locked = {row.key: self.locked.get(row.key, now) for row, _ in locked}
-            if locked and now - min(self.locked.values()) > ROW_LOCK_SECONDS:
-                raise Stop("another transaction holds rows for too long. Run again later.")
-            self.unsaved, self.oldest = locked, now
+            self.unsaved, self.save_at = [], math.inf  # an embedding that cannot be saved is not tried again
+            for count, gone, unsaved in self.table.save(embeddings):
+                self.counts.generated += count
+                self.counts.rows -= gone
+                for row, embedding, reason in unsaved:
+                    if reason:
+                        self.fail(row, reason)
+                    else:
+                        self.unsaved.append((row, embedding))
+                        self.save_at = time.monotonic() + UNSAVED_SECONDS
             if len(self.unsaved) <= most or self.interrupt.code:
                 break
+            if time.monotonic() > deadline:
+                raise Stop("another transaction holds rows for too long. Run again later.")
             time.sleep(RETRY_SECONDS)
-            self.counts.set_peers(*self.table.heartbeat())
+            self.tick()
 
 
 def survey(job: Job) -> tuple[Coverage, Counts]:
@@ -4943,50 +4890,40 @@ def generate(job: Job) -> None:
         f"{counts.skipped} with their embedding"
     )
     log.info(f"text: {settings.row_prefix}{job.source.recipe}")
-    if not job.source.is_referable:
-        log.info(f'the key "{job.source.key}" is not declared unique; without an index, reading by pages is slow')
     target = job.target
-    if counts.total > counts.done:
-        target = embed(job, counts)
-    else:
-        report.start(counts)
-    if settings.index and target.exists and not interrupt.code:
-        report.end(counts)
-        interrupt.gentle = True
-        try:
+    try:
+        if counts.total > counts.done:
+            target = embed(job, counts)
+        else:
+            report.start(counts)
+        if settings.index and target.exists and not interrupt.code:
+            report.end(counts)
+            interrupt.gentle = True
             for share in job.db.create_index(target):
                 report.show_index(share)
-        except Stop as stop:
-            report.finish(counts, stop.code, stop.message)
+    except Stop as stop:
+        if not interrupt.gentle:  # it has not begun
             raise
+        message = f"{stop.message} What was generated is saved. Left to do: {counted(counts.left, report.noun)}."
+        report.finish(counts, interrupt.code or stop.code, message)
+        raise Stop(message) from stop.__cause__
     code = interrupt.code or (EXIT_FAILED_ROWS if counts.failed else EXIT_DONE)
     report.finish(counts, code)
     log.info(f"{counts.generated} generated, {counts.skipped} skipped, {counts.failed} failed; exit code {code}")
 
 
 def embed(job: Job, counts: Counts) -> Target:
-    """Embed the pending rows and return the target; if this raises Stop during the run, the summary is printed."""
-    interrupt, report = job.interrupt, job.report
-    scheduler = scheduler_for(job.settings, job.protocols)
-    with contextlib.ExitStack() as cleanup:
-        engine = ENGINES[job.settings.engine](scheduler, interrupt)
-        cleanup.callback(engine.close)
-        handshake_all(engine)
-        table = open_table(job, engine)
-        cleanup.callback(table.close)
-        present = scheduler.up
+    """Embed the pending rows and return the target."""
+    interrupt = job.interrupt
+    with open_engine(job) as engine, open_table(job, engine) as table:
+        scheduler, present = engine.scheduler, engine.scheduler.up
         for note in filter(None, (server.profile.note for server in scheduler.servers)):
             job.log.alert(note)
-        report.start(counts)
+        job.report.start(counts)
         interrupt.gentle = True
         began = time.monotonic()
         try:
             Run(table, counts, job).work(engine)
-        except Stop as stop:
-            message = f"{stop.message} What was generated is saved. Left to do: {counted(counts.left, report.noun)}."
-            cleanup.close()  # before the verdict, which nothing that fails now may change
-            report.finish(counts, interrupt.code or stop.code, message)
-            raise Stop(message) from stop.__cause__
         finally:
             for line in scheduler.shares(time.monotonic() - began):
                 job.log.info(line)
@@ -4996,29 +4933,42 @@ def embed(job: Job, counts: Counts) -> Target:
         return table.coverage.target
 
 
-def open_table(job: Job, engine: Engine) -> EmbeddingTable:
-    """Return the table of the run; create the target if it does not exist."""
+@contextlib.contextmanager
+def open_engine(job: Job) -> Iterator[Engine]:
+    """Give an engine after a handshake with all servers; raise Stop if one cannot do the work, or all are away."""
+    engine = ENGINES[job.settings.engine](scheduler_for(job.settings, job.protocols), job.interrupt)
+    with contextlib.closing(engine):
+        for server, profile, _ in embed_on_all(engine, None):
+            engine.scheduler.greet(server, profile, time.monotonic())
+        yield engine
+
+
+@contextlib.contextmanager
+def open_table(job: Job, engine: Engine) -> Iterator[EmbeddingTable]:
+    """Give the table of the run, with the target created if need be; at the end, leave the rest to other machines."""
     db, settings, profile = job.db, job.settings, engine.scheduler.profile
     if settings.index:
         db.check_index(job.target, profile.dimensions)
-    job = job._replace(target=create_target(db, job.source, job.target, settings, profile.dimensions))
+    job = job._replace(target=job.target.create(db, job.source, settings, profile.dimensions))
     coverage = job.coverage()
     coverage.check(profile.dimensions)
     provenance = Provenance(coverage, profile)
     provenance.check_version()
-    check_drift(engine, coverage, provenance)  # before the claims, which nothing renews meanwhile
-    claims = None
+    check_drift(engine, provenance)  # before the claims, which nothing renews meanwhile
+    claims: Claims | Alone = Alone(coverage)
     try:
         if isinstance(db, Postgres):  # a file of SQLite is locked by the run
             claims = Claims(db, coverage, profile.digest)
     except Forbidden as forbidden:
         job.log.info(f"this run shares the table with no other, since it has no place for claims: {forbidden.message}")
-    coverage.check(profile.dimensions)  # again: others may have been at work
-    return EmbeddingTable(coverage, provenance, claims, profile.dimensions)
+    with contextlib.closing(claims):
+        coverage.check(profile.dimensions)  # again: others may have been at work
+        yield EmbeddingTable(provenance, claims)
 
 
-def check_drift(engine: Engine, coverage: Coverage, provenance: Provenance) -> None:
+def check_drift(engine: Engine, provenance: Provenance) -> None:
     """Raise Stop if a server gives other vectors than are stored for the same texts, or if none are, than the first."""
+    coverage = provenance.coverage
     is_bare = coverage.replaces_all or not coverage.stored()
     is_comparable = " + " in provenance.profile.version if is_bare else coverage.target.has("text_sha256")
     if coverage.settings.accept_drift or not is_comparable:
@@ -5031,7 +4981,7 @@ def check_drift(engine: Engine, coverage: Coverage, provenance: Provenance) -> N
             answered = embed_on_all(engine, [text for _, text, _ in batch])
             compared += [
                 (cosine(answer.vector, vector or getattr(first, "vector", b"")), key, server)
-                for server, answers in answered
+                for server, answers, _ in answered
                 for (key, _, vector), answer, first in zip(batch, answers, answered[0][1])
                 if isinstance(answer, Embedding) and answer.fit == "whole"
             ]
@@ -5083,73 +5033,48 @@ def dry_run(job: Job) -> None:
     report.give(facts, lines)
 
 
-@contextlib.contextmanager
-def open_session(job: Job, protocol: Protocol) -> Iterator[tuple[Engine, ServerProfile]]:
-    """Give an engine with one server, and its profile; raise Stop if it cannot be used, ServerAway if it is away."""
-    with contextlib.closing(AsyncEngine(scheduler_for(job.settings, [protocol]), job.interrupt)) as engine:
-        handshake_all(engine)
-        yield engine, engine.scheduler.servers[0].profile
-
-
 def measure_speed(job: Job, coverage: Coverage) -> float:
     """Return the speed of all servers together, measured with texts of the table, in embeddings per second.
 
     It is 0 if no row has a text.
     """
-    rows = itertools.islice(coverage.pending(), PAGE_ROWS)
-    texts = [row.text for row in rows if row.text.strip(BLANKS)][: TIMED_TEXTS[-1] + 1]
-
-    def seconds(engine: Engine, count: int) -> float:
-        began = time.monotonic()
-        embed_on_all(engine, texts[:count])
-        return time.monotonic() - began
-
+    some = [row.text for row in itertools.islice(coverage.pending(), PAGE_ROWS) if row.text.strip(BLANKS)]
+    texts = list(itertools.islice(itertools.cycle(some), 1 + TIMED_TEXTS[-1]))
     speed = 0.0
-    for protocol in job.protocols if texts else []:
-        try:
-            with open_session(job, protocol) as (engine, profile):
-                coverage.check(profile.dimensions)
-                Provenance(coverage, profile).check_version()
-                one = seconds(engine, 1)
-                rate = 1 / max(one, 1e-6)
-                for more in TIMED_TEXTS if len(texts) > 1 else ():
-                    took = seconds(engine, 1 + more)
-                    # Without the fixed cost of a request; where a server answers at once, the rest is mostly noise.
-                    rate = (min(1 + more, len(texts)) - 1) / max(took - one, took / 10)
-                    if took > QUICK_SECONDS:
-                        break
-                speed += rate
-        except ServerAway:
-            if protocol is job.protocols[-1] and not speed:
-                raise
+    if texts:
+        with open_engine(job) as engine:
+            profile = engine.scheduler.profile
+            coverage.check(profile.dimensions)
+            Provenance(coverage, profile).check_version()
+            ones = {server.index: seconds for server, _, seconds in embed_on_all(engine, texts[:1])}
+            for more in TIMED_TEXTS:
+                timed = [(ones[server.index], took) for server, _, took in embed_on_all(engine, texts[: 1 + more])]
+                # Without the fixed cost of a request; where a server answers at once, the rest is mostly noise.
+                speed = sum(more / max(took - one, took / 10) for one, took in timed)
+                if max(took for _, took in timed) > QUICK_SECONDS:
+                    break
     return speed
 
 
 def search(job: Job) -> None:
     """List the rows nearest to a text."""
-    job.inspector().check_searchable()
+    coverage = job.coverage()
+    coverage.check_searchable()
     query = str(job.settings.search)
-    for protocol in job.protocols:
-        try:
-            with open_session(job, protocol) as (engine, profile):
-                [(_, [answer])] = embed_on_all(engine, [query])
-            break
-        except ServerAway:
-            if protocol is job.protocols[-1]:
-                raise
+    with open_engine(job) as engine:
+        [(server, [answer], _), *_] = embed_on_all(engine, [query])
     if isinstance(answer, Failure):
         said = answer.reason.rstrip(".")
-        raise Stop(f"{protocol.address} does not embed the text that is searched for: {said}.")
-    inspector = job.inspector(profile)
-    inspector.check_searchable(len(answer.vector) // 4)
-    inspector.provenance.check_version()
-    show_hits(job, inspector, {"query": query}, f'"{query}"', answer.vector, job.settings.model)
+        raise Stop(f"{server.protocol.address} does not embed the text that is searched for: {said}.")
+    coverage.check_searchable(len(answer.vector) // 4)
+    Provenance(coverage, engine.scheduler.profile).check_version()
+    show_hits(job, {"query": query}, f'"{query}"', answer.vector, job.settings.model)
 
 
 def similar(job: Job) -> None:
     """List the rows nearest to one of them, by its stored vector."""
     given = str(job.settings.similar)
-    key, vector, model = job.inspector().row_named(given)
+    key, vector, model = job.coverage().row_named(given)
     row = f"{job.report.noun} {given}"
     if vector is None:
         raise Stop(f"the {row} has no embedding yet. Run embedgen without --similar first.")
@@ -5158,28 +5083,21 @@ def similar(job: Job) -> None:
             f"the {row} has a vector without a direction (all zeros, or NaN or infinity in it), so that nothing is "
             "near it. Run embedgen with --force, which replaces it."
         )
-    job = job.for_model(model)
-    show_hits(job, job.inspector(), {"similar_to": key}, row, vector, model, but=key)
+    show_hits(job.for_model(model), {"similar_to": key}, row, vector, model, but=key)
 
 
-def show_hits(
-    job: Job, inspector: Inspector, asked: dict[str, Any], what: str, vector: bytes, model: str, but: Any = None
-) -> None:
+def show_hits(job: Job, asked: dict[str, Any], what: str, vector: bytes, model: str, but: Any = None) -> None:
     """Print the rows nearest to the vector of `what`; on standard error how many rows were not searched."""
-    report, settings = job.report, job.settings
-    hits = inspector.nearest(vector, settings.top, but)
-    results = [
-        {"rank": rank, "similarity": round(hit.similarity, 6), "key": hit.key, "columns": hit.columns}
-        for rank, hit in enumerate(hits, 1)
-    ]
+    report, settings, coverage = job.report, job.settings, job.coverage()
+    hits = coverage.nearest(vector, settings.top, but)
     cells, nouns = report.console.columns or PIPE_WIDTH, report.nouns
     head = f"🔎 {nouns[:1].upper()}{nouns[1:]} nearest to {what}, by {model or 'an unknown model'}"
     head = "" if settings.quiet else truncate_to_width(head, cells)
     lines = [head, *hit_lines(hits, cells)] if hits else [f"No {nouns} to compare with were found."]
-    report.give({**asked, "model": model or None, "results": results}, lines)
+    report.give({**asked, "model": model or None, "results": hits}, lines)
     if settings.quiet:
         return
-    rows, stored, found, current = inspector.tally(inspector.coverage.comparable_sql(len(vector) // 4))
+    rows, stored, found, current = coverage.tally(coverage.comparable_sql(len(vector) // 4))
     counts = {
         "not searched, without an embedding": rows - stored,
         "not searched, with one that does not compare": stored - found,
@@ -5193,17 +5111,17 @@ PIPE_WIDTH = 200  # cells of a result's line without a terminal
 KEY_WIDTH = 40  # most cells of a key
 
 
-def hit_lines(hits: list[Hit], cells: int) -> list[str]:
-    """Return a line of at most `cells` cells for each hit: rank, similarity, key, columns."""
-    keys = [truncate_to_width(str(hit.key), KEY_WIDTH) for hit in hits]
-    key_width, digits = max(map(width_of, keys), default=0), len(str(len(hits)))
+def hit_lines(hits: list[dict[str, Any]], cells: int) -> list[str]:
+    """Return a line of at most `cells` cells for each result of Coverage.nearest: rank, similarity, key, columns."""
+    keys = [truncate_to_width(str(hit["key"]), KEY_WIDTH) for hit in hits]
+    key_width, digits = max(map(width_of, keys)), len(str(len(hits)))
     lines = []
-    for rank, (hit, key) in enumerate(zip(hits, keys), 1):
+    for hit, key in zip(hits, keys):
         gap = " " * (key_width - width_of(key))
-        key = key + gap if isinstance(hit.key, str) else gap + key
-        values = [str(value).strip(BLANKS) for value in hit.columns.values() if value is not None]
-        text = " | ".join(filter(None, values))
-        lines.append(truncate_to_width(f"{rank:{digits}}  {hit.similarity:.4f}  {key}  {text}", cells).rstrip())
+        key = key + gap if isinstance(hit["key"], str) else gap + key
+        text = " | ".join(filter(None, (str(v).strip(BLANKS) for v in hit["columns"].values() if v is not None)))
+        line = f"{hit['rank']:{digits}}  {hit['similarity']:.4f}  {key}  {text}"
+        lines.append(truncate_to_width(line, cells).rstrip())
     return lines
 
 
@@ -5220,13 +5138,13 @@ def truncate_to_width(text: str, cells: int) -> str:
 
 def status(job: Job) -> None:
     """Print how many rows are embedded, missing or stale, and by which models."""
-    origins = job.inspector().origins()
+    origins = Provenance(job.coverage(), ServerProfile()).origins()
     models = {made["model"] for made in origins}
     if len(models) == 1 and not job.settings.model_is_named:
         job = job.for_model(max(models))
-    settings, inspector = job.settings, job.inspector()
-    total, _, found, current = inspector.tally(job.target.has_vector_sql)
-    _, orphaned, dimensions, updated = inspector.vectors()
+    settings, coverage = job.settings, job.coverage()
+    total, _, found, current = coverage.tally(job.target.has_vector_sql)
+    _, orphaned, dimensions, updated = coverage.vectors()
     if getattr(updated, "tzinfo", None):
         updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(updated.timestamp()))
     is_unknown = found and not any(models) and not settings.model_is_named
@@ -5247,15 +5165,17 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     share = done / total if total else 1.0
     lines = [RULE, one_line(f"🧠 {report.title}s in {database}"), RULE]
     lines.append(f"📊 {percent_of(share)}%|{bar(share, 24)}| {done:,} of {total:,} {report.nouns}")
-    marks = {"Embedded": "✓", "Missing": "…", "Stale": "↻", "Orphaned": "∅", "Cut": "✂", "Split": "÷"}
-    orphaned = f"   (without a row in {facts['table']}; see --prune)"
-    hints = {"Stale": "   (embedded from another text, prefix or model)", "Orphaned": orphaned}
-    width = max(len(f"{facts[name.lower()] or 0:,}") for name in marks)
+    marks = {"embedded": "✓", "missing": "…", "stale": "↻", "orphaned": "∅", "cut": "✂", "split": "÷"}
+    hints = {
+        "stale": "   (embedded from another text, prefix or model)",
+        "orphaned": f"   (without a row in {facts['table']}; see --prune)",
+    }
+    width = max(len(f"{facts[name] or 0:,}") for name in marks)
     for name, mark in marks.items():
-        count = facts[name.lower()]  # None: not known
-        if count or (count == 0 and name in ("Embedded", "Missing", "Stale")):
+        count = facts[name]  # None: not known
+        if count or (count == 0 and name in ("embedded", "missing", "stale")):
             hint = hints.get(name, "") if count else ""
-            lines.append(f"   {mark}  {name + ':':<10}{count:>{width},}{hint}")
+            lines.append(f"   {mark}  {name.title() + ':':<10}{count:>{width},}{hint}")
     made: Counter[tuple[str, str, str, str]] = Counter()
     for one in facts["models"]:
         made[one["model"], short_digest(one["digest"]), one["version"], one["prefix"]] += one["rows"]
@@ -5272,29 +5192,31 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
 
 def prune(job: Job) -> None:
     """Remove the embeddings whose row is gone."""
-    settings, target, source = job.settings, job.target, job.source.table.name
+    settings, target, source = job.settings, job.target, job.source.table
     name = f'"{target.table.name}"'
     if not target.exists:
         raise UsageError(f"there is nothing to prune: no table {name}. Give --target NAME.")
     if not (target.belongs or settings.force):
         raise UsageError(
-            f'rows that "{source}" does not have may still exist: nothing says that {name} belongs to it. '
+            f'rows that "{source.name}" does not have may still exist: nothing says that {name} belongs to it. '
             "Give another --table; or --force, to remove the embeddings of all others."
         )
-    job.db.query_all(f"SELECT 1 FROM {job.source.table.sql} LIMIT 0")  # raises Stop where rows are hidden
-    inspector = job.inspector()
-    total, gone, *_ = inspector.vectors()
-    most = gone if gone < total or settings.force else 0  # to remove all of them is probably a mistake
-    removed = inspector.prune(settings.force) if gone and not settings.dry_run else most
-    if gone and not removed and inspector.vectors()[1]:  # another program may have removed them
+    coverage = job.coverage()
+    rows = f"FROM {target.vectors_sql} WHERE {coverage.is_orphan}"
+    if not settings.force:  # to remove all of them is probably a mistake
+        rows += f" AND EXISTS (SELECT 1 FROM {target.vectors_sql} JOIN {source.sql} AS s ON {coverage.join_on})"
+    ((removed,),) = job.db.query_all(f"{'SELECT count(*)' if settings.dry_run else 'DELETE'} {rows}")
+    total, gone, *_ = coverage.vectors()
+    if gone and not removed:
         raise UsageError(
-            f'none of the {total} embeddings in {name} belongs to a row of "{source}", so that all would be removed. '
-            "Give another --table or --target; or --force, if that is meant."
+            f'none of the {total} embeddings in {name} belongs to a row of "{source.name}", so that all would be '
+            "removed. Give another --table or --target; or --force, if that is meant."
         )
+    total += 0 if settings.dry_run else removed
     job.log.info(f"pruned {job.db.shown}, {target.table.name}: {removed} of {total} embeddings removed")
-    did, what = ("would_remove", "Would remove") if settings.dry_run else ("removed", "Removed")
+    did = "would_remove" if settings.dry_run else "removed"
     why = f"whose {job.report.nouns} are gone" if removed else f"since all their {job.report.nouns} are there"
-    line = f"🧹 {what} {removed} of {total} embeddings, {why}."
+    line = f"🧹 {did.replace('_', ' ').capitalize()} {removed} of {total} embeddings, {why}."
     facts = {did: removed, "left": total - removed, "dry_run": settings.dry_run}
     job.report.give(facts, [line] if removed or not settings.quiet else [])
 

