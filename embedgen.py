@@ -988,8 +988,8 @@ class Protocol:
             asked["truncate"] = truncate
         return Request(path, json.dumps(asked).encode(), timeout, base64_tokens)
 
-    def check(self, request: Request, response: Response, texts: int) -> None:
-        """Raise the error in the answer to a request with `texts` texts, unless its status is 200."""
+    def check(self, request: Request, response: Response, texts: list[str]) -> None:
+        """Raise the error in the answer to a request for the vectors of `texts`, unless its status is 200."""
         status = response.status
         if status == 200:
             return
@@ -1000,13 +1000,13 @@ class Protocol:
         kind = next(kind for statuses, pattern, kind in ERRORS if status in statuses and re.search(pattern, words))
         if kind == "too_long" and self.on_long == "fail":
             kind = "refused"
-        if kind == "too_many" and texts > 1:
-            raise Trouble("changed", words, most_texts=texts // 2)
+        if kind == "too_many" and len(texts) > 1:
+            raise Trouble("changed", words, most_texts=len(texts) // 2)
         if kind == "one_string" and b'"input": [' in request.body:
             raise Trouble("changed", words, most_texts=1)
         if kind in ("no_base64", "no_path") and request.longest:
             raise Trouble("changed", words, base64_tokens=0)
-        if kind == "no_model" and status != 404 and KNOWN_GOOD.encode() not in request.body:
+        if kind == "no_model" and status != 404 and texts != [KNOWN_GOOD]:
             kind = "refused"  # the words may be about the text: the known-good one will show
         if kind in STOPS:
             location = self.endpoint.hide(response.headers.get("location") or "the final address")
@@ -1369,7 +1369,7 @@ class BatchRequest:
         request = protocol.build(self.profile, texts, self.timeout, truncate)
         response = self.last = yield request
         try:
-            protocol.check(request, response, len(texts))
+            protocol.check(request, response, texts)
             numbers = protocol.read(response)
             vectors = validate_vectors(numbers, texts)
             if request.longest:  # in base64
