@@ -2675,12 +2675,12 @@ STOPPING_PATIENCE = 5.0  # seconds for which a run that has been interrupted sti
 
 
 class Table(NamedTuple):
-    """A table or view, or the place of one to be created; SQLite has no schemas."""
+    """A table or view; SQLite has no schemas."""
 
     schema: str
     name: str
     is_table: bool = True
-    exists: bool = True
+    exists: bool = True  # False if it may have to be created
 
     @property
     def sql(self) -> str:
@@ -2889,15 +2889,11 @@ class Database:
             self.execute(f"CREATE TABLE IF NOT EXISTS {table.sql} ({columns})")
 
     def columns(self, table: Table) -> dict[str, Column]:
-        """Return the readable columns by name; none if there is no such table."""
+        """Return the readable columns by name; raise Stop if a table that exists has none."""
         found = self.query(self.catalogue.columns, table.schema, table.name)
+        if table.exists and not found:
+            raise Stop(f'"{table.name}" has no columns that may be read. Have SELECT on it granted.')
         return {name: Column(*facts) for name, *facts in found}
-
-    def readable_columns(self, table: Table) -> dict[str, Column]:
-        """Return the readable columns by name; raise Stop if there are none."""
-        if columns := self.columns(table):
-            return columns
-        raise Stop(f'"{table.name}" has no columns that may be read. Have SELECT on it granted.')
 
     def vectors_of(self, declared: str) -> tuple[str, int]:
         """Return a type's name and the dimensions that it demands, 0 for any; raise UsageError for a wrong type."""
@@ -3420,7 +3416,7 @@ class Postgres(Database):
         found = look(distance) if is_indexed else []  # an index gives the order of nothing but the bare distance
         if len(found) < most:  # few rows, or an index that has given up looking for them
             found = look(f"round(({distance})::numeric, 5), {key}")
-        return [(key, packed) for key, text in found if (packed := self.read_vector(text))]
+        return [(key, pack(json.loads(text))) for key, text in found]
 
     def fill(self, table: str, width: int, rows: Iterable[Sequence[Any]]) -> None:
         """Insert rows into a table."""
@@ -3563,7 +3559,7 @@ class Source(NamedTuple):
         if not table.exists:
             tables = listed(name for (name,) in db.query(db.catalogue.table_names))
             raise UsageError(f'the database has no table "{settings.table}". It has: {tables}. Give --table NAME.')
-        columns = db.readable_columns(table)
+        columns = db.columns(table)
         key = key_column(settings.id, columns, table.name)
         looks_at_texts = settings.action != "prune"
         recipe = recipe_for(settings, list(columns), table.name) if looks_at_texts else Recipe((), labelled=True)
@@ -3687,7 +3683,7 @@ class Target(NamedTuple):
 
     def as_found(self, db: AnyDatabase, source: Source) -> Target:
         """Return this target with the columns and the key that its existing table has."""
-        name, described = self.table.name, db.readable_columns(self.table)
+        name, described = self.table.name, db.columns(self.table)
         columns = {ours: ours for ours in OWN_COLUMNS if ours in described}
         if "text_sha256" not in columns:
             columns.pop("provenance", None)  # somebody else's table, with another meaning of the word
@@ -3717,7 +3713,7 @@ class Target(NamedTuple):
             raise UsageError(f'--out-column goes with a table; "{source.table.name}" is a view. Give --target NAME.')
         if not source.is_referable:  # whatever --where says: all rows with a key get its vector
             check_key(db, source._replace(from_sql=source.table.sql))
-        described = db.readable_columns(source.table)
+        described = db.columns(source.table)
         column = match(name, described)
         if column in [source.key, *source.recipe.columns]:
             raise UsageError(f'--out-column "{column}" is the key or part of the text. Give a column for the vectors.')
@@ -3927,7 +3923,7 @@ class Provenance:
     def __init__(self, coverage: Coverage, profile: ServerProfile) -> None:
         """`profile` is that of this run's servers, an empty one if it embeds nothing."""
         self.db, self.target, self.coverage, self.profile = coverage.db, coverage.target, coverage, profile
-        self.table = Table(self.target.table.schema, PROVENANCE_TABLE)
+        self.table = Table(self.target.table.schema, PROVENANCE_TABLE, exists=False)
         self.ids: dict[str, int | None] = {}  # of this run's own rows, by fit
         self.is_compared = False  # whether this run has compared its vectors with stored ones of another version
         self.id_sql, model = self.target.column_sql("provenance"), literal(coverage.settings.model)
@@ -4139,7 +4135,7 @@ class Claims:
         self.db, self.coverage = db, coverage
         settings, target, source = coverage.settings, coverage.target, coverage.source
         name = f"{target.table.name}_{target.columns['embedding']}" if target.is_column else target.table.name
-        self.table = Table(target.table.schema, db.cut(name, "_claims"))
+        self.table = Table(target.table.schema, db.cut(name, "_claims"), exists=False)
         self.key, self.key_type = quoted(target.key), db.type_name(source.key_type)
         self.machine = literal(os.urandom(8).hex())
         work = (settings.model, digest, source, target.columns, settings.dimensions, settings.option, settings.force)
