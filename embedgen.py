@@ -2959,6 +2959,7 @@ class SQLite(Database):
 
     catalogue = Catalogue(
         table_names="SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'",
+        # There is but one place to look in: ?3 is only mentioned, since each parameter has to be.
         find_table="""
             SELECT ?2, name, type = 'table', ?3 IS NOT NULL FROM sqlite_master WHERE type IN ('table', 'view')
             AND name COLLATE NOCASE IN (?1, CASE WHEN ?1 LIKE 'main.%' THEN substr(?1, 6) END)
@@ -3412,7 +3413,7 @@ class Postgres(Database):
             """
             return self.transaction(lambda: self.execute(sql, json.dumps(unpack(vector))), setting)
 
-        is_indexed = any(is_valid for is_valid, _ in self.indexes(coverage.target))
+        is_indexed = True in self.indexes(coverage.target).values()
         found = look(distance) if is_indexed else []  # an index gives the order of nothing but the bare distance
         if len(found) < most:  # few rows, or an index that has given up looking for them
             found = look(f"round(({distance})::numeric, 5), {key}")
@@ -3440,17 +3441,17 @@ class Postgres(Database):
         """)
         return f"{name}({cell})"
 
-    def indexes(self, target: Target) -> list[Any]:
-        """Return the HNSW indexes for cosine distance: whether each is valid, and its name."""
+    def indexes(self, target: Target) -> dict[str, bool]:
+        """Return the names of the HNSW indexes for cosine distance, and whether each is valid."""
         sql = """
-            SELECT i.indisvalid, i.indexrelid::regclass::text FROM pg_index i
+            SELECT i.indexrelid::regclass::text, i.indisvalid FROM pg_index i
             JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
             JOIN pg_opclass o ON o.oid = i.indclass[0]
             JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
             WHERE i.indrelid = $1::regclass AND a.attname = $2 AND m.amname = 'hnsw'
             AND o.opcname LIKE '%cosine_ops' AND i.indpred IS NULL
         """
-        return self.query(sql, target.table.sql, target.columns["embedding"])
+        return dict(self.query(sql, target.table.sql, target.columns["embedding"]))
 
     def check_index(self, target: Target, dimensions: int = 0) -> None:
         """Raise UsageError if a target's vectors cannot be indexed; `dimensions` are those of one to be created."""
@@ -3481,9 +3482,9 @@ class Postgres(Database):
             WHERE relid = {literal(table)}::regclass
         """
         found = self.indexes(target)
-        if any(is_valid for is_valid, _ in found) or self.value(building) is not None:
+        if True in found.values() or self.value(building) is not None:
             return
-        for _, invalid in found:  # of a run that was interrupted
+        for invalid in found:  # of a run that was interrupted
             self.query(f"DROP INDEX CONCURRENTLY {invalid}")
         name = self.cut(f"{target.table.name}_{column}", "_hnsw")
         create = f"""
