@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from unittest import mock
 
 import embedgen
-from tests.databases import Postgres, SQLite
+from tests.databases import Postgres, SQLite, postgres_url
 from tests.ollama import Ollama, blob
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,13 +99,15 @@ def command(*arguments: object, **constants: object) -> list[str]:
 
 
 OURS = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")  # what the program reads
+# On Windows, redirected output is in the code page, cp1252, whatever the console has.
+ALWAYS = {"PYTHONUTF8": "1"} if os.name == "nt" else {}
 
 
 @contextlib.contextmanager
 def changed_environment(extra: Mapping[str, str] | None) -> Iterator[None]:
     """Have this process's environment as environment() has it, within the block."""
     changes = {name: None for name in os.environ if name.startswith(OURS)}
-    wanted: dict[str, str | None] = {**changes, **(extra or {})}
+    wanted: dict[str, str | None] = {**changes, **ALWAYS, **(extra or {})}
     before = {name: os.environ.get(name) for name in wanted}
 
     def change(values: Mapping[str, str | None]) -> None:
@@ -125,9 +127,7 @@ def changed_environment(extra: Mapping[str, str] | None) -> Iterator[None]:
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment without what the program would read, and with `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    if os.name == "nt":  # where redirected output is in the code page, cp1252, whatever the console has
-        kept["PYTHONUTF8"] = "1"
-    return {**kept, **(extra or {})}
+    return {**kept, **ALWAYS, **(extra or {})}
 
 
 def decoded(written: bytes) -> str:
@@ -456,6 +456,10 @@ class Case(unittest.TestCase):
 
 class OnPostgres(Case):
     """Put before another Case, it has that one's tests run on Postgres."""
+
+    def setUp(self) -> None:
+        postgres_url()  # skips the test where there is none
+        super().setUp()
 
     def open_database(self) -> None:
         self.db = Postgres(self.folder)
