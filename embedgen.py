@@ -2521,11 +2521,8 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
     Returns how many rows of the table have the file's values now, how many of the file a later one with the same key
     replaced, how many of the table had other values before, and sentences about these and what was made up.
     """
-    file = DataFile(path)
-    numeric = numeric_columns(file)
-
     try:
-        return db.transaction(lambda: StagedFile(db, settings, file, numeric).insert())
+        return db.transaction(lambda: StagedFile(db, settings, DataFile(path)).insert())
     except RowsRefused as error:
         raise UsageError(f"--load {path}: {error.message}") from None
 
@@ -2533,9 +2530,10 @@ def load(db: AnyDatabase, settings: Settings, path: str) -> dict[str, Any]:
 class StagedFile:
     """A file's rows in a temporary table, and the table they go to, created if need be; within a transaction."""
 
-    def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile, numeric: dict[str, bool]) -> None:
+    def __init__(self, db: AnyDatabase, settings: Settings, file: DataFile) -> None:
         self.db, self.file, self.settings = db, file, settings
         self.notes: list[str] = []
+        numeric = numeric_columns(file)
         unnamed = ("row" if match("id", numeric) else "id") if "" in numeric else ""
         if unnamed:
             self.notes.append(f'the first column of {file.path} has no name and is taken for the key, as "{unnamed}"')
@@ -2583,9 +2581,9 @@ class StagedFile:
         """Make the number of each row its key; UsageError if a column could be the key."""
         path, key = self.file.path, self.key
         if not self.table.exists:
-            sql = "SELECT count(*) = count(DISTINCT NULLIF({}, '')) FROM {} AS f".format
-            unique = [column for column, cell in self.cells.items() if self.db.execute(sql(cell, STAGED))[0][0]]
-            if unique:
+            counts = ", ".join(f"count(*) = count(DISTINCT NULLIF({cell}, ''))" for cell in self.cells.values())
+            (are_unique,) = self.db.execute(f"SELECT {counts} FROM {STAGED} AS f")
+            if unique := list(itertools.compress(self.cells, are_unique)):
                 raise UsageError(f"{path} has no column id. Say which is the key, with --id COLUMN: {listed(unique)}.")
         elif not (self.settings.force and self.described.keys() == {key, *self.cells}):
             raise UsageError(
