@@ -2609,16 +2609,18 @@ class StagedFile:
             raise self.file.error(line, f'column "{column}": {problem if text else "the key has no value"}')
         return value
 
-    def count_repeated(self, rows: int) -> int:
-        """Return how many of the rows have a later one of the same key; UsageError if most have."""
+    def count_rows(self) -> tuple[int, int]:
+        """Return how many rows there are, and how many have a later one of the same key; UsageError if most have."""
         key, value = self.cells[self.key], self.values[self.key]
-        found = self.db.execute(f"""
-            SELECT count(*) OVER (), cell, before, line FROM (
+        ((rows, repeated, cell, before, line),) = self.db.execute(f"""
+            WITH k AS (
                 SELECT {key} AS cell, line, lag(line) OVER (PARTITION BY {value} ORDER BY line) AS before
                 FROM {STAGED} AS f
-            ) AS k WHERE before IS NOT NULL ORDER BY line LIMIT 1
+            ), one AS (SELECT * FROM k WHERE before IS NOT NULL ORDER BY line LIMIT 1)
+            SELECT count(*), count(k.before), one.cell, one.before, one.line
+            FROM k LEFT JOIN one ON 1 = 1 GROUP BY 3, 4, 5
         """)
-        for repeated, cell, before, line in found:
+        if repeated:
             first = f"first: {cell}, {self.file.unit}s {before} and {line}"
             keys = counted(rows - repeated, "key")
             note = f"{self.file.path}: {rows} rows, {keys}: {repeated} replaced by a later one ({first})"
@@ -2627,13 +2629,11 @@ class StagedFile:
                     f"{note}. Give the column that tells rows apart with --id COLUMN, or --force to have it so."
                 )
             self.notes.append(note)
-            return int(repeated)
-        return 0
+        return rows, repeated
 
     def insert(self) -> dict[str, Any]:
         """Insert the last row of each key; what an object does not mention stays as it is in the table."""
-        ((rows,),) = self.db.execute(f"SELECT count(*) FROM {STAGED}")
-        repeated = self.count_repeated(rows)
+        rows, repeated = self.count_rows()
         table, key, value = self.table.sql, quoted(self.key), self.values[self.key]
         source = f"""
             FROM {STAGED} AS f LEFT JOIN {table} AS old ON old.{key} = {value}
