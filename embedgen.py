@@ -1556,12 +1556,6 @@ class Pace:
         return texts / total, total / count
 
 
-class Result(NamedTuple):
-    """A batch's rows with their answers."""
-
-    pairs: list[tuple[Row, Answer]]
-
-
 NEVER = float("inf")  # a moment that does not come
 
 
@@ -1603,8 +1597,7 @@ class Batch(NamedTuple):
     """Texts that go to a server together, or None for a handshake.
 
     `load` is the number of texts in flight to the server when it was sent, its own included. `rows` are the rows of the
-    texts, if they come from a table. `moves` counts the servers that have failed to do it. `long`: the
-    only text is known to be too long.
+    texts, if they come from a table. `long`: the only text is known to be too long.
     """
 
     server: ServerState
@@ -1612,7 +1605,6 @@ class Batch(NamedTuple):
     movable: bool
     rows: Sequence[Row] = ()
     load: int = 0
-    moves: int = 0
     long: bool = False
 
     @property
@@ -1637,8 +1629,9 @@ class Scheduler:
         """`most` is the limit of requests in flight to all servers; `accept_drift`: do not compare their vectors."""
         self.servers, self.most, self.accept_drift = servers, most, accept_drift
         self.alone = len(servers) == 1  # then there is nobody to take over its work
-        self.returned: list[tuple[Row, int]] = []  # rows that servers have failed to do, and how many servers
-        self.long: list[tuple[Row, int]] = []  # the same of rows that are too long: each gets a batch of its own
+        self.returned: list[Row] = []  # that servers have failed to do
+        self.long: list[Row] = []  # that are too long: each gets a batch of its own
+        self.moves = Counter[Any]()  # how many servers have failed to do a row, by its key
 
     @property
     def up(self) -> list[ServerState]:
@@ -1674,12 +1667,12 @@ class Scheduler:
                 return server, size
         return None
 
-    def launch(self, server: ServerState, rows: list[Row], moves: int, long: bool = False) -> Batch:
+    def launch(self, server: ServerState, rows: list[Row], long: bool = False) -> Batch:
         """Return a batch that counts as in flight."""
         server.in_flight += 1
         server.texts += len(rows)
-        movable = not self.alone and moves < self.MOVES
-        return Batch(server, [row.text for row in rows], movable, rows, server.texts, moves, long)
+        movable = not self.alone and max(self.moves[row.key] for row in rows) < self.MOVES
+        return Batch(server, [row.text for row in rows], movable, rows, server.texts, long)
 
     def land(self, batch: Batch) -> None:
         """Count a batch as no longer in flight."""
@@ -1687,19 +1680,11 @@ class Scheduler:
             batch.server.in_flight -= 1
             batch.server.texts -= len(batch.rows)
 
-    def give_back(self, batch: Batch, moves: int) -> None:
-        """Take back the rows of a batch that `moves` servers have failed to do."""
-        self.returned += [(row, moves) for row in batch.rows]
-
-    def take_returned(self, size: int) -> tuple[list[Row], int]:
-        """Return up to `size` rows that were given back, and how many servers have failed to do them."""
-        taken, self.returned = self.returned[:size], self.returned[size:]
-        return [row for row, _ in taken], max(moves for _, moves in taken)
-
     def lose(self, batch: Batch, stop: Stop, now: float) -> str:
         """Take a failed batch back and mark its server as away or barred; return the news for the log."""
         server, was = batch.server, batch.server.status
-        self.give_back(batch, batch.moves + 1)
+        self.returned += batch.rows
+        self.moves.update(row.key for row in batch.rows)
         if was == "barred":
             return ""
         if was == "up":
@@ -1797,10 +1782,6 @@ def most_in_flight(engine: str) -> int:
 GRACE = 10.0  # seconds for the requests in flight when the run is to stop
 # The longest wait: an hour, or on Windows, which runs a signal's handler only afterwards, a tenth of a second.
 LONGEST_SLEEP = 0.1 if os.name == "nt" else 3600.0
-
-
-class Abandoned(Exception):
-    """A conversation ended because the run is to stop."""
 
 
 # ---- connections ----
@@ -1961,6 +1942,7 @@ class Connection:
 
 # An event of a batch: any number of the first three; then its answers, a handshake's profile, or an exception.
 Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
+PROGRESS = (Exchange, Learned, str)
 Events = list[tuple["Batch", Event]]
 # A server's index, and what embed_batch needs to know for a batch.
 Task = tuple[int, ServerProfile, Union[list[str], None], bool, bool]
@@ -1979,7 +1961,7 @@ class Conversations:
         self.idle: list[list[Connection]] = [[] for _ in protocols]
 
     async def converse(self, task: Task, report: Callable[[Event], None]) -> None:
-        """Carry out a task over a connection of its own, and report its events; the last is Abandoned after a halt."""
+        """Carry out a task over a connection of its own, and report its events; after a halt, [] for its answers."""
         import asyncio
         import traceback
 
@@ -1996,15 +1978,15 @@ class Conversations:
                 if not isinstance(step, (Request, Wait)):
                     report(step)
                 elif self.halted.done() and getattr(step, "body", True):  # but a question about an answer may be asked
-                    raise Abandoned
+                    return report([])
                 elif isinstance(step, Wait):
                     await asyncio.wait({self.halted}, timeout=step.seconds)
                 else:
                     response = await connection.exchange(step)
         except StopIteration as end:
             report(end.value)
-        except (Stop, Abandoned) as end:
-            report(end)
+        except Stop as stop:
+            report(stop)
         except Exception as error:  # in a form that a pipe can carry
             report(RuntimeError(f"{error!r} in a conversation with a server\n{traceback.format_exc()}"))
         finally:
@@ -2051,21 +2033,16 @@ class AsyncEngine(Conversations):
         """Cancel the batches in flight and release all resources."""
         import asyncio
 
-        tasks = asyncio.all_tasks(self.loop)
+        tasks: Any = True
         while tasks:
+            tasks = asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
-            self.turn()
-            tasks = asyncio.all_tasks(self.loop)
-        for connection in itertools.chain(*self.idle):
-            connection.close()
-        self.turn()
+            for connection in itertools.chain(*self.idle):
+                connection.close()
+            self.loop.stop()  # after one turn, which ends what was cancelled and closed
+            self.loop.run_forever()
         self.loop.close()
-
-    def turn(self) -> None:
-        """Run the callbacks that are due."""
-        self.loop.stop()
-        self.loop.run_forever()
 
 
 # Forked workers share the parent's memory, which makes ten of them cost little; where forking
@@ -2180,12 +2157,12 @@ class ProcessEngine:
             del self.workers[pipe]
             self.deaths += 1
             if self.interrupt.code:
-                return [(batch, Abandoned())]
+                return [(batch, [])]
             if self.deaths > DEATHS_IN_A_ROW:
                 raise Stop("worker processes keep dying. Is memory short? Give fewer --workers.") from None
             self.submit(batch)
             return []
-        if not isinstance(event, (Exchange, Learned, str)):
+        if not isinstance(event, PROGRESS):
             self.workers[pipe], self.deaths = None, 0
         return [(batch, event)]
 
@@ -2216,30 +2193,22 @@ ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngi
 # ---- the loop that both engines share ----
 
 
-class LogEvent(NamedTuple):
-    """An entry for the log: a request to a server, or a remark."""
-
-    server: ServerState
-    event: Exchange | str
-
-
 def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any, float]]:
     """Return each server that is up, with its answers for the same texts, and the seconds they took.
 
     Without texts, the answer is a handshake's profile. A server that is away is left to the run, unless it is the only
     one; other exceptions are raised, and Stop if no server can be reached.
     """
-    scheduler, waiting, began = engine.scheduler, 0, time.monotonic()
-    answers: dict[int, tuple[Event, float]] = {}
+    scheduler, answers, began = engine.scheduler, dict[int, tuple[Event, float]](), time.monotonic()
+    waiting = len(scheduler.up)
     for server in scheduler.up:
         engine.submit(Batch(server, texts, movable=not scheduler.alone))
-        waiting += 1
     while waiting:
-        for (server, *_), event in engine.wait(NEVER):
-            waiting -= not isinstance(event, (Exchange, Learned, str))
-            if isinstance(event, ServerAway) and not scheduler.alone:
-                news = scheduler.lose(Batch(server, None, True), event, time.monotonic())
-                server.profile = server.profile._replace(note=news)
+        for batch, event in engine.wait(NEVER):
+            server = batch.server
+            waiting -= not isinstance(event, PROGRESS)
+            if isinstance(event, ServerAway) and batch.movable:
+                server.profile = server.profile._replace(note=scheduler.lose(batch, event, time.monotonic()))
             elif isinstance(event, Exception):
                 raise event
             else:
@@ -2250,22 +2219,20 @@ def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerSt
     return [(server, *answers[server.index]) for server in scheduler.up]
 
 
-def embed_rows(
-    engine: Engine, next_rows: Callable[[int], list[Row] | None], left: Callable[[], int], due: Callable[[], float]
-) -> Iterator[Result | LogEvent | None]:
-    """Yield a Result for each batch, in any order, events for the log, and None to give the caller a turn.
+def embed_rows(engine: Engine, run: Run) -> None:
+    """Embed the rows of a run, which gets the answers in any order, and a turn after each event.
 
-    `next_rows(size)` returns rows for a batch: [] if there are none right now, None if there will be no more. `left` is
-    as in Scheduler.choose, `due` returns the seconds until the caller wants a turn. After an interrupt or an exception,
-    no more rows are taken, and the requests in flight get GRACE seconds; then the exception, if any, is raised.
+    After an interrupt or an exception, no more rows are taken, and the requests in flight get GRACE seconds; then the
+    exception, if any, is raised.
     """
     scheduler, interrupt = engine.scheduler, engine.interrupt
     failure: Exception | None = None
     more, deadline = True, NEVER
     while True:
+        run.turn()
         now = time.monotonic()
         if not (interrupt.code or failure):
-            more = submit_batches(engine, next_rows, left)
+            more = submit_batches(engine, run)
             for probe in scheduler.probes(now):
                 engine.submit(probe)
             failure = scheduler.given_up(now)
@@ -2275,43 +2242,38 @@ def embed_rows(
         if now >= deadline or not (more or any(server.in_flight for server in scheduler.servers)):
             break
         moment = min([deadline, *(server.next_probe for server in scheduler.servers)])
-        for batch, event in engine.wait(min(due(), moment - now)):
+        for batch, event in engine.wait(min(run.due(), moment - now)):
             try:
-                yield from handle(scheduler, batch, event, time.monotonic())
+                handle(scheduler, run, batch, event)
             except Exception as error:
                 failure = failure or error
-        yield None
+            run.turn()
     if failure:
         raise failure
 
 
-def submit_batches(engine: Engine, next_rows: Callable[[int], list[Row] | None], left: Callable[[], int]) -> bool:
+def submit_batches(engine: Engine, run: Run) -> bool:
     """Submit batches while there is room; return whether there may be more rows."""
     scheduler = engine.scheduler
-    while choice := scheduler.choose(left):
+    while choice := scheduler.choose(run.left):
         server, size = choice
-        is_long, moves = bool(scheduler.long), 0
-        if is_long:
-            row, moves = scheduler.long.pop()
-            rows: list[Row] | None = [row]
-        elif scheduler.returned:
-            rows, moves = scheduler.take_returned(size)
-        else:
-            rows = next_rows(size)
+        queue, size = (scheduler.long, 1) if scheduler.long else (scheduler.returned, size)
+        rows, is_long = queue[:size] or run.next_rows(size), queue is scheduler.long
+        del queue[:size]
         if not rows:
             return rows is not None
-        engine.submit(scheduler.launch(server, rows, moves, is_long))
+        engine.submit(scheduler.launch(server, rows, is_long))
     return True
 
 
-def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iterator[Result | LogEvent]:
+def handle(scheduler: Scheduler, run: Run, batch: Batch, event: Event) -> None:
     """Handle an event of a batch; raise the exceptions that end the run."""
-    server, news = batch.server, ""
+    server, news, now = batch.server, "", time.monotonic()
     if isinstance(event, Learned):
         server.learn(event.changes)
     elif isinstance(event, Exchange):
         server.observe(event, batch.load)
-        yield LogEvent(server, event)
+        run.log_event(server, event)
     elif isinstance(event, str):
         news = event
     else:
@@ -2322,18 +2284,16 @@ def handle(scheduler: Scheduler, batch: Batch, event: Event, now: float) -> Iter
             if isinstance(event, ServerProfile):
                 news = scheduler.greet(server, event, now)
             elif server.status == "up":
-                scheduler.long += [(row, batch.moves) for row, answer in zip(batch.rows, event) if answer == LATER]
-                yield Result([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
+                scheduler.long += [row for row, answer in zip(batch.rows, event) if answer == LATER]
+                run.take([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
             else:  # it may have restarted with another model: the next handshake will show
-                scheduler.give_back(batch, batch.moves)
+                scheduler.returned += batch.rows
         except Stop as stop:
             if not batch.movable:
                 raise
             news = scheduler.lose(batch, stop, now)
-        except Abandoned:
-            pass
     if news:
-        yield LogEvent(server, news)
+        run.log_event(server, news)
 
 
 # =============================== files to load ===============================
@@ -4721,6 +4681,7 @@ class Run:
     def __init__(self, table: EmbeddingTable, counts: Counts, job: Job) -> None:
         self.table, self.claims, self.counts, self.report, self.log = table, table.claims, counts, job.report, job.log
         self.interrupt, self.limit = job.interrupt, job.settings.limit
+        self.has_several_servers = len(job.protocols) > 1
         self.rows = self.claims.pending(lambda: self.batch_size)
         self.batch_size = 0  # texts wanted for the next batch
         self.is_exhausted = False  # whether all pending rows have been read
@@ -4732,14 +4693,7 @@ class Run:
     def work(self, engine: Engine) -> None:
         """Embed the pending rows. However this ends, except by a second signal, all answers are saved."""
         try:
-            for event in embed_rows(engine, self.next_rows, self.left, self.due):
-                if isinstance(event, Result):
-                    self.take(event)
-                elif isinstance(event, LogEvent):
-                    self.log_event(event, len(engine.scheduler.servers) > 1)
-                if len(self.unsaved) >= UNSAVED_ROWS or time.monotonic() >= self.save_at:
-                    self.save()
-                self.tick()
+            embed_rows(engine, self)
         except Exception:  # not KeyboardInterrupt: a save could wait for a lock
             self.save(0)
             raise
@@ -4749,6 +4703,12 @@ class Run:
             if self.counts.left:
                 self.counts.account_for_rest(self.table.coverage.count()[0])
             self.table.finish()
+
+    def turn(self) -> None:
+        """Save if it is time, and tick."""
+        if len(self.unsaved) >= UNSAVED_ROWS or time.monotonic() >= self.save_at:
+            self.save()
+        self.tick()
 
     def tick(self) -> None:
         """Renew this machine's claims if it is time, and show what has been done."""
@@ -4793,10 +4753,10 @@ class Run:
         self.is_exhausted = True
         return batch or None
 
-    def take(self, result: Result) -> None:
+    def take(self, answered: list[tuple[Row, Answer]]) -> None:
         """Count and log failed and skipped rows, and keep the embeddings for the next save."""
-        self.in_flight -= len(result.pairs)
-        for row, answer in result.pairs:
+        self.in_flight -= len(answered)
+        for row, answer in answered:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
                 self.counts.cut += answer.fit == "cut"
@@ -4824,10 +4784,9 @@ class Run:
         self.claims.settle(row, failed=True)
         self.log.warn(f"{self.name(row)} failed: {reason}")
 
-    def log_event(self, log_event: LogEvent, name_server: bool) -> None:
+    def log_event(self, server: ServerState, event: Exchange | str) -> None:
         """Log a request or a remark, and the server's pace if it has changed."""
-        server, event = log_event
-        at = f"{server.protocol.address}: " if name_server else ""
+        at = f"{server.protocol.address}: " if self.has_several_servers else ""
         news = [f"{at}{server.pace}"]
         if isinstance(event, str):
             self.log.warn(event)

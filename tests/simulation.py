@@ -339,12 +339,11 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
     while len(embedded) < rows:
         while (handed < rows or scheduler.returned) and (choice := scheduler.choose(left)):
             chosen, size = choice
-            if scheduler.returned:
-                some, moves = scheduler.take_returned(size)
-            else:
-                some, moves = [Row(number, "", b"") for number in range(handed, min(rows, handed + size))], 0
+            some, scheduler.returned = scheduler.returned[:size], scheduler.returned[size:]
+            if not some:
+                some = [Row(number, "", b"") for number in range(handed, min(rows, handed + size))]
                 handed += len(some)
-            send(scheduler.launch(chosen, some, moves))
+            send(scheduler.launch(chosen, some))
             if trace:
                 print(f"{now:8.2f} s  {len(some):3d} rows to {chosen.protocol.address}, {rows - len(embedded)} left")
         for question in scheduler.probes(now):

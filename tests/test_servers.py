@@ -59,7 +59,7 @@ class ServersInVirtualTime(unittest.TestCase):
             self.assertGreaterEqual(sum(server.pace.in_flight for server in scheduler.servers), most)
             in_flight = 0
             while choice := scheduler.choose(lambda: 1000):
-                scheduler.launch(choice[0], [embedgen.Row(0, "", b"")] * choice[1], 0)
+                scheduler.launch(choice[0], [embedgen.Row(0, "", b"")] * choice[1])
                 in_flight += 1
             self.assertEqual(in_flight, most)
 
@@ -82,7 +82,7 @@ class SchedulerByHand(unittest.TestCase):
         scheduler = self.scheduler(1, 10.0)
         for _ in range(2):
             self.assertEqual(scheduler.choose(lambda: 3), (scheduler.servers[0], 8))
-            scheduler.launch(scheduler.servers[0], ROWS, 0)
+            scheduler.launch(scheduler.servers[0], ROWS)
         self.assertIsNone(scheduler.choose(lambda: 3))
 
     def test_a_server_that_is_not_known_is_tried_first_and_with_little(self) -> None:
@@ -91,8 +91,8 @@ class SchedulerByHand(unittest.TestCase):
 
     def test_near_the_end_a_slow_server_gets_nothing_that_a_fast_one_has_done_before(self) -> None:
         scheduler = self.scheduler(2, 100.0, 1.0)
-        scheduler.launch(scheduler.servers[0], ROWS, 0)
-        scheduler.launch(scheduler.servers[0], ROWS, 0)
+        scheduler.launch(scheduler.servers[0], ROWS)
+        scheduler.launch(scheduler.servers[0], ROWS)
         self.assertIsNone(scheduler.choose(lambda: 24))  # which are a quarter of a second's work
         choice = scheduler.choose(lambda: 1000)
         assert choice
@@ -100,15 +100,13 @@ class SchedulerByHand(unittest.TestCase):
 
     def test_what_a_server_leaves_undone_goes_to_the_others_in_their_sizes(self) -> None:
         scheduler = self.scheduler(2, 10.0, 10.0)
-        batch = scheduler.launch(scheduler.servers[0], ROWS, 0)
+        batch = scheduler.launch(scheduler.servers[0], ROWS)
         scheduler.land(batch)
         self.assertIn("server 0 is away", scheduler.lose(batch, ServerAway("refused"), 1.0))
         choice = scheduler.choose(lambda: 8)
         assert choice
         self.assertIs(choice[0], scheduler.servers[1])
-        self.assertEqual(scheduler.take_returned(5), (ROWS[:5], 1))
-        self.assertEqual(scheduler.take_returned(5), (ROWS[5:], 1))
-        self.assertEqual(scheduler.returned, [])
+        self.assertEqual(scheduler.returned, ROWS)
 
     def test_a_server_is_probed_less_and_less_often(self) -> None:
         scheduler = self.scheduler(2)
@@ -151,21 +149,27 @@ class SchedulerByHand(unittest.TestCase):
         self.assertEqual((scheduler.lose(question, ServerAway("refused"), 2.0), scheduler.probes(1000.0)), ("", []))
 
     def test_a_batch_that_every_server_leaves_undone_ends_the_run(self) -> None:
-        scheduler, moves = self.scheduler(2), 0
-        while (batch := scheduler.launch(scheduler.servers[0], ROWS, moves)).movable:
+        scheduler, moves, away = self.scheduler(2), 0, ServerAway("crashed")
+        while (batch := scheduler.launch(scheduler.servers[0], ROWS)).movable:
+            embedgen.handle(scheduler, mock.Mock(), batch, away)
             moves += 1
         self.assertEqual(moves, 3)
+        self.assertFalse(scheduler.launch(scheduler.servers[1], [ROWS[0], ROWS[0]._replace(key=99)]).movable)
+        self.assertTrue(scheduler.launch(scheduler.servers[1], [ROWS[0]._replace(key=99)]).movable)
         with self.assertRaises(ServerAway):
-            list(embedgen.handle(scheduler, batch, ServerAway("crashed"), 0.0))
+            embedgen.handle(scheduler, mock.Mock(), batch, away)
 
     def test_what_comes_from_a_server_that_is_missed_is_embedded_by_others(self) -> None:
         scheduler = self.scheduler(2)
-        first, second = (scheduler.launch(scheduler.servers[0], ROWS, 0) for _ in range(2))
+        first, second = (scheduler.launch(scheduler.servers[0], ROWS) for _ in range(2))
         answers: list[Any] = [embedgen.Embedding(blob("x"))] * 8
-        [news] = embedgen.handle(scheduler, first, ServerAway("refused"), 0.0)
-        self.assertIn("is away", news.event)  # type: ignore[union-attr, operator]
-        self.assertEqual(list(embedgen.handle(scheduler, second, answers, 0.0)), [])
-        self.assertEqual(scheduler.returned, [(row, moves) for moves in (1, 0) for row in ROWS])
+        run = mock.Mock()
+        embedgen.handle(scheduler, run, first, ServerAway("refused"))
+        [(_, news)] = [call.args for call in run.log_event.mock_calls]
+        self.assertIn("is away", news)
+        embedgen.handle(scheduler, run, second, answers)
+        run.take.assert_not_called()
+        self.assertEqual(scheduler.returned, ROWS * 2)
 
     def test_servers_that_do_not_give_the_same_vectors_do_not_work_together(self) -> None:
         one, other = blob("x"), blob("y")
