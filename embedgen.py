@@ -1625,10 +1625,18 @@ class Scheduler:
     PROBE, LATE = 0.25, 8  # a server is probed PROBE seconds after it went, then at intervals of 1/LATE of its absence
     MOVES = 3  # servers that may fail to do a batch; the next one must find out which text is at fault
 
-    def __init__(self, servers: list[ServerState], most: int, accept_drift: bool = False) -> None:
-        """`most` is the limit of requests in flight to all servers; `accept_drift`: do not compare their vectors."""
-        self.servers, self.most, self.accept_drift = servers, most, accept_drift
-        self.alone = len(servers) == 1  # then there is nobody to take over its work
+    def __init__(self, settings: Settings, protocols: Sequence[Protocol]) -> None:
+        """Give each server its own pace and its share of the requests in flight."""
+        fixed, many = settings.concurrent, len(protocols)
+        allowed = min(Pace.MOST_IN_FLIGHT, most_in_flight(settings.engine)) // many
+        self.servers: list[ServerState] = []
+        for index, protocol in enumerate(protocols):
+            in_flight = fixed and max(1, fixed // many + (index < fixed % many))
+            pace = Pace(in_flight, settings.batch_size, settings.timeout, max(1, allowed))
+            self.servers.append(ServerState(index, protocol, pace))
+        self.most = fixed or sys.maxsize  # requests in flight to all servers together
+        self.accept_drift = settings.accept_drift
+        self.alone = many == 1  # then there is nobody to take over its work
         self.returned: list[Row] = []  # that servers have failed to do
         self.long: list[Row] = []  # that are too long: each gets a batch of its own
         self.moves = Counter[Any]()  # how many servers have failed to do a row, by its key
@@ -1657,9 +1665,8 @@ class Scheduler:
             return up[0], up[0].pace.batch_size
         if new := [server for server in room if not server.rate]:
             return new[0], -(-new[0].pace.batch_size // self.UNKNOWN)
-        seconds = (max(left(), 0) or sys.maxsize) / sum(
-            server.rate for server in up
-        )  # until all are done at one moment
+        rate = sum(server.rate for server in up)
+        seconds = (max(left(), 0) or sys.maxsize) / rate  # until all are done at one moment
         for server in sorted(room, key=lambda server: (server.texts + 1) / server.rate):  # the soonest idle first
             most, share = server.pace.batch_size, seconds * server.rate - server.texts
             size = int(min(most, max(-(-most // self.SMALLEST), share / 2)))
@@ -1750,17 +1757,6 @@ class Scheduler:
             f"at the end {s.pace}"
             for s in self.servers
         ]
-
-
-def scheduler_for(settings: Settings, protocols: Sequence[Protocol]) -> Scheduler:
-    """Return the scheduler of a run; each server has its own pace and its share of the requests in flight."""
-    fixed, many, servers = settings.concurrent, len(protocols), []
-    most = min(Pace.MOST_IN_FLIGHT, most_in_flight(settings.engine))
-    for index, protocol in enumerate(protocols):
-        in_flight = fixed and max(1, fixed // many + (index < fixed % many))
-        pace = Pace(in_flight, settings.batch_size, settings.timeout, max(1, most // many))
-        servers.append(ServerState(index, protocol, pace))
-    return Scheduler(servers, fixed or sys.maxsize, settings.accept_drift)
 
 
 SPARE_FILES = 40  # open files beside those of an engine
@@ -2018,7 +2014,7 @@ class AsyncEngine(Conversations):
     def wait(self, seconds: float) -> Events:
         """Return the events since the last call; none after `seconds` or a signal."""
         self.stood_still += time.monotonic() - self.stopped
-        timer = self.loop.call_later(min(seconds, LONGEST_SLEEP), self.loop.stop)
+        timer = self.loop.call_later(seconds, self.loop.stop)
         self.loop.run_forever()
         timer.cancel()
         self.stopped = time.monotonic()
@@ -2140,7 +2136,7 @@ class ProcessEngine:
         events: Events = []
         busy = [pipe for pipe, batch in self.workers.items() if batch]
         with contextlib.suppress(InterruptedError):  # of Windows, after the handler has run
-            for ready in self.wait_for([*busy, self.signalled], max(min(seconds, LONGEST_SLEEP), 0.0)):
+            for ready in self.wait_for([*busy, self.signalled], max(seconds, 0.0)):
                 if ready is self.signalled:
                     self.signalled.recv()
                 else:
@@ -2204,7 +2200,7 @@ def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerSt
     for server in scheduler.up:
         engine.submit(Batch(server, texts, movable=not scheduler.alone))
     while waiting:
-        for batch, event in engine.wait(NEVER):
+        for batch, event in engine.wait(LONGEST_SLEEP):
             server = batch.server
             waiting -= not isinstance(event, PROGRESS)
             if isinstance(event, ServerAway) and batch.movable:
@@ -2241,7 +2237,7 @@ def embed_rows(engine: Engine, run: Run) -> None:
             engine.halt()
         if now >= deadline or not (more or any(server.in_flight for server in scheduler.servers)):
             break
-        moment = min([deadline, *(server.next_probe for server in scheduler.servers)])
+        moment = min([now + LONGEST_SLEEP, deadline, *(server.next_probe for server in scheduler.servers)])
         for batch, event in engine.wait(min(run.due(), moment - now)):
             try:
                 handle(scheduler, run, batch, event)
@@ -4890,7 +4886,7 @@ def embed(job: Job, counts: Counts) -> Target:
 @contextlib.contextmanager
 def open_engine(job: Job) -> Iterator[Engine]:
     """Give an engine after a handshake with all servers; raise Stop if one cannot do the work, or all are away."""
-    engine = ENGINES[job.settings.engine](scheduler_for(job.settings, job.protocols), job.interrupt)
+    engine = ENGINES[job.settings.engine](Scheduler(job.settings, job.protocols), job.interrupt)
     with contextlib.closing(engine):
         for server, profile, _ in embed_on_all(engine, None):
             engine.scheduler.greet(server, profile, time.monotonic())

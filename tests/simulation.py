@@ -16,9 +16,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from embedgen import Batch, Exchange, Pace, Row, Scheduler, ServerAway, ServerProfile, scheduler_for
+from embedgen import Batch, Exchange, Pace, Row, Scheduler, ServerAway, ServerProfile
 
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -314,7 +314,7 @@ def simulate_fleet(servers: Sequence[Slots], rows: int, most: int | None = None,
     """
     protocols: list[Any] = [SimpleNamespace(address=f"server {index}", model="m") for index in range(len(servers))]
     settings = argparse.Namespace(concurrent=most, batch_size=None, timeout=300.0, accept_drift=False, engine="async")
-    scheduler = scheduler_for(settings, protocols)
+    scheduler = Scheduler(cast(Any, settings), protocols)
     events: list[tuple[float, int, Batch, float, str]] = []
     order = itertools.count()
     now, handed, embedded = 0.0, 0, list[int]()

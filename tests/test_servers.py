@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from embedgen import Batch, Exchange, Pace, Scheduler, ServerAway, ServerProfile, ServerState, Stop
+from embedgen import Batch, Exchange, Scheduler, ServerAway, ServerProfile, ServerState, Stop
 from tests.ollama import blob
 from tests.simulation import Slots, simulate_fleet
 from tests.support import SLOW_ENGINES, Case, another_double, with_engines
@@ -68,15 +68,16 @@ ROWS = [embedgen.Row(key, f"text {key}", b"") for key in range(8)]
 
 
 class SchedulerByHand(unittest.TestCase):
-    def scheduler(self, count: int, *rates: float, **settings: bool) -> Scheduler:
+    def scheduler(self, count: int, *rates: float, accept_drift: bool = False) -> Scheduler:
         """Return a scheduler of servers, for some of which the texts/s are known."""
-        servers = []
-        for index in range(count):
-            protocol: Any = SimpleNamespace(address=f"server {index}", model="m")
-            servers.append(ServerState(index, protocol, Pace(2, 8)))
-        for server, rate in zip(servers, rates):
+        protocols: list[Any] = [SimpleNamespace(address=f"server {index}", model="m") for index in range(count)]
+        settings: Any = SimpleNamespace(
+            concurrent=2 * count, batch_size=8, timeout=300.0, accept_drift=accept_drift, engine="async"
+        )
+        scheduler = Scheduler(settings, protocols)
+        for server, rate in zip(scheduler.servers, rates):
             server.rate = rate
-        return Scheduler(servers, 1000, **settings)
+        return scheduler
 
     def test_one_server_gets_what_its_pace_says_to_the_last_row(self) -> None:
         scheduler = self.scheduler(1, 10.0)
