@@ -2942,6 +2942,7 @@ class SQLite(Database):
     vector_types, vectors_are = "(?!.*(?:INT|CHAR|CLOB|TEXT|REAL|FLOA|DOUB))(.*)()", "BLOB"
     octets = "length(CAST({} AS BLOB))"  # SQL of a text's length in bytes
     sha256 = "embedgen_sha256(CAST({} AS BLOB))"  # bytes, because a text may hold NUL or invalid bytes
+    dimensions = "CASE WHEN typeof({0}) = 'blob' AND length({0}) % 4 = 0 THEN length({0}) / 4 END"  # NULL: no vector
     # Gives a provenance table of before versions were recorded its new columns, and takes its constraint.
     renewal = f"""CREATE TEMP TABLE embedgen_old AS SELECT * FROM {{0}}; DROP TABLE {{0}};
         CREATE TABLE {{0}} ({PROVENANCE_COLUMNS.format(identity)});
@@ -3010,10 +3011,6 @@ class SQLite(Database):
     def vector_type(self, dimensions: int) -> str:
         """Return the type of a column for vectors."""
         return "BLOB"
-
-    def dimensions_sql(self, vector: str) -> str:
-        """Return the SQL of a stored vector's dimensions, NULL if the value is no vector."""
-        return f"CASE WHEN typeof({vector}) = 'blob' AND length({vector}) % 4 = 0 THEN length({vector}) / 4 END"
 
     def read_vector(self, value: Any) -> bytes | None:
         """Return a vector as it came from the database, as float32, little-endian; None if it is none."""
@@ -3231,6 +3228,7 @@ class Postgres(Database):
             ON n.oid = e.extnamespace WHERE e.extname = 'vector'), current_schema(), 'public')),
             current_setting('server_encoding')
         """)
+        self.dimensions = f"{self.pgvector}.vector_dims({{}})"
         self.blanks = literal(BLANKS if encoding == "UTF8" else BLANKS.encode("ascii", "ignore").decode())
 
     def connect(self) -> Any:
@@ -3288,10 +3286,6 @@ class Postgres(Database):
             extension = f"CREATE EXTENSION IF NOT EXISTS vector SCHEMA {self.pgvector}"
             self.exclusively(lambda: self.execute(extension))
         return f"{self.pgvector}.vector({dimensions})"
-
-    def dimensions_sql(self, vector: str) -> str:
-        """Return the SQL of a stored vector's dimensions."""
-        return f"{self.pgvector}.vector_dims({vector})"
 
     def read_vector(self, value: Any) -> bytes | None:
         """Return a vector as it came from the database, a JSON array, as float32, little-endian; None if none did."""
@@ -3709,7 +3703,7 @@ class Coverage:
         self.from_sql = f"{source.from_sql} AS s{self.left_join}"
         # The condition that a vector's row is gone from the table, not only hidden by --where.
         self.is_orphan = f"NOT EXISTS (SELECT 1 FROM {source.table.sql} AS s WHERE {source.key_sql} = {key})"
-        self.dimensions_sql = db.dimensions_sql(stored("embedding"))
+        self.dimensions_sql = db.dimensions.format(stored("embedding"))
         self.is_by = f"COALESCE({stored('model')}, {model}) = {model}"  # the vector is by this model or an unknown one
         current = f"{target.has_vector_sql} AND {self.is_by}"
         if target.has("text_sha256"):
