@@ -1785,7 +1785,7 @@ LONGEST_SLEEP = 0.1 if os.name == "nt" else 3600.0
 
 def describe(error: Exception) -> str:
     """Return a network or file error in words."""
-    name = type(error).__name__
+    name = type(error).__name__  # of errors whose modules need not be loaded
     if name == "gaierror":
         return "the host's name cannot be resolved"
     if name == "SSLCertVerificationError":
@@ -1843,23 +1843,22 @@ class Connection:
 
         started, kept = time.monotonic(), bool(self.writer)
         while True:
-            step, seconds, is_late = "connection", CONNECT_SECONDS, False
+            step, seconds = "connection", CONNECT_SECONDS
             try:
                 if not self.writer:
                     await asyncio.wait_for(self.open(), seconds)
                 step, seconds = "answer", request.timeout
                 response = await asyncio.wait_for(self.send(request), seconds)
                 return response._replace(seconds=time.monotonic() - started, family=self.family)
-            except (TimeoutError, asyncio.TimeoutError):  # which are not related before Python 3.11
-                reason, is_late = f"no {step} within {seconds:g} s", step == "answer"  # it may be busy with the request
-                self.close()
             except Exception as error:
                 self.close()
                 if kept and isinstance(error, (ConnectionError, EOFError)):
                     kept = False
                     continue
-                reason = self.endpoint.hide(describe(error))[:200]
-            return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=is_late)
+                late = isinstance(error, (TimeoutError, asyncio.TimeoutError))  # not related before Python 3.11
+                reason = f"no {step} within {seconds:g} s" if late else self.endpoint.hide(describe(error))[:200]
+                is_busy = late and step == "answer"  # only a server that was reached may be busy with the request
+                return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=is_busy)
 
     async def open(self) -> None:
         """Connect."""

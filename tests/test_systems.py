@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -59,6 +61,16 @@ class Words(unittest.TestCase):
             (OSError(28, "x"), "no space left on device"),
         ):
             self.assertEqual(embedgen.describe(error).lower(), words.lower(), repr(error))
+
+
+class Loops(unittest.TestCase):
+    def test_what_nobody_waits_for_is_not_printed(self) -> None:
+        """As of a connection that Windows resets after its answer; the loop is that of both engines."""
+        loop = embedgen.Conversations([]).loop
+        self.addCleanup(loop.close)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            loop.call_exception_handler({"message": "x", "exception": ConnectionResetError()})
+        self.assertEqual(said.getvalue(), "")
 
 
 class Refused(Case):
