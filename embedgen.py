@@ -3996,9 +3996,10 @@ class EmbeddingTable:
         self.dimensions = provenance.profile.dimensions  # of every vector to be saved
 
     def save(self, embeddings: Embeddings) -> Iterator[tuple[int, int, list[tuple[Row, Embedding, str]]]]:
-        """Save embeddings, and yield after each transaction how many rows it has saved, and how many have been deleted
-        or changed; and those that could not be saved: with the database's words if it refuses them, with none if other
-        programs have locked them. To find a refused row, the batch is halved until it stands alone.
+        """Save embeddings; yield for each transaction the number of rows saved, and of those deleted or changed since.
+
+        And the rows that could not be saved: with the database's words if it refuses them, with none if other programs
+        have locked them. To find a refused row, the batch is halved until it stands alone.
         """
         if not (self.coverage.target.dimensions or self.coverage.replaces_all):
             other = self.coverage.stored()
@@ -4027,8 +4028,9 @@ class EmbeddingTable:
         others = f"(SELECT p.id {self.provenance.others})"
         stale = f"{coverage.differs_sql(self.dimensions)} OR {self.provenance.id_sql} IN {others}"
         if coverage.stored(stale):
-            emptied = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
-            remove = emptied if target.is_column else f"DELETE FROM {target.vectors_sql}"
+            remove = f"DELETE FROM {target.vectors_sql}"
+            if target.is_column:
+                remove = f"UPDATE {target.vectors_sql} SET {quoted(target.columns['embedding'])} = NULL"
             coverage.db.query_all(f"{remove} WHERE {stale}")
         if self.provenance.id_of("whole"):  # there is a table
             with contextlib.suppress(Forbidden):
@@ -5123,7 +5125,7 @@ def status_lines(facts: dict[str, Any], report: Report, database: str) -> list[s
     for one in facts["models"]:
         made[one["model"], short_digest(one["digest"]), one["version"], one["prefix"]] += one["rows"]
     dimensions = f", {facts['dimensions']} dimensions" if facts["dimensions"] else ""
-    for (model, digest, version, prefix), count in list(made.items())[:3]:
+    for (model, digest, version, prefix), count in made.items():
         words = f"🧩 Model: {model or 'unknown'}{f' ({digest})' if digest else ''}{dimensions}"
         words += f', prefix "{prefix}"' if prefix else ""
         words += f"{f', server {version}' if version else ''}{f': {count:,}' if len(made) > 1 else ''}"

@@ -75,6 +75,13 @@ class ProgressLine(unittest.TestCase):
                 self.assertGreaterEqual(made.total, made.done)
                 self.assertEqual(made.done, made.generated + made.skipped + made.failed)
 
+    def test_a_row_that_two_machines_generate_counts_once(self) -> None:
+        made = Counts(40, 0, None)
+        made.set_peers(4, 0)
+        made.generated = 40  # among them those of the other machine, which was taken for dead
+        made.set_peers(4, 0)
+        self.assertEqual((made.done, made.total, made.left), (40, 40, 0))
+
 
 class Clock(Case):
     """The bar and the summary count from the same moment, when the program was started."""
