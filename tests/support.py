@@ -135,6 +135,11 @@ def decoded(written: bytes) -> str:
     return written.decode("utf-8").replace(os.linesep, "\n")
 
 
+def without_progress(out: str) -> str:
+    """Return an output without the progress lines before the last, which only runs of half a minute print."""
+    return re.sub(r"(?m)^Generating embeddings: .*\n(?=Generating embeddings: )", "", out)
+
+
 # On Windows, Ctrl-C goes to all processes of a console: whoever presses it leaves its own console for that one.
 PRESS_CONTROL_C = """
 import ctypes, sys

@@ -42,6 +42,7 @@ from tests.support import (
     command,
     environment,
     tls_double,
+    without_progress,
 )
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -139,6 +140,7 @@ def names_of(setting: str) -> list[str]:
 
 def without_times(text: str) -> list[str]:
     """Return the lines of an output, the same for each run."""
+    text = without_progress(text)
     for pattern, same in TIMES:
         text = re.sub(pattern, same, text)
     return text.splitlines()
