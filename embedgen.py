@@ -3563,7 +3563,7 @@ def check_key(db: AnyDatabase, source: Source) -> None:
     if source.is_referable:  # NULL is the only value that may stand in several rows
         rows += f" WHERE {key} IS NULL"
     for (value,) in db.query(f"SELECT {key} FROM {rows} GROUP BY 1 HAVING count(*) > 1 OR {key} IS NULL LIMIT 1"):
-        why = "some are without a value" if value is None else f"{value!r} stands in several"
+        why = "some are without a value" if value is None else f"{value!r} stands in several rows"
         raise UsageError(
             f"{name} does not tell the rows apart: {why}. Give --id COLUMN; or exclude rows with --where, which "
             "--out-column does not heed."
@@ -3660,7 +3660,8 @@ class Target(NamedTuple):
         if not source.table.is_table:
             raise UsageError(f'--out-column goes with a table; "{source.table.name}" is a view. Give --target NAME.')
         if not source.is_referable:  # whatever --where says: all rows with a key get its vector
-            check_key(db, source._replace(from_sql=source.table.sql))
+            key = quoted(source.key)
+            check_key(db, source._replace(from_sql=f"(SELECT {key} FROM {source.table.sql} WHERE {key} IS NOT NULL)"))
         described = db.columns(source.table)
         column = match(name, described)
         if column in [source.key, *source.recipe.columns]:
