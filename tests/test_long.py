@@ -14,7 +14,7 @@ from unittest import mock
 
 import embedgen
 from tests.ollama import SPECIAL_TOKENS, blob, cut, normalised, vector
-from tests.support import ENGINES, FULL, Case, OnPostgres, with_engines
+from tests.support import ENGINES, FULL, SLOW_ENGINES, Case, OnPostgres, with_engines
 
 CONTEXT = 300  # tokens; the double's are words
 MOST = CONTEXT - SPECIAL_TOKENS  # words of a text
@@ -212,7 +212,7 @@ class VeryLongTexts(Case):
                 )
 
     def test_others_do_not_wait_for_it(self) -> None:
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 self.serve("")
                 text = " ".join(f"word{number}" for number in range(20_000))

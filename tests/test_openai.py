@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import embedgen
-from tests.support import ENGINES, Case, another_double, with_engines
+from tests.support import ENGINES, SLOW_ENGINES, Case, another_double, with_engines
 
 
 class Choice(Case):
@@ -202,7 +202,7 @@ class Job(Case):
     def test_both_protocols_side_by_side(self) -> None:
         other = another_double()
         two: tuple[object, ...] = ("--server", self.ollama.url + "/v1", "--server", other.url)
-        for engine in ENGINES:
+        for engine in SLOW_ENGINES:
             with self.subTest(engine=engine):
                 self.again()
                 other.reset()

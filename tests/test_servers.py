@@ -253,14 +253,14 @@ class SeveralServers(Case):
         return process
 
     def lose(self, process: subprocess.Popen[bytes]) -> None:
-        """Kill one of the servers, and wait until it is missed."""
-        self.other.kill()
+        """Have one of the servers go away, and wait until it is missed."""
+        self.other.away()
         self.wait_for(lambda: "is away" in self.log(), "it is missed")
 
     def return_as(self, words: str, **model: str) -> None:
-        """Have the killed server come back with another version of the model, which is to be turned down."""
-        self.other.current["models"] = {"nomic-embed-text": model}
-        self.other.start()
+        """Have the server come back with another version of the model, which is to be turned down."""
+        self.other.configure(models={"nomic-embed-text": model})
+        self.other.back()
         self.wait_for(lambda: words in self.log(), "it is turned down")
 
     def test_they_share_the_work(self) -> None:
@@ -352,7 +352,7 @@ class SeveralServers(Case):
             with self.subTest(engine=engine):
                 process = self.start(engine)
                 self.lose(process)
-                self.other.start()
+                self.other.back()
                 self.wait_for(lambda: "is back after" in self.log(), "it is found again")
                 self.both(hold=[])
                 done = self.ended(process)
@@ -453,7 +453,7 @@ class SeveralServers(Case):
                 self.ollama.configure(hold=[])
                 done = self.ended(process)
                 self.assertEqual((done.code, done.err), (130, ""))
-                self.other.start()
+                self.other.back()
                 self.both(hold=[])
                 self.succeed(*self.two, "--engine", engine)
                 self.assert_complete()
