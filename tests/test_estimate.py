@@ -86,6 +86,17 @@ class PacesOverOpenAI(Paces):
     path = "/v1"
 
 
+class FewRows(EstimateCase):
+    """What is measured is not more than there is."""
+
+    def test_no_server_is_measured_quicker_than_it_is(self) -> None:
+        self.pace(50)
+        for rows in (1, 3, 10):
+            facts = json.loads(self.succeed("--dry-run", "--json", "--where", f"id <= {rows}").out)
+            self.assertEqual(facts["would_generate"], rows)
+            self.assertLess(facts["rate"], 60)
+
+
 @unittest.skipUnless(FULL, "takes seconds; a clock moved by hand shows the same in every run")
 class PacesInRealTime(EstimateCase):
     """By servers that take their time."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import embedgen
 from tests.databases import Postgres, SQLite
 from tests.ollama import blob
-from tests.support import DEV_FULL, FULL, MOVIES, ROOT, Case, OnPostgres, environment
+from tests.support import DEV_FULL, FULL, MOVIES, ROOT, Case, OnPostgres, another_double, environment
 
 WHERE = "year >= 1960 AND id % 3 <> 1"
 
@@ -317,6 +317,9 @@ class Queries(SearchCase):
         self.refuse(3, "--search", "x", "--model", "nomic-embed-text:v2", "--target", "movie_embeddings2",
                     words=["no embeddings yet"])  # fmt: skip
         self.assertEqual(len(self.found("--search", "x", "--server", away, "--server", self.ollama.url)), 3)
+        other = another_double()
+        self.assertEqual(len(self.found("--search", "x", "--server", self.ollama.url, "--server", other.url)), 3)
+        self.assertEqual(other.log(), [])  # nobody waits for a second answer
         self.ollama.away()
         self.assertEqual(len(self.found("--similar", 1)), 2)  # asks nobody
 
