@@ -2264,6 +2264,8 @@ def submit_batches(engine: Engine, run: Run) -> bool:
 def handle(scheduler: Scheduler, run: Run, batch: Batch, event: Event) -> None:
     """Handle an event of a batch; raise the exceptions that end the run."""
     server, news, now = batch.server, "", time.monotonic()
+    if not isinstance(event, PROGRESS):
+        scheduler.land(batch)
     if isinstance(event, Learned):
         server.learn(event.changes)
     elif isinstance(event, Exchange):
@@ -2271,18 +2273,16 @@ def handle(scheduler: Scheduler, run: Run, batch: Batch, event: Event) -> None:
         run.log_event(server, event)
     elif isinstance(event, str):
         news = event
+    elif isinstance(event, list) and server.status == "up":
+        scheduler.long += [row for row, answer in zip(batch.rows, event) if answer == LATER]
+        run.take([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
+    elif isinstance(event, list):  # it may have restarted with another model: the next handshake will show
+        scheduler.returned += batch.rows
     else:
-        scheduler.land(batch)
         try:
             if isinstance(event, Exception):
                 raise event
-            if isinstance(event, ServerProfile):
-                news = scheduler.greet(server, event, now)
-            elif server.status == "up":
-                scheduler.long += [row for row, answer in zip(batch.rows, event) if answer == LATER]
-                run.take([pair for pair in zip(batch.rows, event) if pair[1] != LATER])
-            else:  # it may have restarted with another model: the next handshake will show
-                scheduler.returned += batch.rows
+            news = scheduler.greet(server, event, now)
         except Stop as stop:
             if not batch.movable:
                 raise

@@ -172,6 +172,14 @@ class SchedulerByHand(unittest.TestCase):
         run.take.assert_not_called()
         self.assertEqual(scheduler.returned, ROWS * 2)
 
+    def test_a_fault_of_the_database_is_not_the_servers(self) -> None:
+        scheduler, run = self.scheduler(2), mock.Mock()
+        run.take.side_effect = Stop("the database is away")
+        answers: list[Any] = [embedgen.Embedding(blob("x"))] * 8
+        with self.assertRaisesRegex(Stop, "the database is away"):
+            embedgen.handle(scheduler, run, scheduler.launch(scheduler.servers[0], ROWS), answers)
+        self.assertEqual((len(scheduler.up), scheduler.returned), (2, []))
+
     def test_servers_that_do_not_give_the_same_vectors_do_not_work_together(self) -> None:
         one, other = blob("x"), blob("y")
         for first, second, words in (
