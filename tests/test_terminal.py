@@ -6,6 +6,7 @@ import os
 import re
 import time
 import unittest
+from unittest import mock
 
 import embedgen
 from embedgen import Counts, progress_line, width_of
@@ -96,6 +97,17 @@ class Clock(Case):
         minutes, seconds = map(int, bar.split(":"))
         self.assertEqual(60 * minutes + seconds, int(summary))
         self.assertGreaterEqual(int(summary), 1000)
+
+    def test_in_a_pipe_there_is_a_line_every_half_minute(self) -> None:
+        out, settings, now = captured(), embedgen.parse_arguments(["--dry-run"]), [1000.0]
+        with mock.patch("time.monotonic", lambda: now[0]):
+            console = embedgen.Console(out, embedgen.Interrupt())
+            report = embedgen.Report(console, settings, embedgen.Log(settings), "movies", now[0], {})
+            report.start(Counts(9, 0, None))
+            for _ in range(100):
+                now[0] += 1.0
+                report.update(Counts(9, 0, None))
+        self.assertEqual(re.findall(r"\[(\d+:\d\d)<", text_of(out)), ["00:30", "01:00", "01:30"])
 
     def test_one_is_singular(self) -> None:
         self.make_movies(1)
