@@ -151,7 +151,8 @@ class Terminal(Case):
     def run_in_terminal(self, columns: int, *flags: object, interrupt: bool = False) -> tuple[int, str]:
         """Run the program in a terminal of that width; return its exit status and all that it wrote."""
         # Drawn at each event, so that a machine that is busy for a while does not miss any.
-        arguments = self.arguments(*flags, UNSAVED_SECONDS=0.0, REDRAW_SECONDS=0.0)
+        redraw = embedgen.REDRAW_SECONDS if interrupt else 0.0
+        arguments = self.arguments(*flags, UNSAVED_SECONDS=redraw, REDRAW_SECONDS=redraw)
         pid, terminal = pty.fork()
         if pid == 0:
             os.chdir(self.folder)
