@@ -3267,6 +3267,11 @@ class Postgres(Database):
     def begin(self) -> Any:
         return self.connection.transaction()
 
+    def query(self, sql: str, *parameters: Any) -> list[Any]:
+        # Where a run only reads, in a transaction that does: a condition may call a function that writes.
+        run = self.transaction if self.reads_only else self.retry
+        return run(lambda: self.execute(sql, *parameters))
+
     def query_all(self, sql: str) -> list[Any]:
         # An error where a policy would filter.
         return self.transaction(lambda: self.execute(sql), "SET LOCAL row_security = off")

@@ -597,6 +597,17 @@ class TracesInPostgres(OnPostgres, Case):
         self.succeed("--dry-run")
         self.assertEqual(self.traces(), before)
 
+    def test_a_condition_that_writes(self) -> None:
+        self.execute(
+            "CREATE FUNCTION note() RETURNS boolean LANGUAGE sql AS "
+            "'INSERT INTO movies (id) SELECT max(id) + 1 FROM movies RETURNING true'"
+        )
+        self.addCleanup(self.execute, "DROP FUNCTION note")
+        before = self.traces()
+        for flags in (("--status",), ("--dry-run",), ("--search", "x")):
+            self.refuse(3, *flags, "--where", "note()", words=["read-only"])
+        self.assertEqual(self.traces(), before)
+
     def test_a_role_that_may_only_read(self) -> None:
         for tables in ("movies, movie_embeddings", "ALL TABLES IN SCHEMA public"):
             with self.db.role(f"GRANT SELECT ON {tables} TO {{role}}") as url:
