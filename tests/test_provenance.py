@@ -90,7 +90,7 @@ class Provenance(Case):
         self.succeed()
         self.serve("sha256:bbbb", "other")
         self.ollama.configure(hold=["Film 11"])
-        process = self.start_program("--force", "--batch-size", 4, GRACE=0.1)
+        process = self.start_program("--force", "--batch-size", 4, GRACE=0.1, UNSAVED_SECONDS=0.05)
         count = "SELECT count(DISTINCT provenance) FROM movie_embeddings"
         self.wait_for(lambda: self.execute(count) == [(2,)], "the first new vectors")
         press_control_c(process)

@@ -417,7 +417,7 @@ class SeveralServers(Case):
                 flags = self.again(engine)
                 self.make_movies(100)
                 self.both(next=["ok"] * 6, faults={"reset": 1.0})
-                with mock.patch.multiple(embedgen, PATIENCE=0.4):
+                with mock.patch.multiple(embedgen, PATIENCE=0.1):
                     done = self.run_program(*flags, "--batch-size", 4)
                 self.assertEqual(done.code, 3)
                 self.assertRegex(

@@ -329,7 +329,7 @@ class SeveralVersions(VersionCase):
             self.execute("DROP TABLE IF EXISTS movie_embeddings")
             flags = self.serve_two(0.0, engine)
             for server in (self.ollama, self.other):
-                server.configure(seconds_per_text=0.005, slots=1)
+                server.configure(seconds_per_text=0.002, slots=1)
             self.succeed(*flags)
             self.assertEqual(self.made(), [(f"{OLD} + {NEW}", self.ROWS)])
             self.assert_complete()
