@@ -2188,18 +2188,23 @@ ENGINES: dict[str, type[Engine]] = {"async": AsyncEngine, "process": ProcessEngi
 # ---- the loop that both engines share ----
 
 
-def embed_on_all(engine: Engine, texts: list[str] | None) -> list[tuple[ServerState, Any, float]]:
+def embed_on_all(
+    engine: Engine, texts: list[str] | None, show_waiting: Callable[[], None] = lambda: None
+) -> list[tuple[ServerState, Any, float]]:
     """Return each server that is up, with its answers for the same texts, and the seconds they took.
 
     Without texts, the answer is a handshake's profile. A server that is away is left to the run, unless it is the only
-    one; other exceptions are raised, and Stop if no server can be reached.
+    one; other exceptions are raised, and Stop if no server can be reached. `show_waiting` is called while all are
+    silent.
     """
     scheduler, answers, began = engine.scheduler, dict[int, tuple[Event, float]](), time.monotonic()
     waiting = len(scheduler.up)
     for server in scheduler.up:
         engine.submit(Batch(server, texts, movable=not scheduler.alone))
     while waiting:
-        for batch, event in engine.wait(LONGEST_SLEEP):
+        if not (events := engine.wait(min(PATIENT_SECONDS, LONGEST_SLEEP))):
+            show_waiting()
+        for batch, event in events:
             server = batch.server
             waiting -= not isinstance(event, PROGRESS)
             if isinstance(event, ServerAway) and batch.movable:
@@ -4349,6 +4354,7 @@ class Counts:
 RULE = "=" * 60
 PIPE_BAR = 8  # cells of the bar where there is no terminal
 REDRAW_SECONDS, PIPE_SECONDS = 0.1, 30.0  # between two progress lines, on a terminal and elsewhere
+PATIENT_SECONDS = 2.0  # after which a person at a terminal is told what is waited for
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 # Substitutes for encodings without these characters; any other character they lack becomes a question mark.
 PLAIN = str.maketrans("✓⊘✗✂…·▏▎▍▌▋▊▉█", "+-x<.-########")
@@ -4494,6 +4500,12 @@ class Report:
             f"📝 Detailed logs: {self.log.shown}",
             "",
         )
+
+    def show_waiting(self) -> None:
+        """Print on a terminal that the first answer is waited for."""
+        waited = time.monotonic() - self.started
+        if self.screen.columns and waited >= PATIENT_SECONDS:
+            self.screen.redraw(f"Waiting for the server, which may be loading the model [{clock(waited)}]")
 
     def update(self, counts: Counts) -> None:
         """Print the progress line if it is time, and once that the run is stopping."""
@@ -4889,7 +4901,7 @@ def open_engine(job: Job) -> Iterator[Engine]:
     """Give an engine after a handshake with all servers; raise Stop if one cannot do the work, or all are away."""
     engine = ENGINES[job.settings.engine](Scheduler(job.settings, job.protocols), job.interrupt)
     with contextlib.closing(engine):
-        for server, profile, _ in embed_on_all(engine, None):
+        for server, profile, _ in embed_on_all(engine, None, job.report.show_waiting):
             engine.scheduler.greet(server, profile, time.monotonic())
         yield engine
 

@@ -49,8 +49,8 @@ class Paces(EstimateCase):
     def assert_honest(self, *given: Any) -> None:
         real, embed, late = time.monotonic, embedgen.embed_on_all, [0.0]
 
-        def embed_in_time(engine: embedgen.Engine, texts: list[str] | None) -> Any:
-            answers = embed(engine, texts)
+        def embed_in_time(engine: embedgen.Engine, texts: list[str] | None, *given: Any) -> Any:
+            answers = embed(engine, texts, *given)
             seconds = self.request + self.text * len(texts or "x") + self.beginning * (texts is None)
             late[0] += seconds
             return [(server, answer, took + seconds) for server, answer, took in answers]

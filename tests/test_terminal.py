@@ -148,11 +148,13 @@ class Screen:
 
 @unittest.skipIf(pty is None, "pseudo-terminals are needed")
 class Terminal(Case):
-    def run_in_terminal(self, columns: int, *flags: object, interrupt: bool = False) -> tuple[int, str]:
+    def run_in_terminal(
+        self, columns: int, *flags: object, interrupt: bool = False, **constants: float
+    ) -> tuple[int, str]:
         """Run the program in a terminal of that width; return its exit status and all that it wrote."""
         # Drawn at each event, so that a machine that is busy for a while does not miss any.
         redraw = embedgen.REDRAW_SECONDS if interrupt else 0.0
-        arguments = self.arguments(*flags, UNSAVED_SECONDS=redraw, REDRAW_SECONDS=redraw)
+        arguments = self.arguments(*flags, UNSAVED_SECONDS=redraw, REDRAW_SECONDS=redraw, **constants)
         pid, terminal = pty.fork()
         if pid == 0:
             os.chdir(self.folder)
@@ -192,6 +194,17 @@ class Terminal(Case):
                 self.assertIn("60/60", lines[8])
                 self.assertLess(width_of(lines[8]), columns)
                 self.assertEqual(lines[9:12], ["", "💾 Saving embeddings to database...", ""])
+
+    def test_a_model_that_is_being_loaded(self) -> None:
+        self.make_movies(3)
+        for engine in ENGINES:
+            self.ollama.reset()
+            self.ollama.configure(load_seconds=1.0)
+            code, written = self.run_in_terminal(100, "--engine", engine, "--force", PATIENT_SECONDS=0.1)
+            self.assertEqual(code, 0, written)
+            lines = Screen(100, written).lines
+            self.assertRegex(lines[0], r"^Waiting for the server, which may be loading the model \[00:0\d\]$")
+            self.assertEqual(lines[2], "🧠 Movie Embedding Generator")
 
     def test_control_c_leaves_the_terminal_tidy(self) -> None:
         self.make_movies(400)
