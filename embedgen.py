@@ -2464,12 +2464,13 @@ def json_text(value: Any) -> str:
     return value if isinstance(value, Written) else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def numeric_columns(file: DataFile) -> dict[str, bool]:
-    """Return a file's columns, and whether each may be one of numbers; reads the whole file."""
-    found: dict[str, bool] = {}
+def numeric_columns(file: DataFile) -> dict[str, bool | None]:
+    """Return a file's columns, and whether each may be one of numbers, None if it is empty; reads the whole file."""
+    found: dict[str, bool | None] = {}
     for _, row in file.rows():
         for column, cell in row.items():
-            found[column] = found.get(column, True) and (not cell or isinstance(cell, Written))
+            known = found.setdefault(column, None)
+            found[column] = known is not False and isinstance(cell, Written) if cell else known
     if not found:
         raise UsageError(f"--load {file.path}: the file is empty, it has no rows. Check how it was made.")
     return found
@@ -2516,14 +2517,15 @@ class StagedFile:
             self.number_rows()
         self.values = {column: self.value_of(column, cell) for column, cell in self.cells.items()}
 
-    def type_of(self, cell: str, is_numeric: bool) -> str:
+    def type_of(self, cell: str, is_numeric: bool | None) -> str:
         """Return the first type for a new column in which all its cells read back as they are written."""
         for kind in ("INTEGER", "REAL", "NUMERIC") if is_numeric else ():
             value = self.db.exact_sql(cell, self.db.type_name(kind))
             # A number without letters, unlike NaN.
             is_exact = f"CAST({value} AS text) = {cell} AND lower({cell}) = upper({cell})"
-            sql = f"SELECT min(CASE WHEN {is_exact} THEN 1 ELSE 0 END) FROM {STAGED} AS f WHERE {cell} <> ''"
-            if self.db.execute(sql) == [(1,)]:
+            # Ends at the first cell that is another, as the first of most columns of texts is.
+            sql = f"SELECT 1 FROM {STAGED} AS f WHERE {cell} <> '' AND ({is_exact}) IS NOT TRUE LIMIT 1"
+            if not self.db.execute(sql):
                 return kind
         return "TEXT"
 
