@@ -3810,7 +3810,8 @@ class Coverage:
         return (
             f'"{self.target.table.name}" holds vectors {theirs}with {other[1]} dimensions, '
             f"which do not compare with those of {ours}. Give --target NAME for a second table; or the --server, "
-            "--model and --dimensions of the first; or --force, without --limit and --where, for all rows again."
+            "--model and --dimensions of the first; or --force, without --limit and --where, for all rows again, if "
+            "the column takes their vectors."
         )
 
     # What --status, --search, --similar and --prune ask
@@ -4247,7 +4248,8 @@ class Claims:
                 count(*) FILTER (WHERE {at_work} AND NOT {self.is_good})
             FROM {self.claims} WHERE (c.failed OR NOT c.settled) AND NOT {self.is_mine}
         """
-        settled = json.dumps({str(key): failed for key, failed in self.held.items() if failed is not None})
+        told = {str(key): failed for key, failed in self.held.items() if failed is not None}
+        settled = json.dumps(told, ensure_ascii=False)  # escapes would need a database in UTF-8
         saved, failures, self.others_at_work, self.abandoned = self.db.query(sql, settled, self.saved, self.space)[0]
         self.peers = (saved - self.saved_before, failures)
         self.held = {key: None for key, failed in self.held.items() if failed is None}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import embedgen
-from tests.databases import LossyProxy, Postgres, postgres_url, start_server
+from tests.databases import LossyProxy, Postgres, postgres_url, start_server, with_database
 from tests.ollama import Ollama
 from tests.support import ENGINES, FULL, SLOW_ENGINES, Case, Finished, OnPostgres, another_double
 
@@ -380,6 +380,21 @@ class Machines(PostgresCase):
         self.assert_ended(first)
         self.assert_complete()
 
+    def test_rows_that_failed_in_a_database_without_an_encoding(self) -> None:
+        name = f"{self.db.name}_ascii"  # as a server has it that was set up in the locale C
+        self.db.url = with_database(self.db.admin, name)
+        self.db.flags = ("--database", self.db.url)
+        with self.db.psycopg.connect(self.db.admin, autocommit=True) as connection:
+            connection.execute(
+                f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+            )
+        self.addCleanup(self.db.drop)
+        self.db.name = name
+        self.db.execute("CREATE TABLE movies (id text PRIMARY KEY, title text)")
+        self.db.execute("INSERT INTO movies VALUES (convert_from('\\xc3a9', 'SQL_ASCII'), ''), ('b', 'Film b')")
+        done = self.run_program()
+        self.assertEqual((done.code, done.tally), (1, (1, 0, 1)), done.err)
+
     def test_one_without_a_place_for_claims_works_alone(self) -> None:
         self.succeed("--limit", 10)
         self.execute("DROP TABLE movie_embeddings_claims")
@@ -627,6 +642,8 @@ class Targets(PostgresCase):
             self.refuse(3, "--engine", engine, words=["768", "8 dimensions"])
         self.assertEqual([text for text in self.ollama.texts() if "Film" in text], [])
         self.assertEqual(self.db.types("movie_embeddings")["embedding"][0], "vector(768)")
+        self.execute("INSERT INTO movie_embeddings VALUES (1, array_fill(1, ARRAY[768])::vector)")
+        self.refuse(3, "--force", words=["--target", "if the column takes"])  # which --force alone does not change
 
     def test_half_precision(self) -> None:
         self.make_movies(40)
