@@ -3111,7 +3111,7 @@ POSTGRES_ERRORS = (
     # PgBouncer's words, after which it hangs up.
     ErrorRule("pooling mode", "the pooler in front of Postgres refuses: {text}. Let it work in transaction mode."),
     ErrorRule("lost=True", "the connection to Postgres is lost ({text}). Run again later.", Stop, RECONNECT_PATIENCE),
-    ErrorRule("TransactionRollback", "Postgres says: {text}.", Stop, RECONNECT_PATIENCE),
+    ErrorRule("DeadlockDetected|SerializationFailure", "Postgres says: {text}.", Stop, RECONNECT_PATIENCE),
     # Of a save whose row was deleted just between the look at it and the reference to it.
     ErrorRule("ForeignKeyViolation", "Postgres says: {text}", RowsRefused, 1.0),
     ErrorRule('extension "vector"|CREATE EXTENSION',
@@ -3457,8 +3457,10 @@ class Postgres(Database):
                     yield self.value(building) or 0.0
                     wait([build], INDEX_LOOK)
                 if build.done():
-                    self.retry(build.result)  # which says the same each time
+                    build.result()
                     yield 1.0
+            except self.driver_error as error:
+                raise self.judge(error)[1] from error
             finally:
                 with contextlib.suppress(self.driver_error):
                     builder.cancel()

@@ -470,6 +470,26 @@ class Neighbours(PostgresCase):
         self.succeed("--accept-drift")
         self.assert_complete()
 
+    def test_a_deadlock_with_another_program_is_not_the_end(self) -> None:
+        self.make_movies(10)
+        self.succeed("--limit", 1)
+        # As Postgres ends the statement of one of the two; numbers of a sequence are not rolled back with it.
+        self.execute("CREATE SEQUENCE deadlocks")
+        self.execute("""
+            CREATE FUNCTION lock_up() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('deadlocks') = 1 THEN RAISE deadlock_detected; END IF;
+            IF currval('deadlocks') = 2 THEN RAISE serialization_failure; END IF;
+            RETURN NULL; END $$
+        """)
+        self.execute("""
+            CREATE TRIGGER lock_up AFTER INSERT ON movie_embeddings FOR EACH STATEMENT EXECUTE FUNCTION lock_up()
+        """)
+        done = self.succeed("--limit", 5)
+        self.assertEqual(done.tally, (5, 1, 0))
+        self.execute("DROP TRIGGER lock_up ON movie_embeddings")
+        self.succeed()
+        self.assert_complete()
+
     def test_rows_deleted_under_way_leave_nothing(self) -> None:
         process = self.start()
         key = 1
