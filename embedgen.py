@@ -4487,7 +4487,7 @@ class Report:
             text = json.dumps(facts, default=str)
             # Python writes NaN and Infinity, which JSON does not have: they become strings.
             lines = [json.dumps(json.loads(text, parse_constant=lambda name: str(float(name))))]
-        self.console.verdict = code
+        self.console.verdict = self.console.verdict or code
         self.console.lines(*filter(None, lines))
         if self.console.is_lost and self.settings.action != "generate":  # whose result is in the database
             self.console.verdict = EXIT_STOPPED

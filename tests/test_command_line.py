@@ -356,6 +356,17 @@ class Output(Case):
         self.succeed()
         self.assert_complete()
 
+    def test_a_reader_who_leaves_before_the_last_lines_is_told_by_the_exit_code(self) -> None:
+        self.make_movies(3)
+        self.ollama.configure(hold=["Film"])
+        process = self.start_program()
+        self.wait_for(lambda: "Film" in " ".join(self.ollama.texts()), "a request that is held")
+        assert process.stdout
+        process.stdout.close()
+        self.ollama.configure(hold=[])
+        self.assertEqual(process.wait(), embedgen.EXIT_SIGPIPE)
+        self.assert_complete()
+
     @unittest.skipUnless(DEV_FULL, "needs a device that is full")
     def test_an_object_that_cannot_be_printed_does_not_change_the_verdict(self) -> None:
         self.make_movies(20)
