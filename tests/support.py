@@ -95,7 +95,9 @@ def command(*arguments: object, **constants: object) -> list[str]:
         constants.setdefault("START_METHOD", START_METHOD)
     changes = "".join(f"embedgen.{name} = {value!r}; " for name, value in constants.items())
     code = f"import sys; sys.path[0] = {str(ROOT)!r}; import embedgen; {changes}sys.exit(embedgen.main())"
-    return [sys.executable, "-S", "-c", code, *map(str, arguments)]
+    given = list(map(str, arguments))
+    alone = [] if any(one.startswith("postgres") for one in given) else ["-S"]
+    return [sys.executable, *alone, "-c", code, *given]
 
 
 OURS = ("OLLAMA_", "EMBEDGEN_", "DATABASE_URL", "OPENAI_", "PYTHONIOENCODING", "PYTHONUTF8")  # what the program reads
@@ -295,8 +297,7 @@ class Case(unittest.TestCase):
         ):
             flags += ["--engine", self.engine]
         flags += [] if "--database" in given else self.db.flags
-        line = command("--log-dir", self.folder / "logs", *flags, *given, **constants)
-        return line if isinstance(self.db, SQLite) else [word for word in line if word != "-S"]
+        return command("--log-dir", self.folder / "logs", *flags, *given, **constants)
 
     def run_program(
         self,
