@@ -4835,6 +4835,7 @@ class Run:
             if len(self.unsaved) <= most or self.interrupt.code:
                 break
             if time.monotonic() > deadline:
+                self.unsaved = []  # or the end of the run would wait for them once more
                 raise Stop("another transaction holds rows for too long. Run again later.")
             time.sleep(RETRY_SECONDS)
             self.tick()

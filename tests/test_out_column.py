@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 from unittest import mock
 
+import embedgen
 from tests.ollama import blob
 from tests.support import ENGINES, FULL, Case, OnPostgres, shared_double
 
@@ -379,6 +380,18 @@ class ColumnOfPostgres(OnPostgres, ColumnCase):
             self.assert_complete(but=(98, 99, 100))
         self.assertEqual(self.succeed(*COLUMN).tally, (3, 97, 0))
         self.assert_complete()
+
+    def test_who_has_given_up_on_a_lock_does_not_wait_for_it_once_more(self) -> None:
+        self.make_items(600)
+        constants = mock.patch.multiple("embedgen", ROW_LOCK_SECONDS=0, UNSAVED_SECONDS=1e6)
+        save = mock.patch("embedgen.Claims.save", autospec=True, side_effect=embedgen.Claims.save)
+        with self.locked("true"), constants, save as saves:
+            done = self.run_program(*COLUMN)
+        self.assertEqual(done.code, 3)
+        self.assertRegex(done.err, "another transaction holds rows for too long.*: 600 items")
+        tried = [row.key for call in saves.call_args_list for row, *_ in call.args[1]]
+        self.assertGreaterEqual(len(tried), 500)
+        self.assertEqual(len(set(tried)), len(tried))
 
     def test_what_is_saved_counts_though_another_part_of_its_batch_ends_the_run(self) -> None:
         self.make_items()
