@@ -998,8 +998,6 @@ class Protocol:
         words = self.said(response.body)
         said = f"HTTP {status}: {words}" if words else f"HTTP {status}"
         kind = next(kind for statuses, pattern, kind in ERRORS if status in statuses and re.search(pattern, words))
-        if kind == "too_long" and self.on_long == "fail":
-            kind = "refused"
         if kind == "too_many" and len(texts) > 1:
             raise Trouble("changed", words, most_texts=len(texts) // 2)
         if kind == "one_string" and b'"input": [' in request.body:
@@ -1263,6 +1261,9 @@ class BatchRequest:
                     groups += [group[:middle], group[middle:]]
                 elif trouble.kind != "too_long" or self.protocol.on_long == "skip":
                     answers[group[0]] = Failure(str(trouble), trouble.kind)
+                elif self.protocol.on_long == "fail":
+                    yield from self.wait_until_healthy()  # or the server may be to blame
+                    answers[group[0]] = Failure(str(trouble))
                 else:
                     answers[group[0]] = LATER if len(texts) > 1 else (yield from self.embed_long(group[0]))
         return [answers[text] for text in texts]

@@ -738,6 +738,17 @@ class Long(unittest.TestCase):
         self.assertEqual(on.profile.long_from, 101)  # what was taken is not too long
         self.assertEqual(Talked(on, taken, serve).sent, [taken[::-1]])
 
+    def test_texts_that_fail_for_their_length_are_asked_for_alone(self) -> None:
+        def serve(texts: list[str]) -> Response:
+            return error(400, self.REFUSAL) if any(text.startswith("long ") for text in texts) else good(texts)
+
+        on = Server(embedgen.Ollama, on_long="fail")
+        Talked(on, ["long " * 20], serve)
+        talked = Talked(on, ["long " * 20, *TEXTS, "long " * 30], serve)
+        self.assertEqual(talked.sent, [["long " * 30], PROBE, ["long " * 20], PROBE, TEXTS])
+        self.assertEqual(talked.results[::9], [Failure(self.REFUSAL)] * 2)
+        self.assertEqual(talked.answers[1:9], VECTORS)
+
     def test_a_part_counts_by_its_length(self) -> None:
         one, other = embedgen.pack([1.0, 0.0]), embedgen.pack([0.0, 1.0])
         mean = embedgen.unpack(embedgen.mean([(30, one), (40, other)]))
