@@ -852,7 +852,7 @@ POLICIES = {
     "busy": Policy(None, None, "server", "overloaded"),
     "late": Policy(2, None, "server", "overloaded"),  # what stands before the server has lost patience
     "unavailable": Policy(4, None, "server", "overloaded"),
-    "crashed": Policy(4, 5, "server", "overloaded"),  # which servers do by themselves, too
+    "crashed": Policy(4, 8, "server", "overloaded"),  # which servers do by themselves, too, and for most of a minute
     "timeout": Policy(1, 3, "server", "timeout"),
     "dimensions": Policy(None, None, "server", "failed"),  # vectors of another length; see BatchRequest.insist
     "garbled": Policy(2, 2, "texts", "failed"),  # an answer that must not be stored
@@ -1298,9 +1298,14 @@ class BatchRequest:
                     yield from self.learn(long_from=min(longest, self.profile.long_from))
                 if suspected and (last or policy.fault == "texts"):
                     raise
+                if not suspected and trouble.kind != "refused":
+                    if last:
+                        self.waits = sum(tries.values()) - 1  # known-good texts between do not make waits shorter
+                    yield from self.pause(trouble)
                 # A server that is down proves nothing. After a time-out it may still be computing the lost answer:
                 # another request would only lengthen its queue, until it has time for a short text.
-                yield from self.wait_until_healthy() if suspected or (last and policy.alone) else self.pause(trouble)
+                if suspected or (last and policy.alone):
+                    yield from self.wait_until_healthy()
                 if suspected:
                     raise
         if longest >= self.profile.long_from and not truncate:
@@ -1405,6 +1410,7 @@ class BatchRequest:
 
     def wait_until_healthy(self) -> Steps[bytes]:
         """Wait until the server embeds a known-good text; return its vector."""
+        self.waits = 0
         while True:
             try:
                 [vector] = yield from self.ask([KNOWN_GOOD])

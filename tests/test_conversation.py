@@ -344,6 +344,12 @@ class Conversations(unittest.TestCase):
         self.assertEqual(talked.answers[5], "HTTP 400: do embedding request: EOF")
         self.assertLess(talked.seconds, 120.0)
 
+    def test_a_text_that_kills_the_server_for_most_of_a_minute_is_waited_for(self) -> None:
+        for reply in (error(500, "CUDA out of memory"), error(400, "EOF")):
+            talked = self.talk(["text 5"], lambda asked, reply=reply: good(asked) if asked == PROBE else reply)
+            self.assertEqual(talked.waits, sorted(talked.waits))
+            self.assertGreater(sum(talked.waits), 40.0)
+
     def test_such_a_text_anywhere_in_a_large_batch(self) -> None:
         texts = [f"text {number}" for number in range(128)]
         for bad in ("text 0", "text 64", "text 127"):
