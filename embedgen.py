@@ -1350,22 +1350,26 @@ class BatchRequest:
     def split(self, text: str) -> Steps[Embedding]:
         """Return the mean of the vectors of a text's parts, weighted by their length, or raise Trouble.
 
-        Several parts go in one request. If that is refused, all its parts are made smaller: finding the one at fault
-        would take longer.
+        Several parts go in one request; if they are too long, all are made smaller, since finding the one at fault
+        would take longer. After other trouble there are fewer in a request.
         """
         most, _ = yield from self.beginning(text)
         # A sixteenth is kept free: other parts may have more tokens to the character.
         parts, vectors = parts_of(text, most - most // 16), list[tuple[int, bytes]]()
         yield f"a text of {len(text)} characters is split into {len(parts)} parts: {text[:50]!r}..."
+        together = PARTS_TOGETHER
         while parts:
-            group, parts = parts[:PARTS_TOGETHER], parts[PARTS_TOGETHER:]
+            group, parts = parts[:together], parts[together:]
             try:
-                vectors += zip(map(len, group), (yield from self.insist(group)))
+                vectors += zip(map(len, group), (yield from self.insist(group, last=together == 1)))
             except Trouble as trouble:
                 most = max(map(len, group)) // 2
-                if trouble.kind != "too_long" or not most:
+                if trouble.kind == "too_long" and most:
+                    parts += [smaller for part in group for smaller in parts_of(part, most)]
+                elif together > 1:
+                    together, parts = together // 2, group + parts
+                else:
                     raise
-                parts += [smaller for part in group for smaller in parts_of(part, most)]
         return Embedding(mean(vectors), "split")
 
     def ask(self, texts: list[str], truncate: bool = False) -> Steps[list[bytes]]:

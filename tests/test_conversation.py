@@ -802,6 +802,15 @@ class Long(unittest.TestCase):
         self.assertEqual([answer.fit for answer in talked.results if isinstance(answer, Embedding)], ["split"])
         self.assertLess(len(talked.sent), 1.3 * (1600 + 4000) / 250)
 
+    def test_parts_that_take_too_long_together_go_in_smaller_requests(self) -> None:
+        text = "".join(f"This is sentence {number:5} of them all. " for number in range(100))
+
+        def serve(texts: list[str]) -> Response:
+            return error(400, self.REFUSAL) if max(map(len, texts)) > 250 else SILENCE if texts[2:] else good(texts)
+
+        [answer] = Talked(Server(embedgen.Ollama, on_long="split"), [text], serve).results
+        self.assertIsInstance(answer, Embedding, answer)
+
     def test_where_a_text_is_divided(self) -> None:
         for sentence in ("One two three. ", "One two three four five. ", "第一句第二句。", "one line\n", "word "):
             text = (sentence * 1000)[:3000]
