@@ -3170,7 +3170,7 @@ POSTGRES_CATALOGUE = Catalogue(
         FROM found JOIN pg_class c ON c.oid = found.oid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p', 'f', 'v', 'm')
         UNION ALL SELECT nspname, substr($1, strpos($1, '.') + 1), true, false FROM pg_namespace
-        WHERE $1 LIKE '%.%' AND nspname = split_part($1, '.', 1)
+        WHERE $3 AND $1 LIKE '%.%' AND nspname = split_part($1, '.', 1)
         UNION ALL SELECT COALESCE(NULLIF($2, ''), current_schema(), 'public'), $1, true, false LIMIT 1
     """,
     columns="""
@@ -3590,8 +3590,8 @@ def check_key(db: AnyDatabase, source: Source) -> None:
     for (value,) in db.query(f"SELECT {key} FROM {rows} GROUP BY 1 HAVING count(*) > 1 OR {key} IS NULL LIMIT 1"):
         why = "some are without a value" if value is None else f"{value!r} stands in several rows"
         raise UsageError(
-            f"{name} does not tell the rows apart: {why}. Give --id COLUMN; or exclude rows with --where, which "
-            "--out-column does not heed."
+            f"{name} does not tell the rows apart: {why}. Give --id COLUMN; or, without --out-column, exclude rows "
+            "with --where."
         )
 
 

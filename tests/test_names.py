@@ -121,7 +121,14 @@ class Names(Case):
 
 
 class NamesOnPostgres(OnPostgres, Names):
-    pass
+    def test_a_name_with_a_dot_beside_a_schema_of_that_name(self) -> None:
+        self.execute("CREATE SCHEMA dotted")
+        self.addCleanup(self.execute, "DROP SCHEMA dotted CASCADE")
+        self.execute('CREATE TABLE "dotted.movies" (id integer PRIMARY KEY, title text)')
+        self.execute("INSERT INTO \"dotted.movies\" VALUES (1, 'one'), (2, 'two')")
+        self.assertEqual(self.succeed("--table", "dotted.movies").tally, (2, 0, 0))
+        self.assertEqual(self.succeed("--table", "dotted.movies").tally, (0, 2, 0))
+        self.assertIn("dotted.movie_embeddings", self.db.tables())
 
 
 class KeyCase(Case):
