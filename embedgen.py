@@ -1173,12 +1173,11 @@ def mean(vectors: list[tuple[int, bytes]]) -> bytes:
 
 
 def embed_batch(
-    protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool
+    protocol: Protocol, profile: ServerProfile, texts: list[str] | None, movable: bool, long: bool | None
 ) -> Steps[Any]:
     """Return the answer for each text, or without texts a handshake's profile; raise Stop if the server cannot be used.
 
-    `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: the only text
-    is known to be too long.
+    `movable`: raise ServerAway rather than wait for long, so that the texts go to other servers. `long`: see Batch.
     """
     if isinstance(protocol, FeatureHashing):  # no server at all
         vectors = [protocol.hash(text) for text in texts or [KNOWN_GOOD]]
@@ -1188,7 +1187,7 @@ def embed_batch(
     if texts is None:
         return (yield from handshake(protocol, movable))
     batch = BatchRequest(protocol, profile, movable)
-    return [(yield from batch.embed_long(texts[0]))] if long else (yield from batch.embed(texts))
+    return [(yield from batch.embed_long(texts[0]))] if long else (yield from batch.embed(texts, long is False))
 
 
 def handshake(protocol: Protocol, movable: bool = False) -> Steps[ServerProfile]:
@@ -1240,11 +1239,12 @@ class BatchRequest:
         self.waits = 0  # during these seconds
         self.last = Response(0)
 
-    def embed(self, texts: list[str]) -> Steps[list[Answer]]:
+    def embed(self, texts: list[str], later: bool = False) -> Steps[list[Answer]]:
         """Return the answer for each text; equal texts are sent once.
 
         A batch with a text at fault is halved until such texts stand alone; by length, so that those that are too long
-        are soon among themselves. They are answered by LATER, so that others need not wait until they are cut or split.
+        are soon among themselves. With `later` they are answered by LATER, so that others need not wait until they are
+        cut or split.
         """
         answers: dict[str, Answer] = {}
         groups = [sorted(dict.fromkeys(texts), key=len)]
@@ -1265,7 +1265,7 @@ class BatchRequest:
                     yield from self.wait_until_healthy()  # or the server may be to blame
                     answers[group[0]] = Failure(str(trouble))
                 else:
-                    answers[group[0]] = LATER if len(texts) > 1 else (yield from self.embed_long(group[0]))
+                    answers[group[0]] = LATER if later else (yield from self.embed_long(group[0]))
         return [answers[text] for text in texts]
 
     def embed_long(self, text: str) -> Steps[Answer]:
@@ -1608,7 +1608,8 @@ class Batch(NamedTuple):
     """Texts that go to a server together, or None for a handshake.
 
     `load` is the number of texts in flight to the server when it was sent, its own included. `rows` are the rows of the
-    texts, if they come from a table. `long`: the only text is known to be too long.
+    texts, if they come from a table. `long`: the only text is known to be too long; None: texts that are too long are
+    cut or split at once.
     """
 
     server: ServerState
@@ -1616,7 +1617,7 @@ class Batch(NamedTuple):
     movable: bool
     rows: Sequence[Row] = ()
     load: int = 0
-    long: bool = False
+    long: bool | None = None
 
     @property
     def task(self) -> Task:
@@ -1951,7 +1952,7 @@ Event = Union[Exchange, Learned, str, list[Answer], ServerProfile, Exception]
 PROGRESS = (Exchange, Learned, str)
 Events = list[tuple["Batch", Event]]
 # A server's index, and what embed_batch needs to know for a batch.
-Task = tuple[int, ServerProfile, Union[list[str], None], bool, bool]
+Task = tuple[int, ServerProfile, Union[list[str], None], bool, Union[bool, None]]
 
 
 class Conversations:

@@ -96,6 +96,13 @@ class FewRows(EstimateCase):
             self.assertEqual(facts["would_generate"], rows)
             self.assertLess(facts["rate"], 60)
 
+    def test_texts_that_are_too_long_take_their_time_too(self) -> None:
+        self.pace(50)
+        for on_long, most in (("cut", 60), ("split", 30)):  # two parts at least
+            flags = ("--text", "{title}" + " word" * 3000, "--where", "id <= 20", "--on-long", on_long)
+            facts = json.loads(self.succeed("--dry-run", "--json", *flags).out)
+            self.assertLess(facts["rate"], most)
+
 
 @unittest.skipUnless(FULL, "takes seconds; a clock moved by hand shows the same in every run")
 class PacesInRealTime(EstimateCase):
