@@ -3541,7 +3541,7 @@ class Source(NamedTuple):
         # As a subquery, so that the names in the condition are the source's alone. The newline ends a comment.
         names = ", ".join(map(quoted, columns))  # no *, which asks for the right to read all columns
         rows = f"(SELECT {names} FROM {table.sql} WHERE ({settings.where}\n))" if settings.where else table.sql
-        is_referable = table.is_table and bool(columns[key].is_unique)
+        is_referable = table.is_table and columns[key].is_unique
         source = cls(table, key, columns[key].type, is_referable, recipe, text, settings.row_prefix, rows)
         if settings.where:
             try:
@@ -4786,11 +4786,11 @@ class Run:
         for row, answer in answered:
             if isinstance(answer, Embedding):
                 self.unsaved.append((row, answer))
-                self.counts.cut += answer.fit == "cut"
-                self.counts.damaged += REPLACED in row.text
                 if answer.fit != "whole":
+                    self.counts.cut += answer.fit == "cut"
                     self.log.warn(f"{self.name(row)} is longer than the model takes: {answer.fit}")
                 if REPLACED in row.text:
+                    self.counts.damaged += 1
                     self.log.warn(f"{self.name(row)} holds U+FFFD, which stands for bytes that are not UTF-8")
             elif answer.kind == "too_long":
                 self.counts.too_long += 1
