@@ -2516,7 +2516,7 @@ class StagedFile:
         db.execute(f"CREATE TEMP TABLE {STAGED} (line bigint, {texts})")
         rows = ([line, str(n), *map(row.get, numeric)] for n, (line, row) in enumerate(file.rows(), 1))
         db.fill(STAGED, len(names) + 2, rows)
-        self.table = db.find_table(settings.table)
+        self.table = db.find_table(settings.table)  # `exists` stays as it is here: whether there was a table before
         if not self.table.exists:
             self.create(settings.id or unnamed, dict(zip(names, map(self.type_of, cells, numeric.values()))))
         self.described = db.columns(self.table)
@@ -2527,7 +2527,7 @@ class StagedFile:
         self.key = key_column(settings.id, self.described, self.table.name)
         if self.key not in columns:
             self.number_rows()
-        self.values = {column: self.value_of(column, cell) for column, cell in self.cells.items()}
+        self.values = {column: self.value_sql(column, cell) for column, cell in self.cells.items()}
 
     def type_of(self, cell: str, is_numeric: bool | None) -> str:
         """Return the first type for a new column in which all its cells read back as they are written."""
@@ -2569,7 +2569,7 @@ class StagedFile:
         self.cells[key] = "f.c0"
         self.notes.append(f'{path} has no key: its rows are numbered from 1, in the column "{key}"')
 
-    def value_of(self, column: str, cell: str) -> str:
+    def value_sql(self, column: str, cell: str) -> str:
         """Return the SQL of a cell's value in its column, NULL if the cell is empty.
 
         Raise UsageError for a row without a key, and for a cell that its column cannot hold exactly.
@@ -5092,7 +5092,7 @@ def show_hits(job: Job, asked: dict[str, Any], what: str, vector: bytes, model: 
         "not searched, with one that does not compare": stored - found,
         "found by an older text": found - current,
     }
-    if note := "; ".join(f"{count} {what}" for what, count in counts.items() if count):
+    if note := "; ".join(f"{count} {why}" for why, count in counts.items() if count):
         complain(f"note: of {rows} {nouns}, {note}. Run embedgen without --{settings.action} to embed them.")
 
 
@@ -5243,7 +5243,7 @@ def run(settings: Settings, protocols: Sequence[Protocol], console: Console, log
 def fail(error: BaseException, console: Console, log: Log | None, given: Sequence[str]) -> None:
     """Log and print the error that has ended the run; without a verdict so far, its exit code is that."""
     code, message, interrupt = EXIT_STOPPED, f"{type(error).__name__}: {error}", console.interrupt
-    cause: BaseException | None = error  # whose traceback the log gets: no mistake's of the user
+    cause: BaseException | None = error  # whose traceback the log gets; a user's mistake has none
     if stopped := interrupt.forced or isinstance(error, KeyboardInterrupt):  # or an error that it caused
         code, message = interrupt.code or EXIT_SIGINT, "ended at once by a signal; what was generated is saved"
         cause = None
