@@ -503,7 +503,7 @@ def listed(names: Iterable[str], most: int = 30) -> str:
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
 
 
-def column_of(name: str, columns: Sequence[str], table: str) -> str:
+def column_of(name: str, columns: Iterable[str], table: str) -> str:
     """Return the column called `name`, or raise a UsageError that lists the columns."""
     column = match(name, columns)
     if column is None:
@@ -585,7 +585,7 @@ def one_line(text: str) -> str:
 
 def digest_of(text: str) -> bytes:
     """Return the identity of a text: the SHA-256 of its UTF-8 form, 32 bytes."""
-    return hashlib.sha256(text.encode("utf-8")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 class Row(NamedTuple):
@@ -2481,8 +2481,9 @@ def numeric_columns(file: DataFile) -> dict[str, bool | None]:
     found: dict[str, bool | None] = {}
     for _, row in file.rows():
         for column, cell in row.items():
-            known = found.setdefault(column, None)
-            found[column] = known is not False and isinstance(cell, Written) if cell else known
+            found.setdefault(column, None)
+            if cell and found[column] is not False:
+                found[column] = isinstance(cell, Written)
     if not found:
         raise UsageError(f"--load {file.path}: the file is empty, it has no rows. Check how it was made.")
     return found
@@ -2520,7 +2521,7 @@ class StagedFile:
         if not self.table.exists:
             self.create(settings.id or unnamed, dict(zip(names, map(self.type_of, cells, numeric.values()))))
         self.described = db.columns(self.table)
-        columns = [column_of(name, list(self.described), self.table.name) for name in names]
+        columns = [column_of(name, self.described, self.table.name) for name in names]
         self.cells = dict(zip(columns, cells))
         if len(self.cells) < len(names):
             raise UsageError(f'{file.path}: columns are one in "{self.table.name}": {listed(columns)}. Rename one.')
@@ -2543,7 +2544,7 @@ class StagedFile:
 
     def create(self, key: str, types: dict[str, str]) -> None:
         """Create the table for the columns of the file, with the key given, or id, which is made if it is missing."""
-        key = column_of(key, list(types), self.file.path) if key else match("id", types) or "id"
+        key = column_of(key, types, self.file.path) if key else match("id", types) or "id"
         if key not in types:
             types = {key: "INTEGER", **types}
         if types[key] != "INTEGER":
@@ -3463,16 +3464,15 @@ class Postgres(Database):
             USING hnsw ({quoted(column)} {self.pgvector}.{target.vector_kind}_cosine_ops)
         """
         with contextlib.closing(self.connect()) as builder, ThreadPoolExecutor() as threads:
-            build = threads.submit(builder.execute, create)
+            build: Any = threads.submit(builder.execute, create)
             try:
                 while not (build.done() or self.stopping()):
                     yield self.value(building) or 0.0
                     wait([build], INDEX_LOOK)
                 if build.done():
-                    build.result()
+                    if error := build.exception():
+                        raise self.judge(error)[1] from error
                     yield 1.0
-            except self.driver_error as error:
-                raise self.judge(error)[1] from error
             finally:
                 with contextlib.suppress(self.driver_error):
                     builder.cancel()
@@ -3558,7 +3558,7 @@ class Source(NamedTuple):
 def key_column(given: str | None, columns: dict[str, Column], table: str) -> str:
     """Return the key column: the one given, else the primary key, else id."""
     if given:
-        return column_of(given, list(columns), table)
+        return column_of(given, columns, table)
     primary = primary_key(columns)
     key = primary[0] if len(primary) == 1 else match("id", columns)
     if key is None:
