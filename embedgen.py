@@ -1833,7 +1833,7 @@ def tls_context(ca_file: str) -> Any:
         ) from None
 
 
-CONNECT_SECONDS = 5.0  # allow for two lost packets; whoever waits may be a person at a prompt
+CONNECT_SECONDS = 6.0  # allow for two lost packets, or a name server that is down: resolvers ask the next after 5 s
 STREAM_BYTES = 1 << 22  # of an answer that asyncio buffers before it pauses reading; answers are seldom longer
 
 
@@ -1853,12 +1853,18 @@ class Connection:
         """
         import asyncio
 
-        started, kept = time.monotonic(), bool(self.writer)
+        endpoint, started, kept = self.endpoint, time.monotonic(), bool(self.writer)
         while True:
             step, seconds = "connection", CONNECT_SECONDS
             try:
                 if not self.writer:
-                    await asyncio.wait_for(self.open(), seconds)
+                    context = tls_context(endpoint.ca_file) if endpoint.scheme == "https" else None
+                    opening = asyncio.open_connection(
+                        endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES, family=self.family
+                    )
+                    self.family = 0  # if it fails, the next try is for all
+                    self.reader, self.writer = await asyncio.wait_for(opening, seconds)
+                    self.family = self.writer.get_extra_info("socket").family
                 step, seconds = "answer", request.timeout
                 response = await asyncio.wait_for(self.send(request), seconds)
                 return response._replace(seconds=time.monotonic() - started, family=self.family)
@@ -1868,21 +1874,9 @@ class Connection:
                     kept = False
                     continue
                 late = isinstance(error, (TimeoutError, asyncio.TimeoutError))  # not related before Python 3.11
-                reason = f"no {step} within {seconds:g} s" if late else self.endpoint.hide(describe(error))[:200]
+                reason = f"no {step} within {seconds:g} s" if late else endpoint.hide(describe(error))[:200]
                 is_busy = late and step == "answer"  # only a server that was reached may be busy with the request
                 return Response(0, b"", time.monotonic() - started, reason=reason, timed_out=is_busy)
-
-    async def open(self) -> None:
-        """Connect."""
-        import asyncio
-
-        endpoint, family = self.endpoint, self.family
-        context = tls_context(endpoint.ca_file) if endpoint.scheme == "https" else None
-        self.family = 0  # if it fails, the next try is for all
-        self.reader, self.writer = await asyncio.open_connection(
-            endpoint.host, endpoint.port, ssl=context, limit=STREAM_BYTES, family=family
-        )
-        self.family = self.writer.get_extra_info("socket").family
 
     async def send(self, request: Request) -> Response:
         """Return the response to a request.
