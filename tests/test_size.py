@@ -16,7 +16,7 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }  # fmt: skip
 # The aim is 4,000 lines and 28,000 tokens. Until the file is there, these two only go down.
-MOST_LINES, MOST_TOKENS = 5_600, 37_500
+MOST_LINES, MOST_TOKENS = 5_330, 34_750
 SOURCE = PROGRAM.read_text("utf-8")
 Definition = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef]
 
