@@ -2049,7 +2049,7 @@ class AsyncEngine(Conversations):
 # Forked workers share the parent's memory, which makes ten of them cost little; where forking
 # is unsafe (macOS) or absent (Windows) they are spawned.
 START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"
-DEATHS_IN_A_ROW = 20  # workers that die without one batch done between, after which the run is given up
+DEATHS_IN_A_ROW = 20  # workers that die, or do not start, without one batch done between; then the run is given up
 
 
 def start_worker(protocols: list[Protocol]) -> Any:
@@ -2123,11 +2123,15 @@ class ProcessEngine:
     def submit(self, batch: Batch) -> None:
         """Send a batch on its way."""
         pipe = next((pipe for pipe, its_batch in self.workers.items() if its_batch is None), None)
-        if pipe is None:
+        while pipe is None:
             try:
                 pipe = start_worker([server.protocol for server in self.scheduler.servers])
-            except OSError as error:
-                raise Stop(f"no worker process can be started ({describe(error)}). Give fewer --workers.") from error
+            except OSError as error:  # which may pass, as when memory is short for a moment
+                self.deaths += 1
+                if self.deaths > DEATHS_IN_A_ROW:
+                    problem = f"no worker process can be started ({describe(error)})"
+                    raise Stop(f"{problem}. Give fewer --workers.") from error
+                time.sleep(RETRY_SECONDS)
         self.workers[pipe] = batch
         self.send(pipe, batch.task)
 

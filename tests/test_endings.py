@@ -240,6 +240,28 @@ class Signals(Ending):
         self.assertEqual((done.code, done.err, done.tally), (0, "", (100, 0, 0)))
         self.assert_complete()
 
+    def test_a_worker_that_does_not_start_at_first(self) -> None:
+        self.make_movies(20)
+        start = embedgen.start_worker
+        for refusals in (3, 1000):
+            refused = iter([OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))] * refusals)
+
+            def start_later(*given: Any, refused: Any = refused) -> Any:
+                for error in refused:
+                    raise error
+                return start(*given)
+
+            with (
+                mock.patch.object(embedgen, "start_worker", start_later),
+                mock.patch.object(embedgen, "RETRY_SECONDS", 0.0),
+            ):
+                flags = ("--engine", "process", "--force")
+                if refusals == 3:
+                    self.assertEqual(self.succeed(*flags).tally, (20, 0, 0))
+                else:
+                    self.refuse(3, *flags, words=["no worker process can be started", "Give fewer --workers"])
+        self.assert_complete()
+
     @unittest.skipUnless(PROC, "/proc is needed to find the workers")
     def test_workers_that_die_again_and_again_end_the_run(self) -> None:
         self.make_movies(20)
