@@ -2765,7 +2765,6 @@ class Database:
     name_bytes: ClassVar[int] = sys.maxsize  # of a name are kept
     create_index: Any  # of Postgres alone
     connection: Any = None
-    function_error: BaseException | None = None  # raised in a function that a statement called
 
     def __init__(self, shown: str, driver_error: type[Exception], stopping: Callable[[], bool]) -> None:
         """`shown` is the address without secrets, `driver_error` the base of the driver's exceptions.
@@ -2774,6 +2773,7 @@ class Database:
         """
         self.shown, self.driver_error, self.stopping = shown, driver_error, stopping
         self.in_action = False
+        self.function_error: BaseException | None = None  # raised in a function that a statement called
 
     def judge(self, error: Exception) -> tuple[float, BaseException]:
         """Return for how many seconds to retry after one of the driver's errors, and the exception to raise then."""
